@@ -1,0 +1,122 @@
+//! What a job is asked to do: type, format and options, as the API takes them and as the agent gets them.
+//!
+//! Owns: the words and their meaning. Never: checks them against an installation (the controller's jobs room does). A crash here costs nothing.
+
+use serde::{Deserialize, Serialize};
+
+macro_rules! words {
+    ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $word:literal,)* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+        #[serde(rename_all = "lowercase")]
+        pub enum $name { $($(#[$vdoc])* $variant,)* }
+        impl $name {
+            /// Every word, in the order of the documentation.
+            pub const ALL: &[&str] = &[$($word,)*];
+            /// The word on the wire.
+            pub fn word(self) -> &'static str { match self { $($name::$variant => $word,)* } }
+            /// The variant of a word.
+            pub fn from_word(word: &str) -> Option<Self> { match word { $($word => Some($name::$variant),)* _ => None } }
+        }
+        impl std::fmt::Display for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result { f.write_str(self.word()) }
+        }
+    };
+}
+
+words! {
+    /// What kind of work a job is.
+    JobType {
+        /// VM to files.
+        Export = "export",
+        /// File to file.
+        Convert = "convert",
+        /// Uploaded file to the catalogue.
+        Import = "import",
+        /// Export, convert, adapt, deploy.
+        Migrate = "migrate",
+        /// Re-read an artifact.
+        Verify = "verify",
+        /// Incremental.
+        Backup = "backup",
+    }
+}
+
+words! {
+    /// Output formats.
+    Format {
+        /// One tar: OVF, disks as streamOptimized VMDK, `.mf` (DSP0243).
+        Ova = "ova",
+        /// The same as loose files.
+        Ovf = "ovf",
+        /// streamOptimized VMDK.
+        Vmdk = "vmdk",
+        /// qcow2 v3.
+        Qcow2 = "qcow2",
+        /// Sparse raw.
+        Raw = "raw",
+        /// Not built yet.
+        Vhdx = "vhdx",
+        /// Not built yet.
+        Vhd = "vhd",
+        /// Not built yet.
+        Vdi = "vdi",
+    }
+}
+
+impl Format {
+    /// Whether the engine has a writer for it.
+    pub fn is_built(self) -> bool {
+        !matches!(self, Format::Vhdx | Format::Vhd | Format::Vdi)
+    }
+}
+
+words! {
+    /// Compression of disks.
+    Algorithm {
+        /// RFC 1951.
+        Deflate = "deflate",
+        /// RFC 8878; qcow2 only.
+        Zstd = "zstd",
+    }
+}
+
+/// Options of a job, every one optional on the wire.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Options {
+    /// Compress where the format can.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compress: Option<bool>,
+    /// With which algorithm.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compression: Option<Algorithm>,
+    /// The algorithm's level; absent: the fast one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub level: Option<i32>,
+    /// Whether snapshots go along.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub include_snapshots: Option<bool>,
+    /// Folder inside a configured root of the agent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub destination: Option<String>,
+    /// Read the output back and compare; default true.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub verify: Option<bool>,
+    /// Switch a running VM off first; default false.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub power_off: Option<bool>,
+    /// Bytes of data a second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bandwidth_limit: Option<u64>,
+    /// 0–100, higher first; default 50.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub priority: Option<u8>,
+}
+
+impl Options {
+    /// Whether the output is read back: true unless the caller said no.
+    pub fn verifies(&self) -> bool {
+        self.verify != Some(false)
+    }
+}

@@ -1,0 +1,70 @@
+//! A virtual machine as every provider describes it and as the API lists it.
+//!
+//! Owns: the shape of a VM. Never: knows how a provider finds one. A crash here costs nothing.
+
+use serde::{Deserialize, Serialize};
+
+/// One virtual machine of the inventory.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Vm {
+    /// The provider's own id, stable while the VM exists (a local VM: its path below the root).
+    pub id: String,
+    /// Display name.
+    pub name: String,
+    /// Inventory path; unique inside a connection.
+    pub path: String,
+    /// Operating system family: `linux`, `windows`, `other` or `unknown`.
+    pub os: String,
+    /// Version in the provider's words, empty where it is not known.
+    pub os_version: String,
+    /// Virtual CPUs.
+    pub cpu: u32,
+    /// Memory in MiB.
+    pub memory_mb: u64,
+    /// `bios` or `uefi`.
+    pub firmware: String,
+    /// Disks in the order the guest sees them.
+    pub disks: Vec<Disk>,
+    /// Network cards in order.
+    pub nics: Vec<Nic>,
+    /// `poweredOn`, `poweredOff` or `suspended`.
+    pub power_state: String,
+    /// `running`, `notRunning` or `unknown`.
+    pub tools_status: String,
+    /// Number of snapshots.
+    pub snapshots: u32,
+    /// Why this VM cannot be exported, empty where it can: a refused or damaged image stays visible with its reason.
+    pub problem: String,
+}
+
+/// One virtual disk.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Disk {
+    /// `disk-0`, `disk-1`, …
+    pub name: String,
+    /// Where it lies, in the provider's words (a local VM: the file's path below the root).
+    pub source: String,
+    /// Capacity of the logical disk in bytes.
+    pub capacity: u64,
+    /// The provider's own word: `vmdk`, `qcow2`, `raw`.
+    pub format: String,
+    /// Whether unwritten space takes no room.
+    pub thin_provisioned: bool,
+}
+
+/// One network card.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Nic {
+    /// `nic-0`, `nic-1`, …
+    pub name: String,
+    /// The card's model in the provider's own words: `vmxnet3`, `e1000`, `virtio`.
+    #[serde(rename = "type")]
+    pub model: String,
+    /// The network's name at the source.
+    pub network: String,
+    /// MAC address, lower case with colons; empty where it is not known.
+    pub mac: String,
+}
