@@ -1,1 +1,195 @@
-//! placeholder
+//! The agent: stands beside the hypervisor; streams, converts, proves and publishes disks.
+//!
+//! ```text
+//! session ─► worker ─► pipeline ─► formats        sources: where VMs come from
+//!    held: what runs and what must still be said   journal, ledger: what a crash leaves behind
+//! ```
+//! Owns: the wiring, the roots and connections of this host. Imports run only rightwards: session → worker → pipeline → formats.
+//! Never: decides about a job (the controller's queue does), reads a path but through the vault.
+//! A crash here costs one checkpoint of each running job.
+
+pub mod config;
+pub mod convert;
+mod egress;
+pub mod formats;
+mod held;
+mod identity;
+pub mod journal;
+mod ledger;
+pub mod pipeline;
+mod proof;
+mod session;
+pub mod sources;
+mod worker;
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use proto::v1::{self, agent_message};
+use shared::error::Code;
+use shared::manifest::SigningKey;
+use shared::vault::{Root, Vault};
+use shared::vm::Vm;
+use tokio::sync::{mpsc, watch};
+
+use crate::config::Config;
+use crate::identity::Home;
+pub use crate::identity::Error;
+use crate::sources::Source;
+use crate::sources::local::Local;
+
+/// What the engine writes, as the API spells it.
+pub const OUTPUT_FORMATS: &[&str] = &["ova", "ovf", "vmdk", "qcow2", "raw"];
+
+/// Everything that session and workers share.
+struct Agent {
+    config: Config,
+    home: Home,
+    signing: SigningKey,
+    /// New with every process.
+    instance: String,
+    vault: Vault,
+    ledger: ledger::Ledger,
+    table: held::Table,
+    /// Connections by name: those of this host's settings and those that people made by REST.
+    connections: Mutex<BTreeMap<String, v1::Connection>>,
+    /// The inventory as it was sent last, to send only changes.
+    sent: Mutex<BTreeMap<String, String>>,
+    last_heard: Mutex<Instant>,
+}
+
+impl Agent {
+    fn open(config: Config) -> Result<Self, Error> {
+        let home = Home::open(&config)?;
+        let mut vault = Vault::default();
+        vault.add(Root::open("exports", &config.exports_dir, true)?);
+        let mut own = BTreeMap::new();
+        if let Some(local) = &config.local_root {
+            let root = Root::open("vms", local, false)?;
+            let connection = v1::Connection { name: "local".to_owned(), kind: "local".to_owned(), path: root.path.display().to_string() };
+            own.insert(connection.name.clone(), connection);
+            vault.add(root);
+        }
+        for (name, path) in &config.roots {
+            vault.add(Root::open(name, path, false)?);
+        }
+        home.dir.create_dir_all("jobs")?;
+        let ledger = ledger::Ledger::new(home.dir.open_dir("jobs")?);
+        Ok(Self {
+            signing: identity::signing_key(&home.dir)?,
+            instance: shared::ids::random_hex::<8>(),
+            table: held::Table::default(),
+            connections: Mutex::new(own),
+            sent: Mutex::default(),
+            last_heard: Mutex::new(Instant::now()),
+            vault,
+            ledger,
+            home,
+            config,
+        })
+    }
+
+    /// The controller answered something.
+    fn heard(&self) {
+        *self.last_heard.lock().unwrap_or_else(|e| e.into_inner()) = Instant::now();
+    }
+
+    /// For how long it has not.
+    fn silence(&self) -> Duration {
+        self.last_heard.lock().unwrap_or_else(|e| e.into_inner()).elapsed()
+    }
+
+    /// The connections of this host's own settings.
+    fn own_connections(&self) -> Vec<v1::Connection> {
+        let connections = self.connections.lock().unwrap_or_else(|e| e.into_inner());
+        connections.values().filter(|connection| connection.name == "local" && self.config.local_root.is_some()).cloned().collect()
+    }
+
+    /// Serves the connections that people made by REST beside its own.
+    fn serve(&self, more: Vec<v1::Connection>) {
+        let own = self.own_connections();
+        let mut connections = self.connections.lock().unwrap_or_else(|e| e.into_inner());
+        *connections = more.into_iter().chain(own).map(|connection| (connection.name.clone(), connection)).collect();
+    }
+
+    /// Opens a connection.
+    fn source(&self, connection: &v1::Connection) -> Result<Arc<dyn Source>, sources::Error> {
+        if connection.kind != "local" {
+            return Err(sources::Error::fatal(Code::NotBuilt, format!("provider {:?} is not built yet; `local` is", connection.kind)));
+        }
+        let place = self.vault.locate(&connection.path).map_err(|e| sources::Error::fatal(Code::OutsideRoots, e.to_string()))?;
+        let dir = match place.below.as_os_str().is_empty() {
+            true => place.root.dir().try_clone(),
+            false => place.root.dir().open_dir(&place.below),
+        };
+        let dir = dir.map_err(|e| sources::Error::fatal(Code::Unprocessable, format!("{} is not a folder that can be read: {e}", connection.path)))?;
+        Ok(Arc::new(Local::new(dir)))
+    }
+
+    /// Sends the inventory of one connection, or of all; unless `always`, only where it changed. In the background.
+    fn scan(self: &Arc<Self>, tell: &mpsc::Sender<v1::AgentMessage>, only: Option<String>, always: bool) {
+        let (agent, tell) = (self.clone(), tell.clone());
+        tokio::task::spawn_blocking(move || agent.scan_now(&tell, only.as_deref(), always));
+    }
+
+    fn scan_now(&self, tell: &mpsc::Sender<v1::AgentMessage>, only: Option<&str>, always: bool) {
+        let connections = self.connections.lock().unwrap_or_else(|e| e.into_inner()).clone();
+        for connection in connections.values().filter(|connection| only.is_none_or(|name| name == connection.name)) {
+            let (vms, error) = match self.source(connection).and_then(|source| source.inventory()) {
+                Ok(vms) => (vms, String::new()),
+                Err(e) => (Vec::<Vm>::new(), e.message),
+            };
+            let vms_json = serde_json::to_string(&vms).unwrap_or_default();
+            let signature = format!("{error}\n{vms_json}");
+            let mut sent = self.sent.lock().unwrap_or_else(|e| e.into_inner());
+            if !always && sent.get(&connection.name) == Some(&signature) {
+                continue;
+            }
+            let inventory = v1::Inventory { connection: connection.name.clone(), vms_json, error };
+            if tell.blocking_send(session::message(agent_message::Kind::Inventory(inventory))).is_ok() {
+                sent.insert(connection.name.clone(), signature);
+            }
+        }
+    }
+
+    fn free_space(&self, path: &str) -> Result<serde_json::Value, sources::Error> {
+        let place = self.vault.locate(path).map_err(|e| sources::Error::fatal(Code::OutsideRoots, e.to_string()))?;
+        let (free_bytes, total_bytes) =
+            place.root.space().map_err(|e| sources::Error { code: Code::BadGateway, message: e.to_string(), retryable: true })?;
+        Ok(serde_json::json!({"root": place.root.name, "path": place.named(), "free_bytes": free_bytes, "total_bytes": total_bytes}))
+    }
+}
+
+/// Runs an agent until `shutdown` becomes true: enrols when it must, then keeps a session.
+///
+/// # Errors
+/// When the data directory is in use, or the controller refuses the join token. A controller that is away is waited for.
+pub async fn run(config: Config, shutdown: watch::Receiver<bool>) -> Result<(), Error> {
+    let agent = Arc::new(tokio::task::spawn_blocking(move || Agent::open(config)).await.map_err(|e| Error::Key(e.to_string()))??);
+    let Some(identity) = enrolled(&agent, shutdown.clone()).await? else { return Ok(()) };
+    tracing::info!(agent = identity.agent_id, name = agent.config.name, "enrolled");
+    session::keep(&agent, identity, shutdown).await;
+    Ok(())
+}
+
+async fn enrolled(agent: &Agent, mut shutdown: watch::Receiver<bool>) -> Result<Option<identity::Identity>, Error> {
+    let mut pause = Duration::from_millis(200);
+    loop {
+        if let Some(identity) = agent.home.identity()? {
+            return Ok(Some(identity));
+        }
+        match agent.home.enroll(&agent.config).await {
+            Ok(identity) => return Ok(Some(identity)),
+            // A token file is written anew by whoever provides it: a used one is no last word.
+            Err(e @ (Error::Away(_) | Error::Refused(_))) if matches!(e, Error::Away(_)) || agent.config.token.is_none() => {
+                tracing::warn!(error = %e, "not enrolled yet");
+            }
+            Err(e) => return Err(e),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => pause = (pause * 2).min(Duration::from_secs(5)),
+            _ = shutdown.wait_for(|stop| *stop) => return Ok(None),
+        }
+    }
+}

@@ -182,6 +182,11 @@ pub fn locate(roots: impl IntoIterator<Item = (String, PathBuf)>, path: &str) ->
     })
 }
 
+/// Options for opening below a [`Dir`].
+pub fn file_options() -> cap_std::fs::OpenOptions {
+    cap_std::fs::OpenOptions::new()
+}
+
 /// Opens a regular file below a folder for reading; a fifo or device is refused before it can block or act.
 pub fn open_regular(dir: &Dir, below: &Path) -> io::Result<File> {
     use cap_std::fs::OpenOptionsExt as _;
@@ -290,6 +295,11 @@ pub fn open_user_dir_of(path: &Path, make: bool) -> io::Result<(Dir, String)> {
         std::fs::create_dir_all(&parent)?;
     }
     Ok((Dir::open_ambient_dir(parent, ambient_authority())?, name))
+}
+
+/// The path behind links, for a path that the CLI's user named: their own links are theirs to follow.
+pub fn real_user_path(path: &Path) -> io::Result<PathBuf> {
+    std::fs::canonicalize(path)
 }
 
 /// A new private folder for a throw-away installation (`hypersdk demo`), below the system's temporary folder.

@@ -1,0 +1,104 @@
+//! Settings of an agent.
+//!
+//! Owns: where each setting comes from: a TOML file, over it `HYPERSDK_*`, over both the command line; secrets also as `*_FILE`.
+//! Never: keeps a secret in anything that can be printed. A crash here costs nothing: it happens before the first connection.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+use shared::secret::Secret;
+use shared::vault;
+
+/// Everything an agent needs to know.
+#[derive(Clone)]
+pub struct Config {
+    /// The controller's gRPC address, `https://HOST:5443`.
+    pub controller: String,
+    /// Join token; needed until the first enrolment.
+    pub token: Option<Secret>,
+    /// A file that holds a join token; read anew at each try, so that whoever writes it may come later.
+    pub token_file: Option<PathBuf>,
+    /// Keys, certificate, journals, ledger.
+    pub data_dir: PathBuf,
+    /// The name an operator sees.
+    pub name: String,
+    /// The writable root `exports`.
+    pub exports_dir: PathBuf,
+    /// A folder of images and OVAs that becomes the connection `local` and the root `vms`.
+    pub local_root: Option<PathBuf>,
+    /// More roots, only read: name and path.
+    pub roots: BTreeMap<String, PathBuf>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct File {
+    controller: Option<String>,
+    token: Option<String>,
+    token_file: Option<PathBuf>,
+    data_dir: Option<PathBuf>,
+    agent_name: Option<String>,
+    exports_dir: Option<PathBuf>,
+    local_root: Option<PathBuf>,
+    roots: BTreeMap<String, PathBuf>,
+}
+
+/// What the command line said.
+#[derive(Default)]
+pub struct Overrides {
+    /// `--config`
+    pub file: Option<PathBuf>,
+    /// `--controller`
+    pub controller: Option<String>,
+    /// `--token`
+    pub token: Option<Secret>,
+}
+
+impl Config {
+    /// Puts the three sources together. Errors are sentences for the operator.
+    pub fn load(overrides: Overrides) -> Result<Self, String> {
+        let mut file = match &overrides.file {
+            Some(path) => read_file(path)?,
+            None => File::default(),
+        };
+        let env = |name: &str| std::env::var(format!("HYPERSDK_{name}")).ok().filter(|value| !value.is_empty());
+        let path = |name: &str| env(name).map(PathBuf::from);
+        if let Some(roots) = env("ROOTS") {
+            for pair in roots.split(',') {
+                let (name, path) = pair.split_once('=').ok_or_else(|| format!("HYPERSDK_ROOTS: {pair:?} is not NAME=PATH"))?;
+                file.roots.insert(name.trim().to_owned(), PathBuf::from(path.trim()));
+            }
+        }
+        let controller = overrides.controller.or_else(|| env("CONTROLLER")).or(file.controller);
+        let controller = controller.ok_or("no controller: give --controller https://HOST:5443 or HYPERSDK_CONTROLLER")?;
+        if !controller.starts_with("https://") {
+            return Err(format!("the controller's address must start with https://, not {controller:?}"));
+        }
+        let data_dir = path("DATA_DIR").or(file.data_dir).unwrap_or_else(|| PathBuf::from("/var/lib/hypersdk/agent"));
+        Ok(Self {
+            controller,
+            token: overrides.token.or_else(|| env("TOKEN").or(file.token).map(Secret::new)),
+            token_file: path("TOKEN_FILE").or(file.token_file),
+            name: env("AGENT_NAME").or(file.agent_name).unwrap_or_else(default_name),
+            exports_dir: path("EXPORTS_DIR").or(file.exports_dir).unwrap_or_else(|| PathBuf::from("/var/lib/hypersdk/exports")),
+            local_root: path("LOCAL_ROOT").or(file.local_root),
+            roots: file.roots,
+            data_dir,
+        })
+    }
+}
+
+fn read_file(path: &Path) -> Result<File, String> {
+    let bytes = vault::read_config(path).map_err(|e| format!("{}: {e}", path.display()))?;
+    let text = String::from_utf8(bytes).map_err(|_| format!("{}: not UTF-8", path.display()))?;
+    toml::from_str(&text).map_err(|e| format!("{}: {e}", path.display()))
+}
+
+/// The host's name, in the letters that a certificate and a URL like.
+pub fn default_name() -> String {
+    let host = rustix::system::uname().nodename().to_string_lossy().to_ascii_lowercase();
+    let name: String = host.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '-' }).take(63).collect();
+    let name = name.trim_matches('-').to_owned();
+    if name.is_empty() { "agent".to_owned() } else { name }
+}

@@ -1,0 +1,267 @@
+//! What every disk format is to the rest of the agent: a [`Disk`] to read from, an [`Encoder`] and a [`DiskWriter`] to write with.
+//!
+//! Owns: the traits, the unit in which formats and pipeline talk, and the one error type of the formats.
+//! Never: opens a path (that is the vault's), starts a thread (that is the pipeline's), or guesses a format (that is `sniff`'s).
+//! A crash here costs nothing: nothing in this file has state.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+/// Bytes in one unit of output allocation: a qcow2 cluster and a streamOptimized grain are both 64 KiB as we write them.
+pub const UNIT: usize = 64 << 10;
+
+/// A run of the logical disk that holds data. What no extent covers reads as zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// First byte, counted from the start of the logical disk.
+    pub offset: u64,
+    /// Length in bytes, never 0.
+    pub len: u64,
+}
+
+/// What went wrong with an image, in words that name the structure.
+#[derive(Debug, thiserror::Error)]
+pub enum FormatError {
+    /// The image asks for something that we never do for an image that a guest could have written (backing files, absolute extents, …).
+    #[error("{format} image refused: {reason}")]
+    Refused {
+        /// The format's name as the API spells it.
+        format: &'static str,
+        /// What it asked for, and what would be accepted.
+        reason: String,
+    },
+    /// A structure of the image contradicts itself or the file's length.
+    #[error("{format} image is damaged: {what} {index} at byte {offset}: {reason}")]
+    Corrupt {
+        /// The format's name as the API spells it.
+        format: &'static str,
+        /// The structure: `grain`, `cluster`, `L2 table`, `grain table`, `header`, …
+        what: &'static str,
+        /// Which one.
+        index: u64,
+        /// Where it lies in the file, in bytes.
+        offset: u64,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// A valid image of a kind that is not built yet.
+    #[error("{0}")]
+    Unsupported(String),
+    /// The file beneath could not be read or written.
+    #[error("{0}")]
+    Io(#[from] io::Error),
+}
+
+/// Result of the formats.
+pub type Result<T, E = FormatError> = std::result::Result<T, E>;
+
+/// Positional reads over a file or a window of one (a tar member). No seek position, so it is shared between threads.
+#[derive(Clone, Debug)]
+pub struct Window {
+    file: Arc<File>,
+    base: u64,
+    len: u64,
+}
+
+impl Window {
+    /// The whole file.
+    pub fn whole(file: File) -> io::Result<Self> {
+        let len = file.metadata()?.len();
+        Ok(Self { file: Arc::new(file), base: 0, len })
+    }
+
+    /// A part of this window; refused when it does not lie inside.
+    pub fn part(&self, offset: u64, len: u64) -> io::Result<Self> {
+        let end = offset.checked_add(len).filter(|end| *end <= self.len);
+        if end.is_none() {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("bytes {offset}+{len} lie past the end at {}", self.len)));
+        }
+        Ok(Self { file: self.file.clone(), base: self.base + offset, len })
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// True when there is not a single byte.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Fills `buf` from `offset`, or fails: a short read is `UnexpectedEof`.
+    pub fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        let end = offset.checked_add(buf.len() as u64).filter(|end| *end <= self.len);
+        if end.is_none() {
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("bytes {offset}+{} lie past the end at {}", buf.len(), self.len)));
+        }
+        self.file.read_exact_at(buf, self.base + offset)
+    }
+
+    /// The data runs of `[from, to)` as the file system knows them (`SEEK_DATA`/`SEEK_HOLE`); where it does not know, one run.
+    pub fn data_runs(&self, from: u64, to: u64) -> io::Result<Vec<Extent>> {
+        let to = to.min(self.len);
+        let mut runs = Vec::new();
+        let mut at = from;
+        while at < to {
+            let start = match rustix::fs::seek(&*self.file, rustix::fs::SeekFrom::Data(self.base + at)) {
+                Ok(pos) => pos.saturating_sub(self.base),
+                Err(rustix::io::Errno::NXIO) => break,
+                Err(rustix::io::Errno::INVAL) => {
+                    runs.push(Extent { offset: at, len: to - at });
+                    break;
+                }
+                Err(e) => return Err(e.into()),
+            };
+            if start >= to {
+                break;
+            }
+            let end = rustix::fs::seek(&*self.file, rustix::fs::SeekFrom::Hole(self.base + start))?.saturating_sub(self.base).min(to);
+            runs.push(Extent { offset: start, len: end - start });
+            at = end;
+        }
+        Ok(runs)
+    }
+}
+
+/// Per-thread working memory of a reader: decompressors and buffers that would otherwise be made anew for each grain.
+#[derive(Default)]
+pub struct Scratch {
+    /// Compressed bytes as they lie in the file.
+    pub packed: Vec<u8>,
+    /// One grain or cluster, unpacked.
+    pub plain: Vec<u8>,
+    /// libdeflate's state, made at first use.
+    pub inflate: Option<libdeflater::Decompressor>,
+    /// zstd's state, made at first use.
+    pub zstd: Option<zstd::bulk::Decompressor<'static>>,
+}
+
+/// A logical disk that can be read at any offset, from many threads at once.
+pub trait Disk: Send + Sync {
+    /// The format's name as the API spells it: `raw`, `vmdk`, `qcow2`.
+    fn format(&self) -> &'static str;
+
+    /// The subformat where the format has some: `streamOptimized`, `monolithicSparse`, `v3`, …; else empty.
+    fn subformat(&self) -> &str {
+        ""
+    }
+
+    /// Size of the logical disk in bytes.
+    fn capacity(&self) -> u64;
+
+    /// The data extents of `[from, to)`: sorted, not overlapping, merged where they touch, clipped to the range and the capacity.
+    /// Cost follows the number of table entries that exist, never the capacity: an unallocated L1 entry or grain-directory entry is skipped whole.
+    fn extents(&self, from: u64, to: u64) -> Result<Vec<Extent>>;
+
+    /// Fills `buf` with the logical bytes from `offset`; holes as zeros. Reading past the capacity is the caller's error and answers `UnexpectedEof`.
+    fn read_at(&self, offset: u64, buf: &mut [u8], scratch: &mut Scratch) -> Result<()>;
+}
+
+/// How hard to compress, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Compression {
+    /// The algorithm.
+    pub method: Method,
+    /// Its own level: deflate 0–12 (libdeflate), zstd 1–22.
+    pub level: i32,
+}
+
+/// The two algorithms that disk formats know.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// RFC 1951 (qcow2: raw stream; VMDK: with RFC 1950 header and Adler-32).
+    Deflate,
+    /// RFC 8878.
+    Zstd,
+}
+
+/// One non-zero unit of an [`Encoded`] block.
+#[derive(Clone, Copy, Debug)]
+pub struct Unit {
+    /// Number of the 64 KiB unit, counted from the start of the logical disk.
+    pub index: u64,
+    /// Where its bytes start in [`Encoded::bytes`].
+    pub start: usize,
+    /// How many they are.
+    pub len: usize,
+    /// Whether those bytes are compressed; if not, `len` is [`UNIT`] (the disk's last unit padded with zeros).
+    pub compressed: bool,
+}
+
+/// A block as an encoder left it: the non-zero units, ready to be laid into the file.
+#[derive(Default)]
+pub struct Encoded {
+    /// Ascending by index; all-zero units are absent.
+    pub units: Vec<Unit>,
+    /// Their bytes, one after the other.
+    pub bytes: Vec<u8>,
+}
+
+impl Encoded {
+    /// Empties it and keeps the memory.
+    pub fn clear(&mut self) {
+        self.units.clear();
+        self.bytes.clear();
+    }
+}
+
+/// Per-thread state of an encoder (compressors, buffers).
+pub trait EncodeState: Send {
+    /// Encodes `data`, which starts at logical byte `offset` (a multiple of [`UNIT`]); all-zero units are left out.
+    /// `out` is cleared first. The disk's last unit may be short: it is padded with zeros.
+    fn encode(&mut self, offset: u64, data: &[u8], out: &mut Encoded) -> Result<()>;
+}
+
+/// Makes one [`EncodeState`] a thread. Encoding is pure: same input, same bytes.
+pub trait Encoder: Send + Sync {
+    /// State for one thread.
+    fn state(&self) -> Result<Box<dyn EncodeState>>;
+}
+
+/// Where a disk is written: a file, from a base offset on (0, or a member's place inside an OVA).
+#[derive(Clone, Debug)]
+pub struct Output {
+    /// The part file, opened for reading and writing.
+    pub file: Arc<File>,
+    /// First byte of the disk inside the file.
+    pub base: u64,
+}
+
+impl Output {
+    /// Writes all of `bytes` at `offset`, counted from the base.
+    pub fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        self.file.write_all_at(bytes, self.base + offset)
+    }
+
+    /// Fills `buf` from `offset`, counted from the base.
+    pub fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(buf, self.base + offset)
+    }
+}
+
+/// Lays encoded blocks into a file, in order.
+///
+/// Contract of a resume: everything below `position()` at a checkpoint is final, but for a fixed front region that `finish` writes again whole.
+/// A writer made by its `resume` from the pieces of all checkpoints up to one behaves as the writer did right after that checkpoint.
+pub trait DiskWriter: Send {
+    /// Lays one block's units into the file. Blocks come in ascending order, each once; zero blocks need not come.
+    fn write_block(&mut self, block: &Encoded) -> Result<()>;
+
+    /// Bytes of output so far, counted from the base (for raw: the end of the last block written).
+    fn position(&self) -> u64;
+
+    /// Hands buffered bytes to the kernel (the caller syncs) and returns the table entries added since the last checkpoint, in the writer's own encoding.
+    fn checkpoint(&mut self) -> Result<Vec<u8>>;
+
+    /// Writes what remains of tables, header and footer and returns the output's length in bytes. The caller syncs.
+    fn finish(&mut self) -> Result<u64>;
+}
+
+/// True when every byte is zero. ORs 256 bytes at a time, which the compiler turns into vector instructions, and stops at the first that are not.
+pub fn is_zero(bytes: &[u8]) -> bool {
+    bytes.chunks(256).all(|chunk| chunk.iter().fold(0u8, |acc, b| acc | b) == 0)
+}

@@ -1,0 +1,12 @@
+//! Disk formats: one folder a format, one file a structure.
+//!
+//! Owns: reading and writing of images. Never: opens a path, starts a thread, guesses a format. A crash here costs nothing.
+
+pub mod disk;
+pub mod ova;
+pub mod qcow2;
+pub mod raw;
+pub mod sniff;
+pub mod vmdk;
+
+pub use disk::*;

@@ -1,0 +1,240 @@
+//! VMDK: VMware's disk format, read in every kind that exports and datastores carry, written as streamOptimized.
+//!
+//! Owns: descriptors, hosted sparse extents, flat extents, the stream writer (VMware "Virtual Disk Format 5.0").
+//! Never: opens a path: extents come through a callback that takes bare names. Never follows a parent.
+//! A crash here costs nothing on the reading side; the writer is resumed from its checkpoints.
+
+mod descriptor;
+mod encode;
+mod header;
+mod sparse;
+#[cfg(test)]
+mod tests;
+mod writer;
+
+use std::io;
+
+use super::disk::{Disk, Extent, FormatError, Result, Scratch, Window};
+use descriptor::{Body, Descriptor, MAX_BYTES};
+pub use descriptor::{Kind, MAX_EXTENTS};
+pub use encode::StreamEncoder;
+use header::{MAGIC, SECTOR};
+use sparse::{MAX_DIRECTORY, Sparse};
+pub use writer::{FILE_LIMIT, MAX_CAPACITY, StreamWriter, worst_case};
+
+/// The format's name as the API spells it.
+const NAME: &str = "vmdk";
+
+/// Opens an extent by the bare name that a descriptor gives; a vault or an archive stands behind it.
+pub type Opener<'a> = &'a dyn Fn(&str) -> io::Result<Window>;
+
+/// One run of the disk and what stands behind it.
+struct Part {
+    start: u64,
+    len: u64,
+    data: Data,
+}
+
+enum Data {
+    Sparse(Sparse),
+    /// A flat file from this byte on.
+    Flat(Window),
+    Zero,
+}
+
+/// A VMDK disk of one or more extents.
+pub struct Image {
+    kind: Kind,
+    capacity: u64,
+    /// Ascending, without gaps, from 0 to the capacity.
+    parts: Vec<Part>,
+}
+
+impl std::fmt::Debug for Image {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Image").field("kind", &self.kind).field("capacity", &self.capacity).field("parts", &self.parts.len()).finish()
+    }
+}
+
+/// Opens a VMDK: a sparse file with its descriptor inside, or a descriptor whose extents `opener` opens.
+/// Everything but grain tables and grains is checked here; those when they are read.
+pub fn open(window: Window, opener: Opener<'_>) -> Result<Image> {
+    let mut magic = [0u8; 4];
+    if window.len() >= 4 {
+        window.read_exact_at(&mut magic, 0)?;
+    }
+    if magic == MAGIC {
+        return open_embedded(window);
+    }
+    if window.len() > MAX_BYTES {
+        return Err(refused(format!("it starts neither with KDMV nor is it a descriptor of at most {MAX_BYTES} bytes")));
+    }
+    let mut text = vec![0u8; window.len() as usize];
+    window.read_exact_at(&mut text, 0)?;
+    open_described(&descriptor::parse(&text)?, opener)
+}
+
+/// Opens a VMDK that must be a single file, as the members of an OVA are.
+pub fn open_single(window: Window) -> Result<Image> {
+    open(window, &|name| Err(io::Error::new(io::ErrorKind::NotFound, format!("extent {name:?}: only a disk of one file is accepted here"))))
+}
+
+fn refused(reason: impl Into<String>) -> FormatError {
+    FormatError::Refused { format: NAME, reason: reason.into() }
+}
+
+/// A sparse file that carries its own descriptor.
+fn open_embedded(window: Window) -> Result<Image> {
+    let header = Sparse::header(&window)?;
+    let bytes = embedded_text(&window, header.descriptor, header.descriptor_size)?;
+    let Some(bytes) = bytes else {
+        return Err(refused("it is one extent of a split disk; give the descriptor file instead"));
+    };
+    let text = descriptor::parse(&bytes)?;
+    if !text.kind.embedded() || (text.kind == Kind::StreamOptimized) != header.compressed {
+        return Err(refused(format!("its descriptor says createType {}, its header says otherwise", text.kind.name())));
+    }
+    let mut budget = MAX_DIRECTORY;
+    let sparse = Sparse::open(window, "", header, text.sectors, &mut budget)?;
+    let capacity = text.sectors * SECTOR;
+    Ok(Image { kind: text.kind, capacity, parts: vec![Part { start: 0, len: capacity, data: Data::Sparse(sparse) }] })
+}
+
+/// The embedded descriptor's bytes; `None` where there is none or its room is empty.
+fn embedded_text(window: &Window, sector: u64, sectors: u64) -> Result<Option<Vec<u8>>> {
+    if sector == 0 || sectors == 0 {
+        return Ok(None);
+    }
+    let (Some(at), Some(len)) = (sector.checked_mul(SECTOR), sectors.checked_mul(SECTOR).filter(|len| *len <= MAX_BYTES)) else {
+        return Err(refused(format!("its descriptor is over {MAX_BYTES} bytes")));
+    };
+    if at.checked_add(len).is_none_or(|end| end > window.len()) {
+        let reason = format!("{len} bytes from there lie past the file's end at {}", window.len());
+        return Err(FormatError::Corrupt { format: NAME, what: "descriptor", index: 0, offset: at, reason });
+    }
+    let mut bytes = vec![0u8; len as usize];
+    window.read_exact_at(&mut bytes, at)?;
+    Ok(bytes.first().is_some_and(|b| *b != 0).then_some(bytes))
+}
+
+/// A disk whose descriptor stands beside its extents.
+fn open_described(text: &Descriptor, opener: Opener<'_>) -> Result<Image> {
+    if text.kind.embedded() {
+        return Err(refused(format!("createType {} keeps its descriptor inside the disk file; give that file instead", text.kind.name())));
+    }
+    let mut budget = MAX_DIRECTORY;
+    let mut parts = Vec::with_capacity(text.extents.len());
+    let mut start = 0u64;
+    for line in &text.extents {
+        let len = line.sectors * SECTOR;
+        let data = match &line.body {
+            Body::Zero => Data::Zero,
+            Body::Flat(name, from) => Data::Flat(flat(opener(name)?, name, *from, len)?),
+            Body::Sparse(name) => Data::Sparse(part(opener(name)?, name, line.sectors, &mut budget)?),
+        };
+        parts.push(Part { start, len, data });
+        start += len;
+    }
+    Ok(Image { kind: text.kind, capacity: start, parts })
+}
+
+fn flat(window: Window, name: &str, from: u64, len: u64) -> Result<Window> {
+    window.part(from, len).map_err(|_| {
+        let reason = format!("{name:?} has {} bytes, {} would be right", window.len(), from.saturating_add(len));
+        FormatError::Corrupt { format: NAME, what: "flat extent", index: 0, offset: from, reason }
+    })
+}
+
+fn part(window: Window, name: &str, sectors: u64, budget: &mut u64) -> Result<Sparse> {
+    let mut magic = [0u8; 4];
+    if window.len() >= SECTOR {
+        window.read_exact_at(&mut magic, 0)?;
+    }
+    if magic != MAGIC {
+        return Err(FormatError::Corrupt {
+            format: NAME,
+            what: "header",
+            index: 0,
+            offset: 0,
+            reason: format!("the extent {name:?} does not start with KDMV"),
+        });
+    }
+    let header = Sparse::header(&window)?;
+    Sparse::open(window, name, header, sectors, budget)
+}
+
+/// Appends an extent, merged with the last where they touch.
+fn push(out: &mut Vec<Extent>, extent: Extent) {
+    match out.last_mut() {
+        Some(last) if last.offset + last.len == extent.offset => last.len += extent.len,
+        _ => out.push(extent),
+    }
+}
+
+impl Image {
+    /// The `createType`.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Index of the part that holds `offset`.
+    fn at(&self, offset: u64) -> usize {
+        self.parts.partition_point(|part| part.start + part.len <= offset)
+    }
+}
+
+impl Disk for Image {
+    fn format(&self) -> &'static str {
+        NAME
+    }
+
+    fn subformat(&self) -> &str {
+        self.kind.name()
+    }
+
+    fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
+    fn extents(&self, from: u64, to: u64) -> Result<Vec<Extent>> {
+        let to = to.min(self.capacity);
+        let mut out = Vec::new();
+        for part in &self.parts[self.at(from)..] {
+            if part.start >= to {
+                break;
+            }
+            let (first, last) = (from.max(part.start) - part.start, to.min(part.start + part.len) - part.start);
+            match &part.data {
+                Data::Zero => {}
+                Data::Sparse(sparse) => sparse.extents(first, last, part.start, &mut out)?,
+                Data::Flat(window) => {
+                    for run in window.data_runs(first, last)? {
+                        push(&mut out, Extent { offset: run.offset + part.start, len: run.len });
+                    }
+                }
+            }
+        }
+        Ok(out)
+    }
+
+    fn read_at(&self, mut offset: u64, mut buf: &mut [u8], scratch: &mut Scratch) -> Result<()> {
+        if offset.checked_add(buf.len() as u64).is_none_or(|end| end > self.capacity) {
+            let reason = format!("bytes {offset}+{} lie past the disk's end at {}", buf.len(), self.capacity);
+            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, reason).into());
+        }
+        while !buf.is_empty() {
+            let part = &self.parts[self.at(offset)];
+            let within = offset - part.start;
+            let here = usize::try_from(part.len - within).unwrap_or(usize::MAX).min(buf.len());
+            let (head, rest) = buf.split_at_mut(here);
+            match &part.data {
+                Data::Zero => head.fill(0),
+                Data::Flat(window) => window.read_exact_at(head, within)?,
+                Data::Sparse(sparse) => sparse.read_at(within, head, scratch)?,
+            }
+            offset += here as u64;
+            buf = rest;
+        }
+        Ok(())
+    }
+}

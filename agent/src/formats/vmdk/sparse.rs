@@ -1,0 +1,320 @@
+//! A hosted sparse extent as a readable run of bytes: monolithicSparse, twoGbMaxExtentSparse, streamOptimized.
+//!
+//! Owns: the grain directory (loaded and checked at open), lookup of grains, inflating them.
+//! Never: knows of other extents of the disk. A crash here costs nothing: it only reads.
+//!
+//! Grain tables are read when needed, just the entries asked for, so an extent's memory is its directory: 4 bytes per 512 grains.
+
+use super::super::disk::{Extent, FormatError, Result, Scratch, Window};
+use super::NAME;
+use super::header::{GD_AT_END, GT_SECTORS, GTES, Header, SECTOR, le32, le64, marker};
+
+/// Most directory entries of one disk: 64 TiB in the usual grains of 64 KiB, 8 MiB of memory.
+pub const MAX_DIRECTORY: u64 = 2 << 20;
+
+/// Bytes of a grain's marker before its data: LBA (u64) and size (u32).
+const MARKER: usize = 12;
+
+/// One sparse extent.
+#[derive(Debug)]
+pub struct Sparse {
+    window: Window,
+    /// File name for messages, empty for the only file.
+    label: String,
+    header: Header,
+    /// Bytes in a grain.
+    grain: usize,
+    /// Logical bytes that are readable: the descriptor's word where it is stricter than the header's.
+    bytes: u64,
+    directory: Vec<u32>,
+}
+
+/// What a grain table says of a grain.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Hole,
+    Sector(u32),
+}
+
+impl Sparse {
+    /// The header of a window that starts with `KDMV`; where it says so, the footer's instead.
+    pub fn header(window: &Window) -> Result<Header> {
+        let mut sector = [0u8; 512];
+        if window.len() < SECTOR {
+            return Err(FormatError::Corrupt {
+                format: NAME,
+                what: "header",
+                index: 0,
+                offset: 0,
+                reason: format!("the file ends at byte {}", window.len()),
+            });
+        }
+        window.read_exact_at(&mut sector, 0)?;
+        let header = Header::parse(&sector, "header", 0)?;
+        if header.directory == GD_AT_END { Self::footer(window, &header) } else { Ok(header) }
+    }
+
+    /// The footer of a stream: footer marker, footer, end-of-stream marker are the last three sectors.
+    fn footer(window: &Window, header: &Header) -> Result<Header> {
+        let at = window.len().saturating_sub(2 * SECTOR);
+        let bad = |reason: &str| FormatError::Corrupt { format: NAME, what: "footer", index: 0, offset: at, reason: reason.to_owned() };
+        if !window.len().is_multiple_of(SECTOR) || window.len() < 4 * SECTOR {
+            return Err(bad("the stream is cut off: no footer at its end"));
+        }
+        let mut tail = [[0u8; 512]; 3];
+        for (k, sector) in tail.iter_mut().enumerate() {
+            window.read_exact_at(sector, at - SECTOR + k as u64 * SECTOR)?;
+        }
+        if !marker::is(&tail[0], marker::FOOTER) || !marker::is(&tail[2], marker::EOS) {
+            return Err(bad("the stream is cut off: no footer marker or no end-of-stream marker at its end"));
+        }
+        let footer = Header::parse(&tail[1], "footer", at)?;
+        if footer.directory == GD_AT_END {
+            return Err(bad("it does not say where the grain directory lies"));
+        }
+        if (footer.capacity, footer.grain, footer.compressed) != (header.capacity, header.grain, header.compressed) {
+            return Err(bad("capacity, grain size or flags differ from the header's"));
+        }
+        Ok(Header { descriptor: header.descriptor, descriptor_size: header.descriptor_size, ..footer })
+    }
+
+    /// Opens an extent of `sectors` logical sectors (the descriptor's word). `budget` is the number of directory entries that the disk may still load.
+    pub fn open(window: Window, label: &str, header: Header, sectors: u64, budget: &mut u64) -> Result<Self> {
+        // VirtualBox rounds the header's capacity up to a grain and leaves the true one in the descriptor.
+        if sectors > header.capacity || header.capacity - sectors >= header.grain {
+            let reason = format!("the descriptor says {sectors} sectors, the header {}{}", header.capacity, named(label));
+            return Err(FormatError::Corrupt { format: NAME, what: "header", index: 0, offset: 0, reason });
+        }
+        let grain = usize::try_from(header.grain * SECTOR).map_err(|_| FormatError::Unsupported("vmdk: grain size".to_owned()))?;
+        let entries = header.capacity.div_ceil(header.grain * u64::from(GTES));
+        if entries > *budget {
+            let reason = format!(
+                "a grain directory of {entries} entries; the disk may have {MAX_DIRECTORY} (64 TiB in grains of 64 KiB){}",
+                named(label)
+            );
+            return Err(FormatError::Refused { format: NAME, reason });
+        }
+        *budget -= entries;
+        let directory = match (load(&window, label, header.directory, entries), header.redundant) {
+            (Err(FormatError::Corrupt { .. }), Some(redundant)) => load(&window, label, redundant, entries)?,
+            (loaded, _) => loaded?,
+        };
+        Ok(Self { window, label: label.to_owned(), grain, bytes: sectors * SECTOR, directory, header })
+    }
+
+    fn corrupt(&self, what: &'static str, index: u64, offset: u64, reason: impl Into<String>) -> FormatError {
+        FormatError::Corrupt { format: NAME, what, index, offset, reason: format!("{}{}", reason.into(), named(&self.label)) }
+    }
+
+    /// Bytes of the disk that one grain table describes.
+    fn span(&self) -> u64 {
+        self.grain as u64 * u64::from(GTES)
+    }
+
+    fn place(&self, entry: u32) -> Place {
+        match entry {
+            0 => Place::Hole,
+            1 if self.header.zeroed => Place::Hole,
+            sector => Place::Sector(sector),
+        }
+    }
+
+    /// Reads entries `[first, first + count)` of the table at directory entry `table` into the front of `entries`.
+    fn entries(&self, sector: u32, first: usize, count: usize, entries: &mut [u8; GTES as usize * 4]) -> Result<()> {
+        let at = u64::from(sector) * SECTOR + first as u64 * 4;
+        self.window.read_exact_at(&mut entries[..count * 4], at)?;
+        Ok(())
+    }
+
+    /// Adds the extents of `[from, to)`, shifted by `base`, to `out`, merging with its last.
+    pub fn extents(&self, from: u64, to: u64, base: u64, out: &mut Vec<Extent>) -> Result<()> {
+        let to = to.min(self.bytes);
+        let (grain, span) = (self.grain as u64, self.span());
+        let mut table = [0u8; GTES as usize * 4];
+        let mut at = from;
+        while at < to {
+            let range = at / span;
+            let end = to.min((range + 1).saturating_mul(span));
+            let sector = self.directory[range as usize];
+            if sector == 0 {
+                at = end;
+                continue;
+            }
+            let first = (at % span / grain) as usize;
+            let count = ((end - range * span).div_ceil(grain)) as usize - first;
+            self.entries(sector, first, count, &mut table)?;
+            for k in 0..count {
+                let start = at.max(range * span + (first + k) as u64 * grain);
+                let stop = end.min(range * span + (first + k + 1) as u64 * grain);
+                if self.place(le32(&table, k * 4)) != Place::Hole {
+                    super::push(out, Extent { offset: base + start, len: stop - start });
+                }
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Fills `buf` from `offset`; the caller has checked that it lies inside.
+    pub fn read_at(&self, mut offset: u64, mut buf: &mut [u8], scratch: &mut Scratch) -> Result<()> {
+        let span = self.span();
+        while !buf.is_empty() {
+            let range = offset / span;
+            let here = usize::try_from((range + 1) * span - offset).unwrap_or(usize::MAX).min(buf.len());
+            let (head, rest) = buf.split_at_mut(here);
+            match self.directory[range as usize] {
+                0 => head.fill(0),
+                sector => self.read_range(sector, offset, head, scratch)?,
+            }
+            offset += here as u64;
+            buf = rest;
+        }
+        Ok(())
+    }
+
+    /// Fills `buf`, all of which one grain table describes.
+    fn read_range(&self, sector: u32, offset: u64, buf: &mut [u8], scratch: &mut Scratch) -> Result<()> {
+        let grain = self.grain as u64;
+        let first = (offset % self.span() / grain) as usize;
+        let needed = (offset % grain + buf.len() as u64).div_ceil(grain) as usize;
+        // One entry more: where the next grain starts tells how much of this one there is to read.
+        let count = (needed + 1).min(GTES as usize - first);
+        let mut table = [0u8; GTES as usize * 4];
+        self.entries(sector, first, count, &mut table)?;
+        let (mut k, mut done) = (0, 0);
+        while k < needed {
+            let number = offset / grain + k as u64;
+            let within = if k == 0 { (offset % grain) as usize } else { 0 };
+            let len = (self.grain - within).min(buf.len() - done);
+            let dst = done..done + len;
+            match self.place(le32(&table, k * 4)) {
+                Place::Hole => buf[dst].fill(0),
+                Place::Sector(at) if self.header.compressed => {
+                    let next = (k + 1 < count).then(|| le32(&table, (k + 1) * 4));
+                    self.unpack(number, at, next, within, &mut buf[dst], scratch)?;
+                }
+                Place::Sector(at) => {
+                    let run = self.run(&table, k, needed, at);
+                    let len = (run * self.grain - within).min(buf.len() - done);
+                    let start = u64::from(at) * SECTOR;
+                    if start + (within + len) as u64 > self.window.len() {
+                        return Err(self.corrupt(
+                            "grain",
+                            number,
+                            start,
+                            format!("{} bytes from there lie past the file's end at {}", within + len, self.window.len()),
+                        ));
+                    }
+                    self.window.read_exact_at(&mut buf[done..done + len], start + within as u64)?;
+                    done += len;
+                    k += run;
+                    continue;
+                }
+            }
+            done += len;
+            k += 1;
+        }
+        Ok(())
+    }
+
+    /// How many grains from entry `k` on lie one behind the other in the file.
+    fn run(&self, table: &[u8], k: usize, needed: usize, at: u32) -> usize {
+        let follows = |n: &usize| u64::from(le32(table, n * 4)) == u64::from(at) + (n - k) as u64 * self.header.grain;
+        1 + (k + 1..needed).take_while(follows).count()
+    }
+
+    /// Inflates the grain at sector `at` and copies `[within, within + dst.len())` of it; straight into `dst` when that is all of it.
+    fn unpack(&self, number: u64, at: u32, next: Option<u32>, within: usize, dst: &mut [u8], scratch: &mut Scratch) -> Result<()> {
+        let start = u64::from(at) * SECTOR;
+        let bad = |reason: String| self.corrupt("grain", number, start, reason);
+        let Some(left) = self.window.len().checked_sub(start).filter(|left| *left > MARKER as u64) else {
+            return Err(bad(format!("it lies past the file's end at {}", self.window.len())));
+        };
+        // What deflate makes of incompressible bytes at worst, whoever wrote it, with room to spare.
+        let most = MARKER + self.grain + self.grain / 8 + 64;
+        let hint = next.and_then(|next| next.checked_sub(at)).map_or(most as u64, |sectors| u64::from(sectors) * SECTOR);
+        let first = if hint == 0 { most as u64 } else { hint }.min(most as u64).min(left) as usize;
+        if scratch.packed.len() < most {
+            scratch.packed.resize(most, 0);
+        }
+        self.window.read_exact_at(&mut scratch.packed[..first], start)?;
+        let (lba, size) = (le64(&scratch.packed, 0), le32(&scratch.packed, 8) as usize);
+        if lba != number * self.header.grain {
+            return Err(bad(format!("its marker says sector {lba} of the disk, {} would be right", number * self.header.grain)));
+        }
+        let end = MARKER.saturating_add(size);
+        if size == 0 || end > most || end as u64 > left {
+            return Err(bad(format!(
+                "its marker says {size} compressed bytes; {} lie there, {} is the most for a grain",
+                left - MARKER as u64,
+                most - MARKER
+            )));
+        }
+        if end > first {
+            self.window.read_exact_at(&mut scratch.packed[first..end], start + first as u64)?;
+        }
+        let packed = &scratch.packed[MARKER..end];
+        let inflate = scratch.inflate.get_or_insert_with(libdeflater::Decompressor::new);
+        let failed = |e: libdeflater::DecompressionError| {
+            bad(match e {
+                libdeflater::DecompressionError::BadData => "its deflate stream or its Adler-32 is wrong".to_owned(),
+                libdeflater::DecompressionError::InsufficientSpace => format!("it unpacks to more than {} bytes", self.grain),
+            })
+        };
+        if dst.len() == self.grain {
+            let len = inflate.zlib_decompress(packed, dst).map_err(failed)?;
+            return if len == self.grain { Ok(()) } else { Err(bad(format!("it unpacks to {len} bytes, {} would be right", self.grain))) };
+        }
+        if scratch.plain.len() < self.grain {
+            scratch.plain.resize(self.grain, 0);
+        }
+        let len = inflate.zlib_decompress(packed, &mut scratch.plain[..self.grain]).map_err(failed)?;
+        // The disk's last grain may be cut at the capacity.
+        let logical = (self.header.capacity * SECTOR - number * self.grain as u64).min(self.grain as u64) as usize;
+        if len != self.grain && len != logical {
+            return Err(bad(format!("it unpacks to {len} bytes, {} would be right", self.grain)));
+        }
+        dst.copy_from_slice(&scratch.plain[within..within + dst.len()]);
+        Ok(())
+    }
+}
+
+/// ` (in NAME)` for messages about one extent of several.
+fn named(label: &str) -> String {
+    if label.is_empty() { String::new() } else { format!(" (in {label:?})") }
+}
+
+/// Loads a grain directory and checks that every table lies inside the file and that no two overlap.
+fn load(window: &Window, label: &str, sector: u64, entries: u64) -> Result<Vec<u32>> {
+    let offset = sector.saturating_mul(SECTOR);
+    let bad =
+        |what, index, offset, reason: String| FormatError::Corrupt { format: NAME, what, index, offset, reason: reason + &named(label) };
+    if sector == 0 || offset.checked_add(entries * 4).is_none_or(|end| end > window.len()) {
+        return Err(bad(
+            "grain directory",
+            0,
+            offset,
+            format!("its {entries} entries do not lie inside the file of {} bytes", window.len()),
+        ));
+    }
+    let mut directory = Vec::with_capacity(entries as usize);
+    let mut chunk = vec![0u8; (entries as usize * 4).min(256 << 10)];
+    let mut at = offset;
+    while (directory.len() as u64) < entries {
+        let len = chunk.len().min((entries as usize - directory.len()) * 4);
+        window.read_exact_at(&mut chunk[..len], at)?;
+        directory.extend(chunk[..len].chunks_exact(4).map(|entry| le32(entry, 0)));
+        at += len as u64;
+    }
+    let mut tables: Vec<u32> = directory.iter().copied().filter(|table| *table != 0).collect();
+    tables.sort_unstable();
+    let past = tables.last().copied().filter(|last| (u64::from(*last) + GT_SECTORS) * SECTOR > window.len());
+    let overlap = tables.windows(2).find(|pair| u64::from(pair[1]) - u64::from(pair[0]) < GT_SECTORS).map(|pair| pair[1]);
+    let (wrong, reason) = match (past, overlap) {
+        (Some(table), _) => (table, format!("it lies past the file's end at {}", window.len())),
+        (_, Some(table)) => (table, "it overlaps another one".to_owned()),
+        _ => return Ok(directory),
+    };
+    let index = directory.iter().position(|table| *table == wrong).unwrap_or(0);
+    Err(bad("grain table", index as u64, u64::from(wrong) * SECTOR, reason))
+}

@@ -1,0 +1,310 @@
+//! Copying one disk: read, hash, encode on all cores; write in order; seal checkpoints beside it.
+//!
+//! Owns: the threads of one disk's copy and what flows between them.
+//! ```text
+//!  plan ─► worker × N ─► queue (in order, bounded) ─► writer ─► sealer (hash, fdatasync, journal)
+//!  caller's thread: polls stop, reports progress
+//! ```
+//! Never: holds more than the slots of the queue and one block a worker, goes on after a failed write or sync.
+//! A crash here costs what was not sealed: at most [`super::Tuning`]'s checkpoint and the one being sealed.
+
+use std::fs::File;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Instant;
+
+use shared::manifest::{BLOCK, Blocks, Digest, block_digest};
+
+use super::control::{Control, Crew};
+use super::plan::{Plan, Task, block_count, block_len};
+use super::queue::{Alarm, Done, Next, Queue};
+use super::seal::{hash_region, seal};
+use super::target::Target;
+use super::throttle::Throttle;
+use super::{Error, Stop, Tuning, output_error};
+use crate::formats::{Disk, DiskWriter, EncodeState, Encoded, FormatError, Scratch, UNIT, is_zero, raw};
+use crate::journal::{Checkpoint, Journal, MAX_DIGESTS, Record};
+
+/// One disk and where it goes.
+pub(super) struct DiskCopy<'a> {
+    pub(super) control: &'a Control<'a>,
+    pub(super) throttle: &'a Throttle,
+    pub(super) tuning: &'a Tuning,
+    pub(super) target: Target,
+    /// Number of the disk in the job.
+    pub(super) number: u32,
+    pub(super) name: &'a str,
+    pub(super) disk: &'a dyn Disk,
+    /// Bare name of the file, for messages.
+    pub(super) file_name: &'a str,
+    pub(super) file: Arc<File>,
+    /// First byte of the disk in its file.
+    pub(super) base: u64,
+    /// Bytes from the base on that `finish` writes again.
+    pub(super) front: u64,
+    /// Durable data bytes of the disks before this one.
+    pub(super) durable_before: u64,
+}
+
+/// Where a copy starts: at the beginning, or at a checkpoint.
+pub(super) struct Start {
+    pub(super) writer: Box<dyn DiskWriter>,
+    pub(super) next_block: u64,
+    pub(super) data: u64,
+    /// Where the next sealed region begins.
+    pub(super) from: u64,
+    pub(super) blocks: Blocks,
+}
+
+/// A disk whose output is complete and synced.
+pub(super) struct Copied {
+    pub(super) blocks: Blocks,
+    /// Bytes of output, counted from the base.
+    pub(super) length: u64,
+    /// Data bytes of the disk.
+    pub(super) data: u64,
+}
+
+/// Threads that read and encode: all cores, but no more than the memory promise allows (a block and a slot each).
+pub(super) fn workers(tuning: &Tuning) -> usize {
+    let cores = thread::available_parallelism().map_or(2, |cores| cores.get());
+    tuning.workers.unwrap_or(cores).clamp(1, 12)
+}
+
+impl DiskCopy<'_> {
+    /// Copies from `start` to the end of the disk, finishes the output and syncs it.
+    pub(super) fn run(&self, start: Start, journal: &mut Journal) -> Result<Copied, Error> {
+        let workers = workers(self.tuning);
+        let queue = Queue::new((workers * 2).min(14).max(workers + 1));
+        let crew = Crew::new(workers + 2);
+        let plan = Mutex::new((Plan::new(self.disk, start.next_block), 0u64));
+        let (send, receive) = sync_channel(1);
+        let written = thread::scope(|scope| {
+            let sealer = scope.spawn(|| {
+                let (_member, _alarm) = (crew.member(), Alarm(&queue));
+                self.seal_all(&queue, &receive, journal);
+                drop(receive);
+            });
+            let writer = scope.spawn(|| {
+                let (_member, _alarm) = (crew.member(), Alarm(&queue));
+                self.write_all(&queue, start, send)
+            });
+            let readers: Vec<_> = (0..workers)
+                .map(|_| {
+                    scope.spawn(|| {
+                        let (_member, _alarm) = (crew.member(), Alarm(&queue));
+                        if let Err(error) = self.work(&queue, &plan) {
+                            queue.fail(error);
+                        }
+                    })
+                })
+                .collect();
+            crew.wait(|| {
+                self.control.poll();
+                if self.control.stopped() {
+                    queue.halt();
+                }
+            });
+            let sound = readers.into_iter().map(|reader| reader.join()).chain([sealer.join()]).all(|joined| joined.is_ok());
+            writer.join().ok().filter(|_| sound)
+        });
+        if let Some(error) = queue.failure() {
+            return Err(error);
+        }
+        self.control.check()?;
+        let written = written.ok_or_else(|| Error::Output(FormatError::Io(std::io::Error::other("a thread of the copy panicked"))))?;
+        self.finish(written, journal)
+    }
+
+    /// One worker: reads, hashes and encodes blocks until there are none.
+    fn work(&self, queue: &Queue, plan: &Mutex<(Plan<'_>, u64)>) -> Result<(), Error> {
+        let mut state = self.target.encoder().and_then(|encoder| encoder.state()).map_err(Error::Output)?;
+        let mut scratch = Scratch::default();
+        let mut data: Vec<u8> = Vec::with_capacity(BLOCK as usize);
+        let mut task = Task::default();
+        let stop = || self.control.stopped() || queue.halted();
+        while let Some(mut encoded) = queue.slot() {
+            let seq = {
+                let mut plan = plan.lock().unwrap_or_else(PoisonError::into_inner);
+                if !plan.0.next(&mut task).map_err(|e| self.source(e))? {
+                    queue.end(plan.1);
+                    return Ok(());
+                }
+                plan.1 += 1;
+                plan.1 - 1
+            };
+            if !self.throttle.take(task.data, &stop) {
+                return Ok(());
+            }
+            self.read(&task, &mut data, &mut scratch).map_err(|e| self.source(e))?;
+            self.control.counters.read.fetch_add(task.data, Ordering::Relaxed);
+            let digest = self.encode(&task, &mut data, state.as_mut(), &mut encoded)?;
+            queue.deliver(seq, Done { block: task.block, data: task.data, digest, encoded });
+        }
+        Ok(())
+    }
+
+    /// Fills `data` with the block: its extents are read, what lies between them is zeros.
+    fn read(&self, task: &Task, data: &mut Vec<u8>, scratch: &mut Scratch) -> Result<(), FormatError> {
+        data.resize(block_len(task.block, self.disk.capacity()), 0);
+        let mut at = 0;
+        for extent in &task.extents {
+            let from = (extent.offset - task.offset()) as usize;
+            let to = from + extent.len as usize;
+            data[at..from].fill(0);
+            self.disk.read_at(extent.offset, &mut data[from..to], scratch)?;
+            at = to;
+        }
+        data[at..].fill(0);
+        Ok(())
+    }
+
+    fn encode(&self, task: &Task, data: &mut Vec<u8>, state: &mut dyn EncodeState, out: &mut Encoded) -> Result<Option<Digest>, Error> {
+        out.units.clear();
+        if is_zero(data) {
+            return Ok(None);
+        }
+        let digest = block_digest(data);
+        if self.target.plain() {
+            raw::split(task.offset(), data, out);
+            return Ok(Some(digest));
+        }
+        if out.bytes.capacity() == 0 {
+            // Room for a block that does not compress, exactly: growing would double it.
+            out.bytes.reserve_exact(BLOCK as usize + BLOCK as usize / UNIT * 1024);
+        }
+        state.encode(task.offset(), data, out).map_err(Error::Output)?;
+        Ok(Some(digest))
+    }
+
+    fn source(&self, source: FormatError) -> Error {
+        Error::Source { disk: self.name.to_owned(), source }
+    }
+
+    /// The writer: lays blocks down in order and hands over checkpoints. Answers with what it has when all blocks are written.
+    fn write_all(&self, queue: &Queue, start: Start, seals: SyncSender<Checkpoint>) -> Written {
+        let mut written = Written { writer: start.writer, blocks: start.blocks, from: start.from, data: start.data };
+        let mut pending = Pending { next_block: start.next_block, ..Pending::new() };
+        loop {
+            let until = pending.dirty.then(|| pending.since + self.tuning.checkpoint_every);
+            let ended = match queue.next(until) {
+                Next::Block(done) => {
+                    if let Err(e) = written.writer.write_block(&done.encoded) {
+                        queue.fail(output_error(e, self.file_name));
+                        return written;
+                    }
+                    pending.add(&done, &mut written);
+                    queue.give_back(done.encoded);
+                    false
+                }
+                Next::Late => false,
+                Next::End => true,
+                // What is in order is kept, unless the output is going to be thrown away or cannot be trusted.
+                Next::Halted if self.control.stop() == Some(Stop::Cancel) || !queue.output_is_sound() => return written,
+                Next::Halted => true,
+            };
+            let full = pending.data >= self.tuning.checkpoint_bytes || pending.digests.len() >= MAX_DIGESTS;
+            if pending.dirty && (ended || full || until.is_some_and(|until| Instant::now() >= until)) {
+                match self.checkpoint(&mut written, &mut pending) {
+                    Ok(checkpoint) => {
+                        // A sealer that is gone has said why.
+                        if seals.send(checkpoint).is_err() {
+                            return written;
+                        }
+                    }
+                    Err(error) => {
+                        queue.fail(error);
+                        return written;
+                    }
+                }
+            }
+            if ended {
+                return written;
+            }
+        }
+    }
+
+    fn checkpoint(&self, written: &mut Written, pending: &mut Pending) -> Result<Checkpoint, Error> {
+        let piece = written.writer.checkpoint().map_err(|e| output_error(e, self.file_name))?;
+        let (from, position) = (written.from, written.writer.position());
+        written.from = position;
+        let done = std::mem::replace(pending, Pending { next_block: pending.next_block, ..Pending::new() });
+        let (disk, next_block, data) = (self.number, done.next_block, written.data);
+        Ok(Checkpoint { disk, next_block, data, from, position, hash: [0; 32], digests: done.digests, piece })
+    }
+
+    /// The sealer: makes checkpoints durable, one after the other, while the writer goes on.
+    fn seal_all(&self, queue: &Queue, seals: &Receiver<Checkpoint>, journal: &mut Journal) {
+        for mut checkpoint in seals {
+            let hashed = !self.target.is_raw();
+            match seal(&self.file, self.base, hashed, self.file_name, &mut checkpoint) {
+                Ok(()) => {}
+                Err(error) => return queue.fail(error),
+            }
+            let data = checkpoint.data;
+            if let Err(e) = journal.append(&Record::Checkpoint(checkpoint)) {
+                return queue.fail(Error::journal(e));
+            }
+            self.control.counters.durable.store(self.durable_before + data, Ordering::Relaxed);
+        }
+    }
+
+    /// Writes the rest of the output, syncs it and says so in the journal.
+    fn finish(&self, mut written: Written, journal: &mut Journal) -> Result<Copied, Error> {
+        let io = |e: std::io::Error| output_error(e.into(), self.file_name);
+        let length = written.writer.finish().map_err(|e| output_error(e, self.file_name))?;
+        self.file.sync_data().map_err(io)?;
+        let hashed = !self.target.is_raw();
+        let (front, tail) = match hashed {
+            true => (
+                hash_region(&self.file, self.base, self.base + self.front).map_err(io)?,
+                hash_region(&self.file, self.base + written.from, self.base + length).map_err(io)?,
+            ),
+            false => ([0; 32], [0; 32]),
+        };
+        let data = written.data;
+        journal.append(&Record::DiskFinished { disk: self.number, length, data, front, tail }).map_err(Error::journal)?;
+        self.control.counters.durable.store(self.durable_before + data, Ordering::Relaxed);
+        debug_assert!(written.blocks.0.keys().next_back().is_none_or(|last| *last < block_count(self.disk.capacity())));
+        Ok(Copied { blocks: written.blocks, length, data })
+    }
+}
+
+/// What the writer has so far.
+struct Written {
+    writer: Box<dyn DiskWriter>,
+    blocks: Blocks,
+    from: u64,
+    data: u64,
+}
+
+/// What the next checkpoint will hold.
+struct Pending {
+    dirty: bool,
+    since: Instant,
+    next_block: u64,
+    data: u64,
+    digests: Vec<(u64, Digest)>,
+}
+
+impl Pending {
+    fn new() -> Self {
+        Self { dirty: false, since: Instant::now(), next_block: 0, data: 0, digests: Vec::new() }
+    }
+
+    fn add(&mut self, done: &Done, written: &mut Written) {
+        if !self.dirty {
+            self.dirty = true;
+            self.since = Instant::now();
+        }
+        self.next_block = done.block + 1;
+        self.data += done.data;
+        written.data += done.data;
+        if let Some(digest) = done.digest {
+            self.digests.push((done.block, digest));
+            written.blocks.0.insert(done.block, digest);
+        }
+    }
+}

@@ -1,0 +1,121 @@
+//! What a job may cost: time, bandwidth, memory, and how fast it stops.
+
+use std::time::Instant;
+
+use super::*;
+use crate::formats::{Extent, FormatError};
+
+/// A disk that is made up: data everywhere, or nowhere.
+struct Made {
+    capacity: u64,
+    data: Option<u64>,
+    pause: Duration,
+}
+
+impl Disk for Made {
+    fn format(&self) -> &'static str {
+        "raw"
+    }
+    fn capacity(&self) -> u64 {
+        self.capacity
+    }
+    fn extents(&self, from: u64, to: u64) -> Result<Vec<Extent>, FormatError> {
+        let to = to.min(self.data.unwrap_or(0));
+        Ok(if from < to { vec![Extent { offset: from, len: to - from }] } else { Vec::new() })
+    }
+    fn read_at(&self, offset: u64, buf: &mut [u8], _: &mut Scratch) -> Result<(), FormatError> {
+        std::thread::sleep(self.pause);
+        buf.fill(1 + (offset / BLOCK % 255) as u8);
+        Ok(())
+    }
+}
+
+#[test]
+fn an_empty_disk_of_four_tebibytes_takes_seconds_in_every_format() {
+    let folder = Folder::new("empty");
+    for (format, compression) in targets() {
+        folder.clear();
+        let disk: Arc<dyn Disk> = Arc::new(Made { capacity: 4 << 40, data: None, pause: Duration::ZERO });
+        let started = Instant::now();
+        let outcome = folder.run(&job(&[disk], format, compression), &Listener::default()).unwrap();
+        assert!(started.elapsed() < Duration::from_secs(3), "{format:?} took {:?}", started.elapsed());
+        assert!(outcome.disks[0].blocks.0.is_empty());
+        if format == Format::Qcow2 {
+            let info = qemu_img(&["info", "-f", "qcow2", text(&folder.part_path("web.qcow2"))]);
+            assert!(info.contains("4 TiB"), "{info}");
+        }
+    }
+}
+
+#[test]
+fn the_bandwidth_limit_holds_within_five_per_cent() {
+    let folder = Folder::new("bandwidth");
+    let disk: Arc<dyn Disk> = Arc::new(Made { capacity: 40 << 20, data: Some(40 << 20), pause: Duration::ZERO });
+    let mut limited = job(&[disk], Format::Raw, None);
+    limited.verify = false;
+    limited.bandwidth = Some(20 << 20);
+    let started = Instant::now();
+    let outcome = folder.run(&limited, &Listener::default()).unwrap();
+    let rate = outcome.bytes_read as f64 / started.elapsed().as_secs_f64() / f64::from(20 << 20);
+    assert!((0.90..=1.05).contains(&rate), "{rate} of the limit");
+    assert_eq!(outcome.receipt.read_back, "not_verified");
+}
+
+#[test]
+fn a_stop_ends_the_bytes_within_a_second_even_in_a_long_wait_for_bandwidth() {
+    for stop in [Stop::Cancel, Stop::Park] {
+        let folder = Folder::new("stop");
+        let disk: Arc<dyn Disk> = Arc::new(Made { capacity: 1 << 30, data: Some(1 << 30), pause: Duration::ZERO });
+        let mut slow = job(&[disk], Format::Qcow2, None);
+        // A block takes 40 s.
+        slow.bandwidth = Some(100 << 10);
+        let listener = Listener { stop: Some((6, stop)), ..Listener::default() };
+        let started = Instant::now();
+        let error = folder.run(&slow, &listener).unwrap_err();
+        assert!(started.elapsed() < Duration::from_secs(1), "{:?}", started.elapsed());
+        assert!(matches!((stop, error), (Stop::Cancel, Error::Cancelled) | (Stop::Park, Error::Parked)));
+    }
+}
+
+/// Peak resident memory of this process in bytes.
+fn peak() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() << 10
+}
+
+#[test]
+fn memory_does_not_follow_the_disk() {
+    // In a process of its own, because a peak is the whole process's.
+    if std::env::var_os("HYPERSDK_TEST_MEMORY").is_none() {
+        let this = std::env::current_exe().unwrap();
+        let child = Command::new(this).args(["--exact", "--nocapture", "pipeline::tests::limits::memory_does_not_follow_the_disk"]);
+        let output = { child }.env("HYPERSDK_TEST_MEMORY", "1").output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        return;
+    }
+    let folder = Folder::new("memory");
+    let before = peak();
+    for (format, compression) in [(Format::Raw, None), (Format::Qcow2, Some(Compression { method: Method::Zstd, level: 1 })), (Format::Vmdk, None)] {
+        folder.clear();
+        let disk: Arc<dyn Disk> = Arc::new(Made { capacity: 640 << 20, data: Some(640 << 20), pause: Duration::ZERO });
+        let mut large = job(&[disk], format, compression);
+        large.tuning.workers = Some(12);
+        large.tuning.checkpoint_bytes = 64 << 20;
+        folder.run(&large, &Listener::default()).unwrap();
+    }
+    let used = peak() - before;
+    assert!(used < 128 << 20, "{} MiB", used >> 20);
+}
+
+#[test]
+fn a_full_disk_is_told_as_such_and_the_next_attempt_goes_on() {
+    let folder = Folder::new("full");
+    let disk: Arc<dyn Disk> = Arc::new(Made { capacity: 24 << 20, data: Some(24 << 20), pause: Duration::ZERO });
+    let job = job(&[disk], Format::Raw, None);
+    // A file size limit stands in for a full disk where nothing can be mounted: both are errors of pwrite. The kind is mapped by hand.
+    let full = std::io::Error::from_raw_os_error(28);
+    assert!(matches!(super::super::output_error(full.into(), "web.raw"), Error::NoSpace(name) if name == "web.raw"));
+    assert!(matches!(Error::journal(std::io::Error::from_raw_os_error(122)), Error::NoSpace(_)));
+    folder.run(&job, &Listener::default()).unwrap();
+}

@@ -1,0 +1,87 @@
+//! What a finished output is proven with: the signed manifests beside its files, and the result that the API shows.
+//!
+//! Owns: `<file>.manifest.json` (one for each file that holds disks) and the result's JSON.
+//! Never: reads a disk: the digests are the pipeline's.
+//! A crash here costs nothing: manifests are written again before the commit is asked for.
+
+use std::io::{self, Write};
+
+use serde_json::json;
+use shared::manifest::{DiskEntry, FileEntry, Manifest, SigningKey, VERSION, fingerprint};
+use shared::vault::{self, Dir};
+
+use crate::pipeline::{DiskOutcome, Outcome};
+
+/// The name of a file's manifest.
+pub fn manifest_name(file: &str) -> String {
+    format!("{file}.manifest.json")
+}
+
+/// Writes the manifests into the part folder; durable when it returns. Answers their names.
+pub fn write_manifests(folder: &Dir, key: &SigningKey, job: &str, vm: &str, outcome: &Outcome) -> io::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for group in groups(outcome) {
+        let manifest = Manifest {
+            version: VERSION,
+            job: job.to_owned(),
+            vm: vm.to_owned(),
+            created_at: shared::clock::rfc3339(shared::clock::now()),
+            block_size: shared::manifest::BLOCK,
+            disks: group.disks.iter().map(|disk| DiskEntry::new(&disk.name, &disk.file, disk.member.clone(), disk.capacity, &disk.blocks)).collect(),
+            files: group.files,
+            receipt: outcome.receipt.clone(),
+        };
+        let signed = key.sign(&manifest).map_err(io::Error::other)?;
+        let name = manifest_name(&group.name);
+        let mut file = folder.create(&name)?;
+        file.write_all(&serde_json::to_vec(&signed).map_err(io::Error::other)?)?;
+        file.sync_all()?;
+        names.push(name);
+    }
+    vault::sync_dir(folder)?;
+    Ok(names)
+}
+
+struct Group<'a> {
+    name: String,
+    disks: Vec<&'a DiskOutcome>,
+    files: Vec<FileEntry>,
+}
+
+/// One group for each disk file; a package (OVA, OVF folder) is one group as a whole.
+fn groups(outcome: &Outcome) -> Vec<Group<'_>> {
+    let package = outcome.files.iter().find(|file| file.format == "ova" || file.path.ends_with(".ovf"));
+    if let Some(package) = package {
+        return vec![Group { name: package.path.clone(), disks: outcome.disks.iter().collect(), files: outcome.files.clone() }];
+    }
+    let of = |file: &FileEntry| outcome.disks.iter().filter(|disk| disk.file == file.path).collect::<Vec<_>>();
+    outcome.files.iter().map(|file| Group { name: file.path.clone(), disks: of(file), files: vec![file.clone()] }).collect()
+}
+
+/// The result as the API shows it. `folder` is the published folder's absolute path on this host.
+pub fn result_json(folder: &std::path::Path, manifests: &[String], key: &SigningKey, outcome: &Outcome) -> String {
+    let absolute = |name: &str| folder.join(name).display().to_string();
+    let files: Vec<_> = outcome
+        .files
+        .iter()
+        .map(|file| json!({"path": absolute(&file.path), "size": file.size, "sha256": file.sha256, "format": file.format}))
+        .collect();
+    let disks: Vec<_> = outcome
+        .disks
+        .iter()
+        .map(|disk| json!({"name": disk.name, "file": disk.file, "capacity": disk.capacity, "root": hex::encode(disk.root)}))
+        .collect();
+    let manifests: Vec<_> = manifests.iter().map(|name| absolute(name)).collect();
+    json!({
+        "files": files,
+        "disks": disks,
+        "manifest": manifests.first(),
+        "manifests": manifests,
+        "signer": fingerprint(&key.public_hex()),
+        "verified": outcome.receipt.read_back != "not_verified",
+        "boot_proof": null,
+        "receipt": outcome.receipt,
+        "counters": {"data_bytes": outcome.data_bytes, "bytes_read": outcome.bytes_read, "bytes_resumed": outcome.resumed_from},
+    })
+    .to_string()
+}

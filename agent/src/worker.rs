@@ -1,0 +1,363 @@
+//! One assignment from its first byte to its publication, on a thread of its own.
+//!
+//! ```text
+//! Assign ─► open source ─► ledger ─► space ─► pipeline (copy, verify) ─► manifests, result ─► commit? ─granted─► journal ─► rename ─► fsync ─► journal ─► Finished
+//! ```
+//! Owns: the order above, the part folder `JOBID.part`, the meaning of each failure for the caller.
+//! Never: talks to the controller (the held table does), publishes without a grant, deletes what was published.
+//! A crash here costs one checkpoint: before the grant the journal resumes the copy; after it the kept result and the folder's name say
+//! whether the rename happened, and only this agent is given the job again.
+
+use std::io;
+use std::sync::Arc;
+
+use proto::v1;
+use shared::error::Code;
+use shared::options::{Algorithm, Format, Options};
+use shared::progress::Progress;
+use shared::vault::{self, Dir};
+
+use crate::formats::{Compression, FormatError, Method};
+use crate::held::{Assignment, Grant, Stop};
+use crate::journal::{Journal, Record};
+use crate::ledger::{Entry, Ledger};
+use crate::pipeline::{self, PartDir, Snapshot, SourceDisk, Stage, Watch};
+use crate::sources::{Opened, Source};
+use crate::{Agent, proof};
+
+/// How an assignment ended without a result.
+pub struct Failure {
+    /// The stable word.
+    pub code: Code,
+    /// The sentence.
+    pub message: String,
+    /// Whether the same might work a moment later.
+    retryable: bool,
+}
+
+impl Failure {
+    fn fatal(code: Code, message: impl Into<String>) -> Self {
+        Self { code, message: message.into(), retryable: false }
+    }
+
+    fn io(what: &str, e: &io::Error) -> Self {
+        match e.kind() {
+            io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::fatal(Code::NoSpace, format!("no space left: {what}")),
+            _ => Self { code: Code::Internal, message: format!("{what}: {e}"), retryable: true },
+        }
+    }
+}
+
+enum End {
+    Completed(String),
+    Stopped(Stop),
+    Failed(Failure),
+}
+
+impl From<Failure> for End {
+    fn from(failure: Failure) -> Self {
+        End::Failed(failure)
+    }
+}
+
+/// Runs an assignment to its end and reports it. `replaced` is an earlier assignment of the same job, whose thread must be gone first.
+pub fn run(agent: &Agent, held: &Assignment, replaced: Option<Arc<Assignment>>, assign: &v1::Assign) {
+    if let Some(earlier) = replaced {
+        earlier.ask_to_stop(Stop::Park);
+        earlier.wait_gone();
+    }
+    let end = work(agent, held, assign).unwrap_or_else(|end| end);
+    use v1::finished::Outcome;
+    let outcome = match end {
+        End::Completed(result) => Outcome::Completed(result),
+        End::Stopped(Stop::Park) => Outcome::Parked(true),
+        End::Stopped(Stop::Discard) => {
+            discard_logged(agent, &held.job);
+            Outcome::Cancelled(true)
+        }
+        End::Failed(failure) => {
+            agent.table.log(held, "error", "failed", failure.message.clone());
+            // What failed for good is of no use to a retry, and its space may be what the next job lacks.
+            if !failure.retryable {
+                discard_logged(agent, &held.job);
+            }
+            Outcome::Failed(v1::Failure { code: failure.code.word().to_owned(), message: failure.message, retryable: failure.retryable })
+        }
+    };
+    agent.table.end(held, outcome);
+}
+
+fn discard_logged(agent: &Agent, job: &str) {
+    if let Err(e) = discard(agent, job) {
+        tracing::error!(job, error = %e, "a part folder could not be removed; the ledger keeps it");
+    }
+}
+
+/// Removes what an unpublished job left: part folder, journal, ledger entry. What was published stays.
+pub fn discard(agent: &Agent, job: &str) -> io::Result<()> {
+    let Some(entry) = agent.ledger.read(job)? else { return Ok(()) };
+    match agent.vault.open_output_dir(&entry.destination) {
+        Ok(folder) => {
+            remove_part(&folder, job)?;
+            vault::sync_dir(&folder)?;
+        }
+        Err(e) => return Err(io::Error::other(e.to_string())),
+    }
+    agent.ledger.remove(job)
+}
+
+fn remove_part(folder: &Dir, job: &str) -> io::Result<()> {
+    match folder.remove_dir_all(part_name(job)) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+        _ => Ok(()),
+    }
+}
+
+fn part_name(job: &str) -> String {
+    format!("{job}.part")
+}
+
+fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, End> {
+    let options: Options = serde_json::from_str(&assign.options_json)
+        .map_err(|e| Failure::fatal(Code::BadRequest, format!("the assignment's options cannot be read: {e}")))?;
+    let format = output_format(&assign.format)?;
+    let destination = options.destination.clone().unwrap_or_else(|| "exports".to_owned());
+    let place = agent.vault.locate(&destination).map_err(|e| Failure::fatal(Code::OutsideRoots, e.to_string()))?;
+    let (destination, published) = (place.named(), place.absolute().join(&held.job));
+    let folder = agent.vault.open_output_dir(&destination).map_err(|e| match e {
+        vault::Error::Outside { .. } => Failure::fatal(Code::OutsideRoots, e.to_string()),
+        vault::Error::Io { .. } => Failure::fatal(Code::Unprocessable, format!("the destination cannot be written: {e}")),
+    })?;
+
+    if let Some(result) = published_before(&agent.ledger, &folder, &held.job)? {
+        agent.table.log(held, "info", "publishing", "the output was published before the connection or the process was lost".to_owned());
+        return commit(agent, held, || Ok(())).map(|()| End::Completed(result));
+    }
+
+    let source = source_of(agent, assign)?;
+    agent.table.progress(held, "preparing", held.progress());
+    let (vm, disks) = source.open(&assign.vm_id).map_err(|e| Failure { code: e.code, message: e.message, retryable: e.retryable })?;
+    let created = match agent.ledger.read(&held.job).map_err(|e| Failure::io("the ledger", &e))? {
+        Some(entry) if entry.destination == destination => entry.created,
+        Some(_) => return Err(Failure::fatal(Code::Conflict, "the job began with another destination").into()),
+        None => u64::try_from(shared::clock::now().timestamp()).unwrap_or_default(),
+    };
+    let entry = Entry { job: held.job.clone(), epoch: held.epoch, destination, created };
+    agent.ledger.write(&entry).map_err(|e| Failure::io("the ledger", &e))?;
+
+    let job = pipeline::Job {
+        id: held.job.clone(),
+        vm,
+        disks: disks.into_iter().map(|Opened { name, disk, identity }| SourceDisk { name, identity, disk }).collect(),
+        format,
+        compression: compression(format, &options),
+        verify: options.verifies(),
+        bandwidth: options.bandwidth_limit,
+        cid: crc32fast::hash(held.job.as_bytes()),
+        created,
+        tuning: pipeline::Tuning::default(),
+    };
+    let outcome = copy(agent, held, &folder, &job)?;
+
+    let part = folder.open_dir(part_name(&held.job)).map_err(|e| Failure::io("the part folder", &e))?;
+    let manifests =
+        proof::write_manifests(&part, &agent.signing, &held.job, &job.vm.name, &outcome).map_err(|e| Failure::io("the manifest", &e))?;
+    let result = proof::result_json(&published, &manifests, &agent.signing, &outcome);
+    vault::write_whole(agent.ledger.dir(), &result_name(&held.job), result.as_bytes()).map_err(|e| Failure::io("the result", &e))?;
+
+    commit(agent, held, || publish(agent, held, &folder, &job))?;
+    agent.table.log(held, "info", "publishing", format!("published as {}", published.display()));
+    Ok(End::Completed(result))
+}
+
+fn copy(agent: &Agent, held: &Assignment, folder: &Dir, job: &pipeline::Job) -> Result<pipeline::Outcome, End> {
+    let name = part_name(&held.job);
+    folder.create_dir_all(&name).map_err(|e| Failure::io("the part folder", &e))?;
+    vault::sync_dir(folder).map_err(|e| Failure::io("the destination", &e))?;
+    let part = PartDir::new(folder.open_dir(&name).map_err(|e| Failure::io("the part folder", &e))?);
+    let mut journal = open_journal(agent, held, job)?;
+    let watch = Watcher { agent, held, folder, job, checked: std::sync::OnceLock::new() };
+    let outcome = pipeline::run(job, &part, &mut journal, &watch);
+    if let Some(message) = watch.checked.get().and_then(|lack| lack.clone()) {
+        return Err(Failure::fatal(Code::NoSpace, message).into());
+    }
+    outcome.map_err(|e| match e {
+        pipeline::Error::Cancelled | pipeline::Error::Parked => End::Stopped(held.stop().unwrap_or(Stop::Park)),
+        other => End::Failed(failure(agent, folder, &other)),
+    })
+}
+
+fn failure(agent: &Agent, folder: &Dir, error: &pipeline::Error) -> Failure {
+    let message = error.to_string();
+    match error {
+        pipeline::Error::NoSpace(_) => {
+            let free = vault::space(folder).map(|(free, _)| format!(" ({} MiB free there)", free >> 20)).unwrap_or_default();
+            let roots: Vec<_> = agent.vault.roots().filter(|root| root.writable).map(|root| root.name.clone()).collect();
+            Failure::fatal(Code::NoSpace, format!("no space left on {}: {message}{free}", roots.join(", ")))
+        }
+        pipeline::Error::Mismatch { .. } => Failure::fatal(Code::VerificationFailed, message),
+        pipeline::Error::Source { source: FormatError::Io(e), .. } if e.kind() != io::ErrorKind::UnexpectedEof => {
+            Failure { code: Code::BadGateway, message, retryable: true }
+        }
+        pipeline::Error::Source { .. } => Failure::fatal(Code::BadImage, message),
+        pipeline::Error::Output(FormatError::Io(_)) | pipeline::Error::Journal(_) => Failure { code: Code::Internal, message, retryable: true },
+        pipeline::Error::Output(_) => Failure::fatal(Code::Unprocessable, message),
+        pipeline::Error::Cancelled | pipeline::Error::Parked => Failure { code: Code::Conflict, message, retryable: true },
+    }
+}
+
+fn open_journal(agent: &Agent, held: &Assignment, job: &pipeline::Job) -> Result<Journal, Failure> {
+    let mut options = shared::vault::file_options();
+    options.read(true).write(true).create(true);
+    let file = agent.ledger.dir().open_with(format!("{}.journal", held.job), &options).map_err(|e| Failure::io("the journal", &e))?;
+    let journal = Journal::open(file.into_std(), &job.identity()).map_err(|e| Failure::io("the journal", &e))?;
+    Ok(journal)
+}
+
+/// Asks for the grant and then publishes. A refusal means that the job is somebody else's or over: stop and keep quiet.
+fn commit(agent: &Agent, held: &Assignment, publish: impl FnOnce() -> Result<(), Failure>) -> Result<(), End> {
+    match agent.table.request_commit(held) {
+        Grant::Yes => Ok(publish()?),
+        Grant::No(reason) => {
+            agent.table.log(held, "warn", "publishing", format!("the commit was refused: {reason}"));
+            Err(End::Stopped(Stop::Park))
+        }
+        Grant::Stopped(stop) => Err(End::Stopped(stop)),
+    }
+}
+
+fn publish(agent: &Agent, held: &Assignment, folder: &Dir, job: &pipeline::Job) -> Result<(), Failure> {
+    agent.table.progress(held, "publishing", held.progress());
+    let lost = |e: io::Error| Failure::io("publishing", &e);
+    let mut journal = open_journal(agent, held, job)?;
+    journal.append(&Record::Granted { epoch: held.epoch }).map_err(lost)?;
+    vault::rename_without_replacing(folder, &part_name(&held.job), &held.job).map_err(lost)?;
+    vault::sync_dir(folder).map_err(lost)?;
+    journal.append(&Record::Published).map_err(lost)
+}
+
+fn result_name(job: &str) -> String {
+    format!("{job}.result")
+}
+
+/// The kept result of a job whose folder has its final name: nobody else gives it that name.
+fn published_before(ledger: &Ledger, folder: &Dir, job: &str) -> Result<Option<String>, Failure> {
+    if !folder.try_exists(job).map_err(|e| Failure::io("the destination", &e))? {
+        return Ok(None);
+    }
+    let result = vault::read_optional(ledger.dir(), &result_name(job)).map_err(|e| Failure::io("the result", &e))?;
+    match result.and_then(|bytes| String::from_utf8(bytes).ok()) {
+        Some(result) => Ok(Some(result)),
+        None => Err(Failure::fatal(Code::Conflict, format!("{job} exists at the destination and was not made by this agent"))),
+    }
+}
+
+fn source_of(agent: &Agent, assign: &v1::Assign) -> Result<Arc<dyn Source>, Failure> {
+    let Some(connection) = &assign.connection else { return Err(Failure::fatal(Code::Internal, "the assignment names no connection")) };
+    agent.source(connection).map_err(|e| Failure { code: e.code, message: e.message, retryable: e.retryable })
+}
+
+/// The pipeline's format for the API's word.
+pub fn output_format(word: &str) -> Result<pipeline::Format, Failure> {
+    match Format::from_word(word) {
+        Some(Format::Raw) => Ok(pipeline::Format::Raw),
+        Some(Format::Qcow2) => Ok(pipeline::Format::Qcow2),
+        Some(Format::Vmdk) => Ok(pipeline::Format::Vmdk),
+        Some(Format::Ovf) => Ok(pipeline::Format::Ovf),
+        Some(Format::Ova) => Ok(pipeline::Format::Ova),
+        _ => Err(Failure::fatal(Code::NotBuilt, format!("the output format {word:?} is not built yet"))),
+    }
+}
+
+/// What the options mean for a format. VMDK is always deflate; raw never compresses; the fast level is the default.
+pub fn compression(format: pipeline::Format, options: &Options) -> Option<Compression> {
+    let asked = options.compress == Some(true) || options.compression.is_some() || options.level.is_some();
+    let method = match (format, options.compression) {
+        (pipeline::Format::Raw, _) => return None,
+        (pipeline::Format::Qcow2, _) if !asked || options.compress == Some(false) => return None,
+        (pipeline::Format::Qcow2, Some(Algorithm::Zstd)) => Method::Zstd,
+        _ => Method::Deflate,
+    };
+    let fast = if method == Method::Zstd { 3 } else { 1 };
+    Some(Compression { method, level: options.level.unwrap_or(fast) })
+}
+
+/// The pipeline's ear and hand: counters to the table, stops from it, and the space check once the data is counted.
+struct Watcher<'a> {
+    agent: &'a Agent,
+    held: &'a Assignment,
+    folder: &'a Dir,
+    job: &'a pipeline::Job,
+    /// Set once the data is counted: the sentence when there is too little space.
+    checked: std::sync::OnceLock<Option<String>>,
+}
+
+impl Watcher<'_> {
+    /// Space that the rest needs for certain. What compresses cannot be known beforehand; a full disk on the way is an error of its own.
+    fn lack_of_space(&self, snapshot: &Snapshot) -> Option<String> {
+        let compresses = self.job.compression.is_some() || matches!(self.job.format, pipeline::Format::Vmdk | pipeline::Format::Ovf | pipeline::Format::Ova);
+        let left = snapshot.data_bytes.saturating_sub(snapshot.durable);
+        let needed = if compresses { 0 } else { left };
+        let (free, _) = vault::space(self.folder).ok()?;
+        let sentence = || format!("no space at the destination: {} MiB are needed and {} MiB are free", needed.div_ceil(1 << 20), free >> 20);
+        (needed > free).then(sentence)
+    }
+}
+
+impl Watch for Watcher<'_> {
+    fn progress(&self, snapshot: &Snapshot) {
+        if snapshot.data_bytes > 0 && snapshot.stage != Stage::Preparing {
+            self.checked.get_or_init(|| self.lack_of_space(snapshot));
+        }
+        let progress = Progress {
+            data: snapshot.data_bytes,
+            read: snapshot.read,
+            durable: snapshot.durable,
+            verified: snapshot.verified,
+            resumed: snapshot.resumed,
+        };
+        self.agent.table.progress(self.held, stage_word(snapshot.stage), progress);
+    }
+
+    fn log(&self, level: tracing::Level, stage: Stage, text: &str) {
+        self.agent.table.log(self.held, &level.to_string().to_ascii_lowercase(), stage_word(stage), text.to_owned());
+    }
+
+    fn stop(&self) -> Option<pipeline::Stop> {
+        if self.checked.get().is_some_and(Option::is_some) {
+            return Some(pipeline::Stop::Cancel);
+        }
+        self.held.stop().map(|stop| match stop {
+            Stop::Park => pipeline::Stop::Park,
+            Stop::Discard => pipeline::Stop::Cancel,
+        })
+    }
+}
+
+fn stage_word(stage: Stage) -> &'static str {
+    match stage {
+        Stage::Preparing => "preparing",
+        Stage::Copying => "copying",
+        Stage::Verifying => "verifying",
+    }
+}
+
+/// Starts the assignment on a thread of its own.
+pub fn start(agent: &Arc<Agent>, held: Arc<Assignment>, replaced: Option<Arc<Assignment>>, assign: v1::Assign) {
+    let spawned = {
+        let (agent, held) = (agent.clone(), held.clone());
+        std::thread::Builder::new().name(format!("job {}", &held.job[..held.job.len().min(11)])).spawn(move || {
+            // A panic is our defect and this job's failure, never the agent's end.
+            let run = std::panic::AssertUnwindSafe(|| run(&agent, &held, replaced, &assign));
+            if std::panic::catch_unwind(run).is_err() {
+                let message = "the agent's worker panicked; its log has the place".to_owned();
+                let failure = v1::Failure { code: Code::Internal.word().to_owned(), message, retryable: true };
+                agent.table.end(&held, v1::finished::Outcome::Failed(failure));
+            }
+        })
+    };
+    if let Err(e) = spawned {
+        let failure = v1::Failure { code: Code::Unavailable.word().to_owned(), message: format!("no thread for the job: {e}"), retryable: true };
+        agent.table.end(&held, v1::finished::Outcome::Failed(failure));
+    }
+}
