@@ -245,7 +245,10 @@ pub fn write_whole(dir: &Dir, name: &str, bytes: &[u8]) -> io::Result<()> {
 
 /// Makes renames and removals in a folder durable.
 pub fn sync_dir(dir: &Dir) -> io::Result<()> {
-    dir.try_clone()?.into_std_file().sync_all()
+    // The handle itself may be a mere path (O_PATH), which cannot be synced.
+    let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;
+    let opened = rustix::fs::openat(dir, ".", flags, rustix::fs::Mode::empty())?;
+    Ok(rustix::fs::fsync(opened)?)
 }
 
 /// Renames inside a folder, refusing to replace anything (renameat2, RENAME_NOREPLACE).

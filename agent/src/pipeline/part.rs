@@ -39,7 +39,8 @@ impl PartDir {
 
     /// Makes new and changed names durable.
     pub fn sync(&self) -> io::Result<()> {
-        rustix::fs::fsync(&self.0).map_err(io::Error::from)
+        // The directory's own descriptor may be one that only names it (O_PATH) and cannot be synced.
+        self.0.open(".")?.sync_all()
     }
 
     fn open_with(&self, name: &str, options: &mut OpenOptions) -> io::Result<File> {
