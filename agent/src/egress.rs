@@ -7,12 +7,9 @@ use std::time::Duration;
 
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Error, Identity};
 
-/// The name in every gRPC certificate of a controller. The CA is the installation's own and pinned, so that the host's address need not be in the certificate.
-pub const CONTROLLER_NAME: &str = "controller.hypersdk.internal";
-
 /// Dials the controller; with a client identity once there is one.
 pub async fn controller(url: &str, ca_pem: &str, identity: Option<(&str, &str)>) -> Result<Channel, Error> {
-    let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca_pem)).domain_name(CONTROLLER_NAME);
+    let mut tls = ClientTlsConfig::new().ca_certificate(Certificate::from_pem(ca_pem)).domain_name(proto::CONTROLLER_NAME);
     if let Some((certificate, key)) = identity {
         tls = tls.identity(Identity::from_pem(certificate, key));
     }

@@ -5,6 +5,10 @@
 /// Version that both sides say first. A controller refuses any other, with the reason in `Welcome.refused`.
 pub const PROTOCOL: u32 = 1;
 
+/// A name that is in every gateway's certificate. The CA is the installation's own and pinned by the join token, so that an agent need not
+/// know under which address it reaches its controller.
+pub const CONTROLLER_NAME: &str = "controller.hypersdk.internal";
+
 /// Generated code.
 #[allow(missing_docs, clippy::all)]
 pub mod v1 {

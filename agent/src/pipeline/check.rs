@@ -16,7 +16,6 @@ use shared::manifest::{BLOCK, Blocks, DiskEntry, FileEntry, Manifest};
 use super::control::Crew;
 use super::copy::workers;
 use super::files::sha256;
-use super::part::is_bare;
 use super::plan::{block_count, block_len};
 use super::target::open_output;
 use super::verify::{Look, compare};
@@ -116,7 +115,9 @@ pub fn verify_files(manifest: &Manifest, open: Opener<'_>, tick: &dyn Fn(u64) ->
 }
 
 fn open_bare(name: &str, open: Opener<'_>) -> io::Result<File> {
-    if !is_bare(name) {
+    // People may have renamed the files, so any name will do that stays in the folder.
+    let bare = !name.is_empty() && name.len() <= 255 && name != "." && name != ".." && !name.contains(['/', '\\', '\0']);
+    if !bare {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{name:?} is not a bare file name")));
     }
     open(name)

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use super::{Error, Snapshot, Stage, Stop, Watch};
 
 /// Between two questions to the caller whether to stop.
-const POLL: Duration = Duration::from_millis(50);
+const POLL: Duration = Duration::from_millis(25);
 
 /// Between two progress reports.
 const REPORT: Duration = Duration::from_millis(200);
@@ -125,7 +125,7 @@ impl Crew {
         Member(self)
     }
 
-    /// Waits until all have left and calls `tick` every 50 ms meanwhile.
+    /// Waits until all have left and calls `tick` every 25 ms meanwhile.
     pub(super) fn wait(&self, mut tick: impl FnMut()) {
         loop {
             tick();

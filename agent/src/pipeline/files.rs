@@ -143,3 +143,42 @@ pub(super) fn drop_cache(file: &File) -> io::Result<()> {
     // Where the file system does not care (tmpfs) there is no disk to read back from.
     rustix::fs::fadvise(file, 0, None, rustix::fs::Advice::DontNeed).map_err(io::Error::from)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::disallowed_methods)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+
+    #[test]
+    fn a_hash_goes_on_from_its_journalled_state_and_a_sparse_raw_image_is_left_out() {
+        let path = std::env::temp_dir().join(format!("hypersdk-hash-{}", std::process::id()));
+        let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
+        std::fs::remove_file(&path).unwrap();
+        file.write_all_at(b"beginning", 0).unwrap();
+        file.write_all_at(b"end", 70 << 20).unwrap();
+        let input = |format| Input { name: "a".into(), file: file.try_clone().unwrap(), size: file.metadata().unwrap().len(), format };
+        let expected = sha256(&file, &|| false).unwrap().unwrap();
+
+        let reads = Cell::new(0);
+        let stop = || {
+            reads.set(reads.get() + 1);
+            reads.get() > 66
+        };
+        let first = Hashing::new(BTreeMap::new());
+        first.run(&[input("vmdk")], &stop).unwrap();
+        assert_eq!(first.digest("a"), None);
+        let Some(Record::Hashed { position, state, done: false, .. }) = first.records().pop() else { panic!("no state") };
+        assert_eq!(position, PUBLISH);
+        let second = Hashing::new(BTreeMap::from([("a".to_owned(), Hashed { position, state, done: false })]));
+        reads.set(0);
+        second.run(&[input("vmdk")], &stop).unwrap();
+        assert_eq!((second.digest("a"), reads.get()), (Some(expected), 7));
+
+        file.set_len(3 << 30).unwrap();
+        let third = Hashing::new(BTreeMap::new());
+        third.run(&[input("raw")], &|| false).unwrap();
+        assert_eq!(third.digest("a"), None);
+    }
+}

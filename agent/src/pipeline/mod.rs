@@ -32,7 +32,7 @@ use shared::manifest::{Blocks, Digest, FileEntry, Receipt};
 use shared::vm::Vm;
 
 pub use check::{BadBlock, DiskReport, FileReport, Report, verify_files};
-pub use part::{PartDir, is_bare};
+pub use part::PartDir;
 pub use stages::run;
 
 use crate::formats::{Compression, Disk, FormatError};
@@ -190,7 +190,7 @@ pub trait Watch: Sync {
     fn progress(&self, snapshot: &Snapshot);
     /// Told what an operator may want to know.
     fn log(&self, level: tracing::Level, stage: Stage, text: &str);
-    /// Asked every 50 ms; the bytes stop within a second.
+    /// Asked about every 25 ms; the bytes stop within a second.
     fn stop(&self) -> Option<Stop>;
 }
 

@@ -12,8 +12,9 @@ use super::control::Control;
 use super::files::{Input, sha256};
 use super::part::PartDir;
 use super::resume::Hashed;
+use super::verify::damaged;
 use super::{Error, Format, Job, output_error};
-use crate::formats::{FormatError, ova};
+use crate::formats::{FormatError, Window, ova};
 
 /// Where a disk came to lie.
 #[derive(Clone, Copy, Debug)]
@@ -119,6 +120,31 @@ impl<'a> Package<'a> {
     /// Names of description and manifest of an OVF folder.
     fn texts(&self) -> [String; 2] {
         ["ovf", "mf"].map(|extension| format!("{}.{extension}", ova::stem(&self.job.vm.name)))
+    }
+
+    /// Whether the files are all there in the lengths that they had when the package was complete.
+    pub(super) fn is_whole(&self, part: &PartDir, files: &[(String, u64)]) -> bool {
+        files.iter().all(|(name, len)| part.open(name).and_then(|file| file.metadata()).is_ok_and(|meta| meta.len() == *len))
+    }
+
+    /// The bytes of each disk as a reader of the package finds them.
+    pub(super) fn disks(&self, part: &PartDir) -> Result<Vec<Window>, Error> {
+        let open = |name: &str| part.open(name).and_then(Window::whole);
+        let [ovf, _] = self.texts();
+        let fail = |e: FormatError| damaged(e, "the package", 0);
+        let described = match self.job.format {
+            Format::Ova => ova::open(&open(&self.job.disk_file(0)).map_err(|e| fail(e.into()))?),
+            Format::Ovf => open(&ovf).map_err(FormatError::Io).and_then(|text| ova::open_folder(&ovf, &text, &open)),
+            _ => {
+                let windows = (0..self.job.disks.len()).map(|n| open(&self.job.disk_file(n)).map_err(|e| Error::Output(e.into())));
+                return windows.collect();
+            }
+        };
+        let windows: Vec<Window> = described.map_err(fail)?.disks.into_iter().map(|member| member.window).collect();
+        match windows.len() == self.job.disks.len() {
+            true => Ok(windows),
+            false => Err(fail(FormatError::Refused { format: self.job.format.name(), reason: format!("it describes {} disks", windows.len()) })),
+        }
     }
 
     /// All files of the finished package, opened for reading.

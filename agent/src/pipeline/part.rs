@@ -37,6 +37,17 @@ impl PartDir {
         self.open_with(name, OpenOptions::new().read(true))
     }
 
+    /// Removes every file in it: what another job left, whose journal was not adopted, must not be published with this one's output.
+    pub fn clear(&self) -> io::Result<()> {
+        for entry in self.0.entries()? {
+            let entry = entry?;
+            if !entry.file_type()?.is_dir() {
+                entry.remove_file()?;
+            }
+        }
+        self.sync()
+    }
+
     /// Makes new and changed names durable.
     pub fn sync(&self) -> io::Result<()> {
         // The directory's own descriptor may be one that only names it (O_PATH) and cannot be synced.
@@ -58,12 +69,12 @@ impl PartDir {
 }
 
 /// Whether `name` names a file in the directory itself and cannot be taken for anything else.
-pub fn is_bare(name: &str) -> bool {
+fn is_bare(name: &str) -> bool {
     !name.is_empty() && name.len() <= 255 && !name.starts_with('.') && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
 }
 
 /// The file that holds disk `n` of `count` in this format.
-pub fn disk_file(vm: &str, format: Format, n: usize, count: usize) -> String {
+pub(super) fn disk_file(vm: &str, format: Format, n: usize, count: usize) -> String {
     let (stem, extension) = (ova::stem(vm), format.disk_format());
     match format {
         Format::Ova => format!("{stem}.ova"),
@@ -94,6 +105,8 @@ mod tests {
         part.open_or_create("real.raw").unwrap();
         part.sync().unwrap();
         assert!(part.open_existing("real.raw").is_ok() && part.open_existing("other.raw").is_err());
+        part.clear().unwrap();
+        assert_eq!(std::fs::read_dir(&path).unwrap().count(), 0);
         std::fs::remove_dir_all(&path).unwrap();
     }
 }

@@ -60,7 +60,8 @@ pub(super) struct Hashed {
 pub(super) struct Found {
     pub(super) finished: Vec<Finished>,
     pub(super) partial: Option<Partial>,
-    pub(super) all_written: bool,
+    /// Name and length of every file, once the package was complete.
+    pub(super) all_written: Option<Vec<(String, u64)>>,
     /// By disk.
     pub(super) verified: BTreeMap<u32, Verified>,
     /// By file.
@@ -185,7 +186,7 @@ fn read_disk(journal: &Journal, number: u32, at: &mut usize) -> Result<Option<To
 fn read_rest(journal: &Journal, at: usize, found: &mut Found) -> Result<(), Error> {
     for i in at..journal.len() {
         match journal.read(i).map_err(Error::journal)? {
-            Record::AllWritten => found.all_written = true,
+            Record::AllWritten { files } => found.all_written = Some(files),
             Record::Verified { disk, next_block, data, blocks } => {
                 found.verified.insert(disk, Verified { next_block, data, blocks });
             }

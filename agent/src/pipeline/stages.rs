@@ -21,21 +21,29 @@ use super::target::{Target, open_output};
 use super::throttle::Throttle;
 use super::verify::{Proof, damaged};
 use super::{DiskOutcome, Error, Job, Outcome, Stage, Watch, output_error};
-use crate::formats::{Output, Window};
+use crate::formats::Output;
 use crate::journal::{Journal, Record};
 
 /// Runs a job in `part`, an open folder that is its own, with a journal that was opened with [`Job::identity`]. Answers when the output is
 /// complete, synced and (unless the job says otherwise) read back and found equal. May be called again with the same job, folder and journal
-/// after any error and any crash: it goes on where that left off.
+/// after any error and any crash: it goes on where that left off. A journal that was not adopted goes with an empty folder
+/// ([`PartDir::clear`]); files that the job writes are emptied, others stay.
 pub fn run(job: &Job, part: &PartDir, journal: &mut Journal, watch: &dyn Watch) -> Result<Outcome, Error> {
     let control = Control::new(watch);
     control.report();
-    let mut run = Run::new(job, part, &control)?;
+    let outcome = go(job, part, journal, &control);
+    // The caller's last word on what is durable, also when the job ended early.
+    control.report();
+    outcome
+}
+
+fn go(job: &Job, part: &PartDir, journal: &mut Journal, control: &Control<'_>) -> Result<Outcome, Error> {
+    let mut run = Run::new(job, part, control)?;
     if *journal.identity() != job.identity() {
         return Err(Error::Journal(std::io::Error::other("it was opened for another job")));
     }
     let data = run.count()?;
-    let found = survey(job, part, journal, &run.package, run.target.is_raw(), &control)?;
+    let found = survey(job, part, journal, &run.package, run.target.is_raw(), control)?;
     let Found { finished, partial, all_written, verified, mut hashed } = found;
     let resumed = finished.iter().map(|disk| disk.data).sum::<u64>() + partial.as_ref().map_or(0, |partial| partial.data);
     for (counter, value) in [(&control.counters.total, data), (&control.counters.resumed, resumed), (&control.counters.durable, resumed)] {
@@ -50,16 +58,20 @@ pub fn run(job: &Job, part: &PartDir, journal: &mut Journal, watch: &dyn Watch) 
         run.keep(Copied { blocks: disk.blocks, length: disk.length, data: disk.data });
     }
     run.copy(partial, journal)?;
-    if !all_written {
-        run.package.finish(part, &run.places, &mut hashed, &control)?;
-        journal.append(&Record::AllWritten).map_err(Error::journal)?;
-    }
+    let inputs = match all_written.filter(|files| run.package.is_whole(part, files)) {
+        Some(_) => run.package.files(part)?,
+        None => {
+            run.package.finish(part, &run.places, &mut hashed, control)?;
+            let inputs = run.package.files(part)?;
+            let files = inputs.iter().map(|input| (input.name.clone(), input.size)).collect();
+            journal.append(&Record::AllWritten { files }).map_err(Error::journal)?;
+            inputs
+        }
+    };
 
     control.enter(Stage::Verifying);
-    let inputs = run.package.files(part)?;
     let hashing = Hashing::new(hashed);
     let receipt = run.prove(&inputs, &hashing, &verified, journal)?;
-    control.report();
     let entry = |input: &Input| FileEntry {
         path: input.name.clone(),
         size: input.size,
@@ -227,16 +239,11 @@ impl<'a> Run<'a> {
     /// Compares each disk with the digests made while it was read.
     fn compare(&self, hashing: &Hashing, found: &BTreeMap<u32, Verified>, journal: &mut Journal) -> Result<Receipt, Error> {
         let mut sum = Verified::default();
-        for (number, source) in self.job.disks.iter().enumerate() {
-            let name = self.job.disk_file(number);
-            let place = self.places[number];
+        let windows = self.package.disks(self.part)?;
+        for ((number, source), window) in self.job.disks.iter().enumerate().zip(windows) {
             let start = found.get(&(number as u32)).copied().unwrap_or_default();
             self.control.counters.verified.store(sum.data + start.data, Ordering::Relaxed);
-            let window = self.part.open(&name).and_then(Window::whole).and_then(|window| window.part(place.base, place.length));
-            let output = window.map_err(|e| output_error(e.into(), &name)).and_then(|window| {
-                let opened = open_output(self.job.format.disk_format(), window);
-                opened.map_err(|e| damaged(e, &source.name, start.next_block))
-            })?;
+            let output = open_output(self.job.format.disk_format(), window).map_err(|e| damaged(e, &source.name, start.next_block))?;
             let proof = Proof {
                 control: self.control,
                 tuning: &self.job.tuning,

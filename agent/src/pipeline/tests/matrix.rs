@@ -41,7 +41,7 @@ fn for_qemu(path: &Path, format: Format) -> (String, &'static str) {
 
 #[test]
 fn the_same_disk_from_every_format_to_every_format() {
-    let folder = Folder::new("matrix");
+    let folder = Folder::fast("matrix");
     let data = sample(CAPACITY, 77);
     let mut roots = std::collections::BTreeSet::new();
     for (name, source) in sources(&folder, &data) {
@@ -79,7 +79,7 @@ fn the_same_disk_from_every_format_to_every_format() {
 
 #[test]
 fn several_disks_one_of_them_empty_in_every_format() {
-    let folder = Folder::new("several");
+    let folder = Folder::fast("several");
     let contents = [sample(9 << 20, 5), vec![0u8; 6 << 20], sample((5 << 20) + 512, 6)];
     let disks: Vec<Arc<dyn Disk>> = contents
         .iter()

@@ -1,0 +1,151 @@
+//! The gRPC server that agents dial.
+//!
+//! Owns: the listener, who may call what: Enroll needs no certificate, Renewal one of a known key (whose time may have run out),
+//! Session a current one. Never: believes a name in a message; who calls is what the certificate says.
+//! A crash here costs the connections.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use proto::v1::fleet_server::{Fleet, FleetServer};
+use proto::v1::{AgentMessage, ControllerMessage, EnrollReply, EnrollRequest, RenewalRequest};
+use tokio::sync::{mpsc, watch};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::transport::Server;
+use tonic::{Request, Response, Status, Streaming};
+
+use super::registry::Handle;
+use super::session::{OUTGOING, Session};
+use super::{ca, enroll, store, tls};
+use crate::jobs::queue;
+use crate::store::entities::agents;
+
+/// Largest message; an inventory of ten thousand VMs fits.
+const MESSAGE: usize = 32 << 20;
+const KEEPALIVE: Duration = Duration::from_secs(10);
+/// How long sessions may take to end when the gateway stops.
+const STOP: Duration = Duration::from_secs(5);
+
+struct Service {
+    registry: Handle,
+    queue: queue::Handle,
+}
+
+impl Service {
+    /// The agent that calls, by its certificate.
+    async fn caller<T>(&self, request: &Request<T>) -> Result<(agents::Model, ca::Bearer), Status> {
+        let certificates = request.peer_certs().unwrap_or_default();
+        let first = certificates
+            .first()
+            .ok_or_else(|| Status::unauthenticated("this call needs the agent's client certificate; Enroll gives one"))?;
+        let bearer = ca::bearer(first).map_err(|e| Status::unauthenticated(e.to_string()))?;
+        let agent = store::by_id(self.registry.store(), &bearer.agent).await.map_err(enroll::away)?;
+        let agent = agent.ok_or_else(|| Status::permission_denied("this controller knows no such agent; it needs a join token"))?;
+        if agent.key_sha256 != bearer.key_sha256 {
+            return Err(Status::permission_denied("this agent has joined again with another key"));
+        }
+        Ok((agent, bearer))
+    }
+}
+
+#[tonic::async_trait]
+impl Fleet for Service {
+    async fn enroll(&self, request: Request<EnrollRequest>) -> Result<Response<EnrollReply>, Status> {
+        let request = request.into_inner();
+        let name = request.name.clone();
+        let reply = enroll::enroll(self.registry.store(), self.registry.authority(), request).await?;
+        self.registry.note_name(&reply.agent_id, &name);
+        // A known agent with a new key: whoever holds the old one is put out.
+        self.registry.close(&reply.agent_id, Status::permission_denied("this agent has joined again with another key"));
+        Ok(Response::new(reply))
+    }
+
+    async fn renewal(&self, request: Request<RenewalRequest>) -> Result<Response<EnrollReply>, Status> {
+        let (agent, _) = self.caller(&request).await?;
+        if agent.revoked {
+            return Err(Status::permission_denied("this agent was removed from the fleet; it needs a new join token"));
+        }
+        enroll::renew(self.registry.authority(), &agent, &request.into_inner().csr_pem).map(Response::new)
+    }
+
+    type SessionStream = ReceiverStream<Result<ControllerMessage, Status>>;
+
+    async fn session(&self, request: Request<Streaming<AgentMessage>>) -> Result<Response<Self::SessionStream>, Status> {
+        let (agent, bearer) = self.caller(&request).await?;
+        if !bearer.is_current {
+            return Err(Status::unauthenticated("the certificate has run out; Renewal gives a new one"));
+        }
+        let (outgoing, messages) = mpsc::channel(OUTGOING);
+        let session = Session { registry: self.registry.clone(), queue: self.queue.clone(), agent, outgoing };
+        // The answer's head goes out at once: an agent may wait for it before it says Hello.
+        tokio::spawn(session.run(request.into_inner()));
+        Ok(Response::new(ReceiverStream::new(messages)))
+    }
+}
+
+/// A running gateway.
+pub struct Gateway {
+    /// Where it listens.
+    pub address: SocketAddr,
+    registry: Handle,
+    stop: watch::Sender<bool>,
+    served: tokio::task::JoinHandle<()>,
+}
+
+impl Gateway {
+    /// Starts serving on a bound listener. `names` are the DNS names and addresses that agents dial; `runtime` is where it runs.
+    pub fn start(
+        listener: std::net::TcpListener,
+        names: &[String],
+        registry: Handle,
+        queue: queue::Handle,
+        runtime: &tokio::runtime::Handle,
+    ) -> Result<Self, Error> {
+        let config = tls::server_config(registry.authority(), names)?;
+        listener.set_nonblocking(true)?;
+        let address = listener.local_addr()?;
+        let _inside = runtime.enter();
+        let listener = tokio::net::TcpListener::from_std(listener)?;
+        let (accepted, connections) = mpsc::channel(64);
+        let (stop, mut stopped) = watch::channel(false);
+        let service = FleetServer::new(Service { registry: registry.clone(), queue }).max_decoding_message_size(MESSAGE);
+        let server = Server::builder()
+            .http2_keepalive_interval(Some(KEEPALIVE))
+            .http2_keepalive_timeout(Some(KEEPALIVE))
+            .max_concurrent_streams(16)
+            .add_service(service)
+            .serve_with_incoming_shutdown(ReceiverStream::new(connections), async move {
+                // A sender that is gone means the same.
+                let _ = stopped.wait_for(|stop| *stop).await;
+            });
+        runtime.spawn(tls::accept(listener, config, accepted));
+        let served = runtime.spawn(async move {
+            if let Err(error) = server.await {
+                tracing::error!(%error, "gateway stopped serving");
+            }
+        });
+        Ok(Self { address, registry, stop, served })
+    }
+
+    /// Stops: no new connections, every session is told to come back, and a moment for them to end.
+    pub async fn stop(self) {
+        self.stop.send_replace(true);
+        self.registry.close_all();
+        let aborter = self.served.abort_handle();
+        if tokio::time::timeout(STOP, self.served).await.is_err() {
+            aborter.abort();
+        }
+    }
+}
+
+/// Why the gateway did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Its certificate.
+    #[error(transparent)]
+    Certificate(#[from] ca::Error),
+    /// The listener.
+    #[error("gateway: {0}")]
+    Io(#[from] io::Error),
+}

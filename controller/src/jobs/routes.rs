@@ -1,0 +1,280 @@
+//! `/jobs`: make, list, look at, follow and steer.
+//!
+//! Owns: the HTTP side. Never: decides anything (service and queue do). A crash here costs one answer.
+
+use actix_web::http::header;
+use actix_web::{HttpRequest, HttpResponse, web};
+use serde::Serialize;
+use shared::ids::JobId;
+use shared::job::Status;
+use shared::options::JobType;
+use utoipa::ToSchema;
+
+use super::core;
+use super::logs::{self, Form};
+use super::record::Job;
+use super::service::{self, Create};
+use super::store::{self, Filter, SortBy};
+use super::view::View;
+use crate::app::App;
+use crate::http::body::Json;
+use crate::http::guard::{Operator, Viewer};
+use crate::http::idempotency::Idempotency;
+use crate::http::query::{Order, Query};
+use crate::http::reply::{Error, ErrorBody, Page};
+use crate::jobs::core::Outbox;
+use crate::store::Error as StoreError;
+use crate::system::audit;
+
+const STATUSES: &[&str] = &["queued", "running", "completed", "failed", "cancelled"];
+const SORTS: &[&str] = &["created_at", "updated_at", "vm_name", "status", "priority"];
+
+fn view(app: &App, job: &Job) -> View {
+    View::of(job, |agent| app.fleet.name(agent))
+}
+
+/// What is no id is no job.
+fn id_of(text: &str) -> Result<String, Error> {
+    let missing = || Error::not_found(format!("no job `{}`; GET /jobs lists them", text.chars().take(60).collect::<String>()));
+    text.parse::<JobId>().map(String::from).map_err(|_| missing())
+}
+
+async fn job_of(app: &App, id: &str) -> Result<Job, Error> {
+    let id = id_of(id)?;
+    match store::load(&app.store, &id).await? {
+        Some(job) => Ok(app.queue.board().freshen(job)),
+        None => Err(core::Error::NotFound(id).into()),
+    }
+}
+
+/// Makes a job. It is in the store when this answers.
+#[utoipa::path(post, path = "/jobs", tag = "Jobs", security(("token" = [])), request_body = Create,
+    params(("Idempotency-Key" = Option<String>, Header, description = "the same key and body give the first answer again")),
+    responses(
+        (status = 201, description = "the job, queued", body = View, headers(("Location" = String, description = "where it is"))),
+        (status = 400, description = "the body cannot be read, a field is wrong or an unknown word; the known ones are listed", body = ErrorBody),
+        (status = 401, description = "no valid token", body = ErrorBody),
+        (status = 403, description = "not an operator, or the destination lies outside the roots", body = ErrorBody),
+        (status = 404, description = "no such VM", body = ErrorBody),
+        (status = 409, description = "several VMs bear the name, or the Idempotency-Key came with another body", body = ErrorBody),
+        (status = 413, description = "the body is too large", body = ErrorBody),
+        (status = 415, description = "no JSON", body = ErrorBody),
+        (status = 422, description = "not built yet, or the image is refused", body = ErrorBody),
+        (status = 429, description = "too many requests", body = ErrorBody),
+        (status = 503, description = "the database is away or the controller drains", body = ErrorBody),
+    ))]
+pub async fn create(caller: Operator, request: HttpRequest, app: web::Data<App>, body: Json<Create>) -> Result<HttpResponse, Error> {
+    let key = Idempotency::of(&request, &caller, &body.digest)?;
+    if let Some(key) = &key
+        && let Some(first) = key.replay(&app.store).await?
+    {
+        return Ok(first);
+    }
+    let new = service::check(&app, &caller.name, body.value).await?;
+    let job = match app.queue.submit(new, key.clone()).await {
+        Ok(job) => job,
+        // A twin request with the same key was quicker: its answer is the answer.
+        Err(core::Error::Store(StoreError::Conflict(cause))) => match &key {
+            Some(key) => return key.replay(&app.store).await?.ok_or_else(|| Error::internal(cause)),
+            None => return Err(Error::internal(cause)),
+        },
+        Err(error) => return Err(error.into()),
+    };
+    Ok(HttpResponse::Created().insert_header((header::LOCATION, format!("/api/v1/jobs/{}", job.id))).json(view(&app, &job)))
+}
+
+/// Jobs, newest first.
+#[utoipa::path(get, path = "/jobs", tag = "Jobs", security(("token" = [])), params(
+    ("offset" = Option<u64>, Query), ("limit" = Option<u64>, Query),
+    ("sort" = Option<String>, Query, description = "created_at, updated_at, vm_name, status, priority"), ("order" = Option<String>, Query, description = "asc, desc"),
+    ("status" = Option<String>, Query, description = "queued, running, completed, failed, cancelled"),
+    ("provider" = Option<String>, Query, description = "connection or kind"), ("type" = Option<String>, Query, description = "job type"),
+    ("created_after" = Option<String>, Query, description = "RFC 3339"), ("created_before" = Option<String>, Query, description = "RFC 3339"),
+    ("search" = Option<String>, Query, description = "part of the VM's name or the id"),
+), responses(
+    (status = 200, description = "one page", body = Page<View>),
+    (status = 400, description = "an unknown parameter or value; the known ones are listed", body = ErrorBody),
+    (status = 401, description = "no valid token", body = ErrorBody),
+    (status = 429, description = "too many requests", body = ErrorBody),
+    (status = 503, description = "the database is away", body = ErrorBody),
+))]
+pub async fn list(_: Viewer, request: HttpRequest, app: web::Data<App>) -> Result<web::Json<Page<View>>, Error> {
+    let query = Query::of(&request, &["status", "provider", "type", "created_after", "created_before", "search"])?;
+    let paging = query.paging()?;
+    let sort = query.sort(SORTS, "created_at", Order::Desc)?;
+    let status = match query.word("status", STATUSES)? {
+        Some("running") => vec![Status::Running, Status::Cancelling],
+        Some(word) => Status::from_word(word).into_iter().collect(),
+        None => Vec::new(),
+    };
+    let filter = Filter {
+        status,
+        provider: query.text("provider").map(str::to_owned),
+        kind: query.word("type", JobType::ALL)?.map(str::to_owned),
+        created_after: query.time("created_after")?.map(|time| time.timestamp_millis()),
+        created_before: query.time("created_before")?.map(|time| time.timestamp_millis()),
+        search: query.text("search").map(str::to_owned),
+    };
+    let by = match sort.field {
+        "updated_at" => SortBy::Updated,
+        "vm_name" => SortBy::VmName,
+        "status" => SortBy::Status,
+        "priority" => SortBy::Priority,
+        _ => SortBy::Created,
+    };
+    let (jobs, total) = store::list(&app.store, filter, (by, sort.order.into()), paging.offset, paging.limit).await?;
+    let board = app.queue.board();
+    let rows = jobs.into_iter().map(|job| view(&app, &board.freshen(job))).collect();
+    Ok(web::Json(paging.page(rows, total)))
+}
+
+/// One job.
+#[utoipa::path(get, path = "/jobs/{id}", tag = "Jobs", security(("token" = [])), params(("id" = String, Path)), responses(
+    (status = 200, description = "the job", body = View),
+    (status = 401, description = "no valid token", body = ErrorBody),
+    (status = 404, description = "no such job", body = ErrorBody),
+    (status = 429, description = "too many requests", body = ErrorBody),
+    (status = 503, description = "the database is away", body = ErrorBody),
+))]
+pub async fn get(_: Viewer, app: web::Data<App>, id: web::Path<String>) -> Result<web::Json<View>, Error> {
+    Ok(web::Json(view(&app, &job_of(&app, &id).await?)))
+}
+
+/// A person steers a job: audit row, act, answer.
+macro_rules! act {
+    ($app:expr, $caller:expr, $id:expr, $action:literal, $verb:ident) => {{
+        let id = id_of(&$id)?;
+        let act = audit::begin(&$app.store, &$caller.name, $action, &id).await?;
+        let done = $app.queue.$verb(id, $caller.name.clone()).await.map_err(Error::from);
+        act.finish(&done).await;
+        view(&$app, &done?)
+    }};
+}
+
+/// Cancels: the bytes stop within 5 s, partial files go.
+#[utoipa::path(delete, path = "/jobs/{id}", tag = "Jobs", security(("token" = [])), params(("id" = String, Path)), responses(
+    (status = 202, description = "the job; `cancelling` while its agent stops", body = View),
+    (status = 401, description = "no valid token", body = ErrorBody),
+    (status = 403, description = "not an operator", body = ErrorBody),
+    (status = 404, description = "no such job", body = ErrorBody),
+    (status = 409, description = "it has ended or is being published", body = ErrorBody),
+    (status = 429, description = "too many requests", body = ErrorBody),
+    (status = 503, description = "the database is away", body = ErrorBody),
+))]
+pub async fn cancel(caller: Operator, app: web::Data<App>, id: web::Path<String>) -> Result<HttpResponse, Error> {
+    Ok(HttpResponse::Accepted().json(act!(app, caller, id, "job.cancel", cancel)))
+}
+
+/// Another try for a failed or cancelled job; what is on the disk already is used.
+#[utoipa::path(post, path = "/jobs/{id}/retry", tag = "Jobs", security(("token" = [])), params(("id" = String, Path)), responses(
+    (status = 200, description = "the job, queued", body = View),
+    (status = 401, description = "no valid token", body = ErrorBody),
+    (status = 403, description = "not an operator", body = ErrorBody),
+    (status = 404, description = "no such job", body = ErrorBody),
+    (status = 409, description = "it has not failed", body = ErrorBody),
+    (status = 429, description = "too many requests", body = ErrorBody),
+    (status = 503, description = "the database is away", body = ErrorBody),
+))]
+pub async fn retry(caller: Operator, app: web::Data<App>, id: web::Path<String>) -> Result<web::Json<View>, Error> {
+    Ok(web::Json(act!(app, caller, id, "job.retry", retry)))
+}
+
+/// Stops the bytes and keeps the checkpoint.
+#[utoipa::path(post, path = "/jobs/{id}/pause", tag = "Jobs", security(("token" = [])), params(("id" = String, Path)), responses(
+    (status = 200, description = "the job, paused", body = View),
+    (status = 401, description = "no valid token", body = ErrorBody),
+    (status = 403, description = "not an operator", body = ErrorBody),
+    (status = 404, description = "no such job", body = ErrorBody),
+    (status = 409, description = "it has ended or is being published", body = ErrorBody),
+    (status = 429, description = "too many requests", body = ErrorBody),
+    (status = 503, description = "the database is away", body = ErrorBody),
+))]
+pub async fn pause(caller: Operator, app: web::Data<App>, id: web::Path<String>) -> Result<web::Json<View>, Error> {
+    Ok(web::Json(act!(app, caller, id, "job.pause", pause)))
+}
+
+/// Lets a paused job go on from its checkpoint.
+#[utoipa::path(post, path = "/jobs/{id}/resume", tag = "Jobs", security(("token" = [])), params(("id" = String, Path)), responses(
+    (status = 200, description = "the job, queued", body = View),
+    (status = 401, description = "no valid token", body = ErrorBody),
+    (status = 403, description = "not an operator", body = ErrorBody),
+    (status = 404, description = "no such job", body = ErrorBody),
+    (status = 409, description = "it is not paused", body = ErrorBody),
+    (status = 429, description = "too many requests", body = ErrorBody),
+    (status = 503, description = "the database is away", body = ErrorBody),
+))]
+pub async fn resume(caller: Operator, app: web::Data<App>, id: web::Path<String>) -> Result<web::Json<View>, Error> {
+    Ok(web::Json(act!(app, caller, id, "job.resume", resume)))
+}
+
+/// A job's log. NDJSON `{"time","level","stage","message"}` so far, with `follow=true` until the job ends; with
+/// `Accept: text/event-stream` as server-sent events, which follow unless `follow=false`.
+#[utoipa::path(get, path = "/jobs/{id}/logs", tag = "Jobs", security(("token" = [])), params(
+    ("id" = String, Path), ("follow" = Option<bool>, Query), ("Last-Event-ID" = Option<i64>, Header, description = "goes on after this line"),
+), responses(
+    (status = 200, description = "lines", content_type = "application/x-ndjson", body = String),
+    (status = 400, description = "an unknown parameter or value", body = ErrorBody),
+    (status = 401, description = "no valid token", body = ErrorBody),
+    (status = 404, description = "no such job", body = ErrorBody),
+    (status = 429, description = "too many requests", body = ErrorBody),
+    (status = 503, description = "the database is away", body = ErrorBody),
+))]
+pub async fn logs(_: Viewer, request: HttpRequest, app: web::Data<App>, id: web::Path<String>) -> Result<HttpResponse, Error> {
+    let query = Query::only(&request, &["follow"])?;
+    let header_text = |name: &str| request.headers().get(name).and_then(|value| value.to_str().ok());
+    let form = if header_text("Accept").is_some_and(|accept| accept.contains("text/event-stream")) { Form::Events } else { Form::Lines };
+    let asked = query.flag("follow")?;
+    let follows = asked || (form == Form::Events && query.text("follow").is_none());
+    let after = match header_text("Last-Event-ID") {
+        None => 0,
+        Some(text) => text
+            .trim()
+            .parse::<i64>()
+            .ok()
+            .filter(|seq| *seq >= 0)
+            .ok_or_else(|| Error::bad_request("Last-Event-ID must be a line's number"))?,
+    };
+    let job = job_of(&app, &id).await?;
+    let follow = if follows {
+        Some(app.queue.follow(job.id.clone()).await?)
+    } else {
+        app.queue.flush_logs().await?;
+        None
+    };
+    let media_type = if form == Form::Events { "text/event-stream" } else { "application/x-ndjson" };
+    // Identity: a compressing layer would hold lines back until its buffer is full.
+    Ok(HttpResponse::Ok()
+        .content_type(media_type)
+        .insert_header(header::ContentEncoding::Identity)
+        .insert_header((header::CACHE_CONTROL, "no-store"))
+        .insert_header(("X-Accel-Buffering", "no"))
+        .streaming(logs::stream(app.store.clone(), job.id, form, after, follow)))
+}
+
+/// Totals over all jobs.
+#[derive(Serialize, ToSchema)]
+#[schema(as = JobStats, example = json!({
+    "total": 142, "by_status": {"queued": 3, "running": 4, "completed": 130, "failed": 2, "cancelled": 3}
+}))]
+pub struct Stats {
+    /// All jobs.
+    total: u64,
+    /// Jobs in each status.
+    by_status: std::collections::BTreeMap<&'static str, u64>,
+}
+
+/// How many jobs stand where.
+#[utoipa::path(get, path = "/jobs/stats", tag = "Jobs", security(("token" = [])), responses(
+    (status = 200, description = "totals", body = Stats),
+    (status = 401, description = "no valid token", body = ErrorBody),
+    (status = 429, description = "too many requests", body = ErrorBody),
+    (status = 503, description = "the database is away", body = ErrorBody),
+))]
+pub async fn stats(_: Viewer, app: web::Data<App>) -> Result<web::Json<Stats>, Error> {
+    let counts = store::count_by_status(&app.store).await?;
+    let mut by_status: std::collections::BTreeMap<&'static str, u64> = STATUSES.iter().map(|word| (*word, 0)).collect();
+    for (status, count) in counts {
+        *by_status.entry(status.public()).or_default() += count;
+    }
+    Ok(web::Json(Stats { total: by_status.values().sum(), by_status }))
+}

@@ -1,0 +1,340 @@
+//! Checks before a job is made: what is asked for exists, is built, is allowed, and fits together.
+//!
+//! Owns: the body of `POST /jobs` and every reason to refuse it. Never: makes a job (the queue does), touches an agent's disk.
+//! A crash here costs one answer.
+
+use std::path::PathBuf;
+
+use serde::Deserialize;
+use shared::error::Code;
+use shared::options::{Algorithm, Format, JobType, Options};
+use utoipa::ToSchema;
+
+use super::core;
+use super::record::NewJob;
+use crate::app::App;
+use crate::fleet::store::RootRow;
+use crate::http::reply::Error;
+use crate::store::entities::connections;
+use crate::{providers, vms};
+
+/// Root that outputs go to where no destination is named.
+const EXPORTS: &str = "exports";
+/// Longest path or name.
+const MOST: usize = 4096;
+
+/// What a job shall do.
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+#[schema(example = json!({
+    "type": "export", "provider": "local", "vm_name": "web-server-01", "format": "qcow2",
+    "options": {"compress": true, "include_snapshots": false, "destination": "exports/"}
+}))]
+pub struct Create {
+    /// `export`; `convert`, `import`, `migrate`, `verify` and `backup` are not built yet.
+    #[serde(rename = "type")]
+    #[schema(example = "export")]
+    pub kind: Option<String>,
+    /// A connection's name, or its kind where just one of that kind is connected.
+    #[schema(example = "local")]
+    pub provider: Option<String>,
+    /// Name, inventory path or id.
+    #[schema(example = "web-server-01")]
+    pub vm_name: Option<String>,
+    /// Path of the source for types that name no VM.
+    pub source: Option<String>,
+    /// `ova`, `ovf`, `vmdk`, `qcow2` or `raw`; `vhdx`, `vhd` and `vdi` are not built yet.
+    #[schema(example = "qcow2")]
+    pub format: Option<String>,
+    /// How.
+    pub options: Option<Wishes>,
+}
+
+/// Options of a job.
+#[derive(Clone, Debug, Default, Deserialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+#[schema(as = JobOptions)]
+pub struct Wishes {
+    /// Compress where the format can (vmdk, ova and ovf always do).
+    pub compress: Option<bool>,
+    /// `deflate`, or `zstd` for qcow2.
+    #[schema(value_type = Option<String>, example = "zstd")]
+    pub compression: Option<Algorithm>,
+    /// 1–12 for deflate, 1–22 for zstd.
+    pub level: Option<i64>,
+    /// Not built yet where true.
+    pub include_snapshots: Option<bool>,
+    /// Folder inside a root of the agent, `ROOT/…` or absolute; default: the root `exports`.
+    #[schema(example = "exports/night")]
+    pub destination: Option<String>,
+    /// Read the output back and compare; default true.
+    pub verify: Option<bool>,
+    /// Switch a running VM off first; default false.
+    pub power_off: Option<bool>,
+    /// Bytes a second.
+    pub bandwidth_limit: Option<i64>,
+    /// 0–100, higher first; default 50.
+    pub priority: Option<i64>,
+    /// Not built yet.
+    pub not_before: Option<String>,
+    /// Not built yet.
+    pub deadline: Option<String>,
+    /// Not built yet where true.
+    pub carbon_aware: Option<bool>,
+    /// Not built yet.
+    #[schema(value_type = Option<Object>)]
+    pub target: Option<serde_json::Value>,
+    /// Not built yet where true.
+    pub dry_run: Option<bool>,
+}
+
+/// A queue's refusal as an answer.
+impl From<core::Error> for Error {
+    fn from(error: core::Error) -> Self {
+        match error {
+            core::Error::NotFound(id) => Error::not_found(format!("no job `{id}`; GET /jobs lists them")),
+            core::Error::Refused(_) | core::Error::Raced => Error::new(Code::Conflict, error.to_string()),
+            core::Error::Draining | core::Error::Gone => Error::new(Code::Unavailable, error.to_string()).retry_after(5),
+            core::Error::Store(error) => error.into(),
+        }
+    }
+}
+
+/// Checks a request and makes of it what the queue takes.
+pub async fn check(app: &App, caller: &str, wanted: Create) -> Result<NewJob, Error> {
+    let kind = job_type(wanted.kind.as_deref())?;
+    if wanted.source.is_some() {
+        return Err(Error::bad_request("`source` is for convert, import and verify; an export names `provider` and `vm_name`"));
+    }
+    let format = output_format(wanted.format.as_deref())?;
+    let wishes = wanted.options.unwrap_or_default();
+    let mut notes = Vec::new();
+    let options = options(wishes, format, &mut notes)?;
+    let provider = required("provider", wanted.provider, "a connection's name or kind; GET /providers lists them")?;
+    let vm_name = required("vm_name", wanted.vm_name, "a VM's name, path or id; GET /vms/list lists them")?;
+    let connection = providers::service::resolve(&app.store, &provider).await?;
+    if connection.kind != "local" {
+        return Err(Error::not_built(format!("export from `{}`", connection.kind)));
+    }
+    let found = vms::service::resolve(&app.store, &connection, &vm_name).await?;
+    if !found.vm.problem.is_empty() {
+        return Err(Error::new(Code::BadImage, format!("`{}` cannot be exported: {}", found.vm.name, found.vm.problem)));
+    }
+    if found.vm.disks.is_empty() {
+        return Err(Error::new(Code::Unprocessable, format!("`{}` has no disks", found.vm.name)));
+    }
+    if options.power_off == Some(true) {
+        notes.push("power_off does nothing here: a VM of a local connection is a folder of images and does not run".to_owned());
+    }
+    check_agent(app, &connection, format, options.destination.as_deref()).await?;
+    Ok(NewJob {
+        kind,
+        capacity: found.vm.disks.iter().fold(0u64, |sum, disk| sum.saturating_add(disk.capacity)),
+        provider: connection.name,
+        provider_kind: connection.kind,
+        provider_path: connection.path,
+        owner: connection.agent_id,
+        vm_id: found.vm.id,
+        vm_name: found.vm.name,
+        source: String::new(),
+        format,
+        options,
+        created_by: caller.to_owned(),
+        notes,
+    })
+}
+
+fn required(name: &str, value: Option<String>, what: &str) -> Result<String, Error> {
+    match value.filter(|value| !value.trim().is_empty()) {
+        Some(value) if value.len() <= MOST => Ok(value),
+        Some(_) => Err(Error::bad_request(format!("`{name}` is longer than {MOST} bytes"))),
+        None => Err(Error::bad_request(format!("`{name}` is missing: {what}"))),
+    }
+}
+
+fn job_type(word: Option<&str>) -> Result<JobType, Error> {
+    let known = || JobType::ALL.join(", ");
+    let word = word.ok_or_else(|| Error::bad_request(format!("`type` is missing; known: {}", known())))?;
+    match JobType::from_word(word) {
+        Some(JobType::Export) => Ok(JobType::Export),
+        Some(other) => Err(Error::not_built(format!("job type `{other}`"))),
+        None => Err(Error::bad_request(format!("type `{}` is unknown; known: {}", clip(word), known()))),
+    }
+}
+
+fn output_format(word: Option<&str>) -> Result<Format, Error> {
+    let known = || Format::ALL.join(", ");
+    let word = word.ok_or_else(|| Error::bad_request(format!("`format` is missing; known: {}", known())))?;
+    match Format::from_word(word) {
+        Some(format) if format.is_built() => Ok(format),
+        Some(format) => Err(Error::not_built(format!("output format `{format}`"))),
+        None => Err(Error::bad_request(format!("format `{}` is unknown; known: {}", clip(word), known()))),
+    }
+}
+
+/// Numbers in range, combinations that make sense, and nothing that is silently left out.
+fn options(wishes: Wishes, format: Format, notes: &mut Vec<String>) -> Result<Options, Error> {
+    let unprocessable = |message: String| Err(Error::new(Code::Unprocessable, message));
+    let unbuilt = [
+        (wishes.include_snapshots == Some(true), "option `include_snapshots`"),
+        (wishes.carbon_aware == Some(true), "option `carbon_aware`"),
+        (wishes.dry_run == Some(true), "option `dry_run`"),
+        (wishes.not_before.is_some(), "option `not_before`"),
+        (wishes.deadline.is_some(), "option `deadline`"),
+        (wishes.target.is_some(), "option `target`"),
+    ];
+    if let Some((_, what)) = unbuilt.iter().find(|(asked, _)| *asked) {
+        return Err(Error::not_built(what));
+    }
+    let priority = match wishes.priority {
+        None => None,
+        Some(priority) => match u8::try_from(priority) {
+            Ok(priority) if priority <= 100 => Some(priority),
+            _ => return Err(Error::bad_request(format!("priority must be 0 to 100, not {priority}"))),
+        },
+    };
+    let bandwidth_limit = match wishes.bandwidth_limit {
+        None => None,
+        Some(limit) => match u64::try_from(limit) {
+            Ok(limit) if limit > 0 => Some(limit),
+            _ => return Err(Error::bad_request(format!("bandwidth_limit must be bytes a second, 1 or more, not {limit}"))),
+        },
+    };
+    let algorithm = match format {
+        Format::Raw if wishes.compression.is_some() || wishes.level.is_some() => {
+            return unprocessable("raw has no compression: leave `compression` and `level` out, or choose qcow2 or vmdk".to_owned());
+        }
+        Format::Qcow2 if wishes.compress == Some(false) && (wishes.compression.is_some() || wishes.level.is_some()) => {
+            return unprocessable("`compress` is false, but `compression` or `level` is given; leave one of them out".to_owned());
+        }
+        Format::Qcow2 => wishes.compression.unwrap_or(Algorithm::Deflate),
+        _ if wishes.compression == Some(Algorithm::Zstd) => {
+            return unprocessable(format!("zstd is for qcow2 only; {format} is always deflate"));
+        }
+        _ => Algorithm::Deflate,
+    };
+    let highest = if algorithm == Algorithm::Zstd { 22 } else { 12 };
+    let level = match wishes.level {
+        None => None,
+        Some(level) => match i32::try_from(level) {
+            Ok(level) if (1..=highest).contains(&level) => Some(level),
+            _ => return Err(Error::bad_request(format!("level must be 1 to {highest} for {algorithm}, not {level}"))),
+        },
+    };
+    match (format, wishes.compress) {
+        (Format::Raw, Some(true)) => notes.push("compress does nothing here: raw has no compression".to_owned()),
+        (Format::Vmdk | Format::Ova | Format::Ovf, Some(false)) => {
+            notes.push(format!("compress: false does nothing here: {format} is always deflate"))
+        }
+        _ => {}
+    }
+    // Naming an algorithm or a level means to use it.
+    let implied = format == Format::Qcow2 && (wishes.compression.is_some() || level.is_some());
+    Ok(Options {
+        compress: wishes.compress.or(implied.then_some(true)),
+        compression: wishes.compression,
+        level,
+        include_snapshots: wishes.include_snapshots,
+        destination: wishes.destination,
+        verify: wishes.verify,
+        power_off: wishes.power_off,
+        bandwidth_limit,
+        priority,
+    })
+}
+
+/// The agent writes this format, and the destination lies in a root that it may write.
+async fn check_agent(app: &App, connection: &connections::Model, format: Format, destination: Option<&str>) -> Result<(), Error> {
+    let agent = app.fleet.resolve(&connection.agent_id).await.map_err(|e| match e.code() {
+        Code::NotFound => {
+            Error::new(Code::Conflict, format!("the agent of `{}` was removed from the fleet; connect it again", connection.name))
+        }
+        _ => e,
+    })?;
+    let formats: Vec<String> = serde_json::from_str(&agent.formats).unwrap_or_default();
+    if !formats.is_empty() && !formats.iter().any(|word| word == format.word()) {
+        return Err(Error::not_built(format!("format `{format}` at agent `{}` (it writes: {})", agent.name, formats.join(", "))));
+    }
+    check_destination(&crate::fleet::store::roots(&agent), destination)
+}
+
+fn check_destination(roots: &[RootRow], destination: Option<&str>) -> Result<(), Error> {
+    let writable = roots.iter().filter(|root| root.writable).map(|root| format!("{}/", root.name)).collect::<Vec<_>>();
+    let usable = if writable.is_empty() { "none: the agent has no writable root".to_owned() } else { writable.join(", ") };
+    let Some(destination) = destination else {
+        if roots.iter().any(|root| root.name == EXPORTS && root.writable) {
+            return Ok(());
+        }
+        return Err(Error::new(
+            Code::Unprocessable,
+            format!("the agent has no writable root `{EXPORTS}`; name a `destination` in one of: {usable}"),
+        ));
+    };
+    if destination.starts_with("s3://") {
+        return Err(Error::not_built("a destination in an object store"));
+    }
+    let outside =
+        |why: &str| Err(Error::new(Code::OutsideRoots, format!("destination `{}` {why}; use one of: {usable}", clip(destination))));
+    if destination.is_empty() || destination.len() > MOST {
+        return Err(Error::bad_request(format!("destination must be a path of 1 to {MOST} bytes in one of: {usable}")));
+    }
+    let named = roots.iter().map(|root| (root.name.clone(), PathBuf::from(&root.path)));
+    match shared::vault::locate(named, destination) {
+        None => outside("lies outside the configured roots"),
+        Some((name, _)) if !roots.iter().any(|root| root.name == name && root.writable) => outside("lies in a root that is only read"),
+        Some(_) => Ok(()),
+    }
+}
+
+/// What somebody sent, as it stands in a message.
+fn clip(text: &str) -> String {
+    text.chars().take(80).collect()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn roots() -> Vec<RootRow> {
+        let root =
+            |name: &str, path: &str, writable| RootRow { name: name.into(), path: path.into(), free_bytes: 1, total_bytes: 2, writable };
+        vec![root("exports", "/srv/exports", true), root("vms", "/srv/vms", false)]
+    }
+
+    #[test]
+    fn a_destination_lies_in_a_writable_root() {
+        for good in [None, Some("exports"), Some("exports/night/1"), Some("/srv/exports/"), Some("/srv/exports/a")] {
+            check_destination(&roots(), good).unwrap();
+        }
+        for bad in ["exports/../vms", "/etc", "vms/x", "/srv/exportsx", "relative", "exports\0"] {
+            let error = check_destination(&roots(), Some(bad)).unwrap_err();
+            assert!(error.code() == Code::OutsideRoots && error.message().contains("exports/"), "{bad}: {error}");
+        }
+        assert_eq!(check_destination(&roots(), Some("s3://bucket/x")).unwrap_err().code(), Code::NotBuilt);
+        assert_eq!(check_destination(&[], None).unwrap_err().code(), Code::Unprocessable);
+    }
+
+    #[test]
+    fn options_fit_the_format_or_are_refused_with_what_would_fit() {
+        let check = |format, json: serde_json::Value| options(serde_json::from_value(json).unwrap(), format, &mut Vec::new());
+        let code = |format, json| check(format, json).unwrap_err().code();
+        assert_eq!(check(Format::Qcow2, serde_json::json!({"compression": "zstd", "level": 19})).unwrap().compress, Some(true));
+        assert_eq!(code(Format::Qcow2, serde_json::json!({"level": 19})), Code::BadRequest);
+        assert_eq!(code(Format::Vmdk, serde_json::json!({"compression": "zstd"})), Code::Unprocessable);
+        assert_eq!(code(Format::Raw, serde_json::json!({"compression": "deflate"})), Code::Unprocessable);
+        assert!(check(Format::Raw, serde_json::json!({"compress": true})).is_ok());
+        assert_eq!(code(Format::Qcow2, serde_json::json!({"compress": false, "compression": "zstd"})), Code::Unprocessable);
+        for bad in [serde_json::json!({"priority": 101}), serde_json::json!({"priority": -1}), serde_json::json!({"bandwidth_limit": 0})] {
+            assert_eq!(code(Format::Raw, bad), Code::BadRequest);
+        }
+        for unbuilt in
+            [serde_json::json!({"include_snapshots": true}), serde_json::json!({"dry_run": true}), serde_json::json!({"target": {}})]
+        {
+            assert_eq!(code(Format::Raw, unbuilt), Code::NotBuilt);
+        }
+        assert!(check(Format::Raw, serde_json::json!({"include_snapshots": false, "carbon_aware": false})).is_ok());
+        let unknown = serde_json::from_value::<Wishes>(serde_json::json!({"colour": "red"})).unwrap_err().to_string();
+        assert!(unknown.contains("colour") && unknown.contains("bandwidth_limit"), "{unknown}");
+    }
+}

@@ -1,0 +1,108 @@
+//! What this installation can do now, per kind of provider.
+//!
+//! Owns: the answer of `GET /providers/capabilities`. Never: promises: a thing is true only when it is built and an agent is there that
+//! does it; else the missing piece is named. A crash here costs nothing.
+
+use serde::Serialize;
+use shared::options::Format;
+use utoipa::ToSchema;
+
+use super::service;
+use crate::app::App;
+use crate::http::reply::Error;
+
+/// What can be done with one kind now.
+#[derive(Serialize, ToSchema)]
+pub struct Capability {
+    /// `local`, `libvirt`, `vsphere`.
+    #[schema(example = "local")]
+    kind: &'static str,
+    /// Whether this version has it at all.
+    built: bool,
+    /// Whether an agent is connected that does it.
+    available: bool,
+    /// Inventory.
+    list: bool,
+    /// Export of VMs that are off.
+    export: bool,
+    /// Export of running VMs.
+    hot_export: bool,
+    /// Incremental backup.
+    changed_blocks: bool,
+    /// Deploying VMs.
+    deploy: bool,
+    /// Output formats.
+    formats: Vec<&'static str>,
+    /// Agents that can.
+    agents: Vec<String>,
+    /// Its connections.
+    connections: Vec<String>,
+    /// What is missing for the rest.
+    missing: Vec<String>,
+}
+
+/// All kinds.
+#[derive(Serialize, ToSchema)]
+pub struct Capabilities {
+    data: Vec<Capability>,
+}
+
+/// Finds out.
+pub async fn detect(app: &App) -> Result<Capabilities, Error> {
+    let connections = service::all(&app.store).await?;
+    let mut data = Vec::new();
+    for kind in service::KINDS.iter().copied() {
+        let of_kind = connections.iter().filter(|row| row.kind == kind);
+        let names: Vec<String> = of_kind.map(|row| row.name.clone()).collect();
+        data.push(if kind == "local" { local(app, names).await? } else { unbuilt(kind) });
+    }
+    Ok(Capabilities { data })
+}
+
+async fn local(app: &App, connections: Vec<String>) -> Result<Capability, Error> {
+    // Every agent can serve folders; so whoever is connected can.
+    let agents = app.connected_agents().await?;
+    let available = !agents.is_empty();
+    let formats = Format::ALL.iter().copied().filter(|word| Format::from_word(word).is_some_and(Format::is_built));
+    let mut missing = vec![
+        "hot_export, changed_blocks: a folder of images has no running VM".to_owned(),
+        "deploy: POST /vms/deploy is not built yet".to_owned(),
+    ];
+    if !available {
+        missing.insert(0, "list, export: no agent is connected; POST /agents/tokens gives a join token for one".to_owned());
+    } else if connections.is_empty() {
+        missing.insert(0, "list, export: no folder is connected; POST /providers/connect connects one".to_owned());
+    }
+    let usable = available && !connections.is_empty();
+    Ok(Capability {
+        kind: "local",
+        built: true,
+        available,
+        list: usable,
+        export: usable,
+        hot_export: false,
+        changed_blocks: false,
+        deploy: false,
+        formats: if available { formats.collect() } else { Vec::new() },
+        agents: agents.into_iter().map(|agent| agent.name).collect(),
+        connections,
+        missing,
+    })
+}
+
+fn unbuilt(kind: &'static str) -> Capability {
+    Capability {
+        kind,
+        built: false,
+        available: false,
+        list: false,
+        export: false,
+        hot_export: false,
+        changed_blocks: false,
+        deploy: false,
+        formats: Vec::new(),
+        agents: Vec::new(),
+        connections: Vec::new(),
+        missing: vec![format!("{kind} is not built yet")],
+    }
+}

@@ -1,0 +1,188 @@
+//! Connections: configured on an agent or made by people; found by name or kind.
+//!
+//! Owns: the rows of `connections`. Never: gives one connection to two agents. A crash here costs nothing.
+
+use std::collections::HashMap;
+
+use proto::v1;
+use sea_orm::sea_query::Expr;
+use sea_orm::{ActiveValue::Set, ColumnTrait, Condition, DatabaseConnection, EntityTrait, QueryFilter, QueryOrder, TransactionTrait};
+use shared::error::Code;
+
+use crate::http::reply::Error;
+use crate::store::entities::{connections, vms};
+use crate::store::{self, Store};
+
+/// Kinds of the contract; only `local` is built.
+pub const KINDS: &[&str] = &["local", "libvirt", "vsphere"];
+
+/// Whether a name can be a connection's: 1 to 63 of `[a-z0-9-_.]`, beginning with a letter or digit.
+pub fn is_name(name: &str) -> bool {
+    let inner = name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'_' | b'.'));
+    inner && (1..=63).contains(&name.len()) && name.as_bytes().first().is_some_and(u8::is_ascii_alphanumeric)
+}
+
+/// Every connection, by name.
+pub async fn all(store: &Store) -> Result<Vec<connections::Model>, store::Error> {
+    let work = |db: DatabaseConnection| async move {
+        Ok(connections::Entity::find().order_by_asc(connections::Column::Name).all(&db).await?)
+    };
+    store.read(work).await
+}
+
+/// The connections that an agent serves.
+pub async fn for_agent(store: &Store, agent_id: &str) -> Result<Vec<connections::Model>, store::Error> {
+    let agent_id = agent_id.to_owned();
+    let work = |db: DatabaseConnection| async move {
+        let select = connections::Entity::find().filter(connections::Column::AgentId.eq(agent_id));
+        Ok(select.order_by_asc(connections::Column::Name).all(&db).await?)
+    };
+    store.read(work).await
+}
+
+/// A connection by name, or by kind where just one of that kind is connected; else 400 that lists them.
+pub async fn resolve(store: &Store, provider: &str) -> Result<connections::Model, Error> {
+    let list = all(store).await?;
+    if let Some(row) = list.iter().find(|row| row.name == provider) {
+        return Ok(row.clone());
+    }
+    let of_kind: Vec<&connections::Model> = list.iter().filter(|row| row.kind == provider).collect();
+    if let [only] = of_kind.as_slice() {
+        return Ok((*only).clone());
+    }
+    let names = |rows: &mut dyn Iterator<Item = &connections::Model>| {
+        rows.map(|row| format!("`{}` ({})", row.name, row.kind)).collect::<Vec<_>>().join(", ")
+    };
+    let message = match (of_kind.len(), list.len()) {
+        (0, 0) => format!("provider `{provider}` is unknown: nothing is connected yet; POST /providers/connect connects one"),
+        (0, _) => format!("provider `{provider}` is no connection's name and no connected kind; connected: {}", names(&mut list.iter())),
+        _ => format!("several connections are of kind `{provider}`; name one: {}", names(&mut of_kind.iter().copied())),
+    };
+    Err(Error::bad_request(message))
+}
+
+/// Takes over what an agent says it has configured: new ones are added, known ones updated, those it no longer has are removed.
+///
+/// A name that another agent serves already is not taken from it; the newcomer gets `NAME-2`, `NAME-3`, … only if it is written so in
+/// its own configuration, so here it is refused with a warning. Returns the names that were refused.
+pub async fn ensure(store: &Store, agent_id: &str, configured: Vec<v1::Connection>) -> Result<Vec<String>, store::Error> {
+    let agent_id = agent_id.to_owned();
+    let now = shared::clock::now().timestamp_millis();
+    let work = move |db: DatabaseConnection| async move {
+        let transaction = db.begin().await?;
+        let known: HashMap<String, connections::Model> =
+            connections::Entity::find().all(&transaction).await?.into_iter().map(|row| (row.name.clone(), row)).collect();
+        let mut refused = Vec::new();
+        for connection in &configured {
+            let taken = known.get(&connection.name).is_some_and(|row| row.agent_id != agent_id || row.origin != "agent");
+            if taken || !is_name(&connection.name) || !KINDS.contains(&connection.kind.as_str()) || connection.path.contains('\0') {
+                tracing::warn!(agent_id, connection = connection.name, kind = connection.kind, "connection of the agent is refused: taken or malformed");
+                refused.push(connection.name.clone());
+                continue;
+            }
+            let row = row(connection, &agent_id, "agent", now);
+            if known.contains_key(&connection.name) {
+                let same = connections::ActiveModel { created_at: sea_orm::ActiveValue::NotSet, last_seen: sea_orm::ActiveValue::NotSet, ..row };
+                connections::Entity::update(same).exec(&transaction).await?;
+            } else {
+                connections::Entity::insert(row).exec(&transaction).await?;
+            }
+        }
+        let gone: Vec<String> = known
+            .values()
+            .filter(|row| row.agent_id == agent_id && row.origin == "agent")
+            .filter(|row| !configured.iter().any(|connection| connection.name == row.name))
+            .map(|row| row.name.clone())
+            .collect();
+        for name in gone {
+            remove_rows(&transaction, &name).await?;
+        }
+        transaction.commit().await?;
+        Ok(refused)
+    };
+    store.run(work).await
+}
+
+fn row(connection: &v1::Connection, agent_id: &str, origin: &str, now: i64) -> connections::ActiveModel {
+    connections::ActiveModel {
+        name: Set(connection.name.clone()),
+        kind: Set(connection.kind.clone()),
+        agent_id: Set(agent_id.to_owned()),
+        path: Set(connection.path.clone()),
+        origin: Set(origin.to_owned()),
+        status: Set("connected".to_owned()),
+        last_error: Set(None),
+        last_seen: Set(None),
+        created_at: Set(now),
+        updated_at: Set(now),
+    }
+}
+
+/// Marks the connections of an agent that went away (`away`) or came back (`connected`).
+pub async fn agent_here(store: &Store, agent_id: &str, here: bool) -> Result<(), store::Error> {
+    let agent_id = agent_id.to_owned();
+    let (from, to) = if here { ("away", "connected") } else { ("connected", "away") };
+    let work = move |db: DatabaseConnection| async move {
+        connections::Entity::update_many()
+            .col_expr(connections::Column::Status, Expr::value(to))
+            .filter(connections::Column::AgentId.eq(agent_id))
+            .filter(connections::Column::Status.eq(from))
+            .exec(&db)
+            .await?;
+        Ok(())
+    };
+    store.run(work).await
+}
+
+/// A connection by name.
+pub async fn by_name(store: &Store, name: &str) -> Result<connections::Model, Error> {
+    let wanted = name.to_owned();
+    let work = |db: DatabaseConnection| async move { Ok(connections::Entity::find_by_id(wanted).one(&db).await?) };
+    let row = if is_name(name) { store.read(work).await? } else { None };
+    row.ok_or_else(|| Error::not_found(format!("no connection `{name}`; GET /providers lists them")))
+}
+
+/// Adds a connection that a person made; a name that exists is a conflict. `extra` is inserted in the same transaction.
+pub async fn add(
+    store: &Store,
+    agent_id: &str,
+    connection: &v1::Connection,
+    replay: impl FnOnce(&connections::Model) -> Option<store::entities::idempotency::ActiveModel> + Send + 'static,
+) -> Result<connections::Model, store::Error> {
+    let (agent_id, connection) = (agent_id.to_owned(), connection.clone());
+    let now = shared::clock::now().timestamp_millis();
+    let work = move |db: DatabaseConnection| async move {
+        let transaction = db.begin().await?;
+        connections::Entity::insert(row(&connection, &agent_id, "rest", now)).exec(&transaction).await?;
+        let made = connections::Entity::find_by_id(&connection.name).one(&transaction).await?;
+        let made = made.ok_or_else(|| store::Error::Other("the row just inserted is not there".to_owned()))?;
+        if let Some(extra) = replay(&made) {
+            store::entities::idempotency::Entity::insert(extra).exec(&transaction).await?;
+        }
+        transaction.commit().await?;
+        Ok(made)
+    };
+    store.run(work).await
+}
+
+/// Removes a connection and what was seen through it; one that an agent has configured is that agent's to remove.
+pub async fn remove(store: &Store, row: &connections::Model) -> Result<(), Error> {
+    if row.origin == "agent" {
+        let message = format!("`{}` is configured on its agent; remove it there", row.name);
+        return Err(Error::new(Code::Conflict, message));
+    }
+    let name = row.name.clone();
+    let work = |db: DatabaseConnection| async move {
+        let transaction = db.begin().await?;
+        remove_rows(&transaction, &name).await?;
+        transaction.commit().await?;
+        Ok(())
+    };
+    Ok(store.run(work).await?)
+}
+
+async fn remove_rows(db: &impl sea_orm::ConnectionTrait, name: &str) -> Result<(), store::Error> {
+    vms::Entity::delete_many().filter(vms::Column::Connection.eq(name)).exec(db).await?;
+    connections::Entity::delete_many().filter(Condition::all().add(connections::Column::Name.eq(name))).exec(db).await?;
+    Ok(())
+}

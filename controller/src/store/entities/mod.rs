@@ -1,0 +1,15 @@
+//! The rows as types, one file per table. Times are milliseconds since 1970, UTC.
+//!
+//! Owns: the shape of rows. Never: decides anything. A crash here costs nothing.
+
+pub mod agents;
+pub mod audit;
+pub mod connections;
+pub mod idempotency;
+pub mod job_logs;
+pub mod jobs;
+pub mod join_tokens;
+pub mod sessions;
+pub mod settings;
+pub mod users;
+pub mod vms;
