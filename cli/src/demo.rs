@@ -45,7 +45,7 @@ pub fn demo(args: &Demo) -> Outcome {
     let scene = Scene::set(args)?;
     let result = actix::System::new().block_on(run(&scene, args));
     let result = result.and_then(|shown| {
-        output::pairs(8, &[("time", format!("{:.1} s in all, {}", began.elapsed().as_secs_f64(), shown)), ("memory", peak_memory())]);
+        output::pairs(8, &[("job", shown), ("in all", format!("{:.1} s", began.elapsed().as_secs_f64())), ("memory", peak_memory())]);
         Ok(())
     });
     if args.keep {
@@ -129,7 +129,7 @@ async fn job(scene: &Scene, args: &Demo, url: &str, fingerprint: &str, password:
     }
     prove(scene, &ended).await?;
     let data = output::number(&ended, "bytes_total");
-    Ok(format!("{seconds:.1} s for the job: {} of data, {}", output::bytes(data), local::speed(data, seconds)))
+    Ok(format!("{seconds:.1} s, {} of data copied and read back, {}", output::bytes(data), local::speed(data, seconds)))
 }
 
 /// Waits until the agent has told the VM.
@@ -164,32 +164,30 @@ async fn find(client: &Client, scene: &Scene) -> Result<Value, Failure> {
 async fn prove(scene: &Scene, job: &Value) -> Outcome {
     let result = &job["result"];
     let disks = result["disks"].as_array().map(Vec::as_slice).unwrap_or_default();
-    output::line(format!(
-        "\nExported {}, {} % done, read back and compared by the job itself.",
-        output::text(job, "vm_name"),
-        output::number(job, "progress")
-    ));
+    let manifests: Vec<PathBuf> =
+        result["manifests"].as_array().into_iter().flatten().filter_map(Value::as_str).map(PathBuf::from).collect();
+    let Some(folder) = manifests.first().and_then(|manifest| manifest.parent()).filter(|_| !disks.is_empty()) else {
+        return Err(Failure::new(Exit::VerificationFailed, "the job's result names no disk or no manifest"));
+    };
+    // Paths are long and the folder is one, so names follow it.
+    let name = |path: &Path| path.strip_prefix(folder).unwrap_or(path).display().to_string();
+    output::line(format!("\nExported {} to", output::text(job, "vm_name")));
+    output::line(folder.display().to_string());
     for file in result["files"].as_array().into_iter().flatten() {
         output::pairs(
             8,
             &[
-                ("file", output::text(file, "path")),
-                ("size", output::bytes(output::number(file, "size"))),
+                ("file", format!("{}, {}", name(Path::new(&output::text(file, "path"))), output::bytes(output::number(file, "size")))),
                 ("sha256", output::text(file, "sha256")),
             ],
         );
     }
-    let manifests: Vec<PathBuf> =
-        result["manifests"].as_array().into_iter().flatten().filter_map(Value::as_str).map(PathBuf::from).collect();
-    if manifests.is_empty() || disks.is_empty() {
-        return Err(Failure::new(Exit::VerificationFailed, "the job's result names no manifest"));
-    }
     for manifest in &manifests {
-        output::pairs(8, &[("manifest", manifest.display().to_string())]);
+        output::pairs(8, &[("manifest", name(manifest))]);
     }
     output::pairs(8, &[("signer", output::text(result, "signer"))]);
 
-    output::line("\nNow `verify`, which knows only the files:");
+    output::line("\nRead once more by `verify`, which knows only these files; digests of the disks:");
     let signer = output::text(result, "signer");
     for manifest in manifests {
         let trust = signer.clone();
@@ -199,10 +197,17 @@ async fn prove(scene: &Scene, job: &Value) -> Outcome {
             output::line(output::clean(sentence));
         }
         local::conclude(&verdict, true)?;
-        for (name, root, _) in &verdict.disks {
+        for (name, root, capacity) in &verdict.disks {
             let source =
                 disks.iter().find(|disk| output::text(disk, "name") == *name).map(|disk| output::text(disk, "root")).unwrap_or_default();
-            output::pairs(8, &[("disk", output::clean(name)), ("source", source.clone()), ("output", root.clone())]);
+            output::pairs(
+                8,
+                &[
+                    ("disk", format!("{}, {}", output::clean(name), output::bytes(*capacity))),
+                    ("source", source.clone()),
+                    ("output", root.clone()),
+                ],
+            );
             if source != *root {
                 return Err(Failure::new(Exit::VerificationFailed, format!("{name}: the output is not what was read from the source")));
             }
@@ -220,7 +225,7 @@ async fn second_opinion(scene: &Scene, disks: &[Value]) -> Outcome {
     let path = scene.vms.join(&scene.image);
     let read = tokio::task::spawn_blocking(move || vault::open_user_file(&path).and_then(|file| sample::root(&file))).await;
     let root = read.map_err(|e| Failure::failed(e.to_string()))?.map_err(|e| at(&scene.vms, &e))?;
-    output::pairs(8, &[("sample", format!("{root}"))]);
+    output::pairs(8, &[("sample", root.clone())]);
     match disks.first().map(|disk| output::text(disk, "root")) == Some(root) {
         true => Ok(()),
         false => Err(Failure::new(Exit::VerificationFailed, "the sample's own digest differs from the one that the engine read")),

@@ -18,10 +18,12 @@ use crate::failure::{Failure, Outcome};
 use crate::output;
 use crate::session::variable;
 
+/// What is logged where `HYPERSDK_LOG` does not say: our own news, and of the frameworks what is wrong.
+const LOGS: &str = "info,sea_orm_migration=warn,actix_server=warn";
 /// The agent parks its jobs within this time.
-const AGENT_STOP: Duration = Duration::from_secs(12);
-/// And the controller closes within this; together under the 30 s after which an orchestrator kills.
-const CONTROLLER_STOP: Duration = Duration::from_secs(13);
+const AGENT_STOP: Duration = Duration::from_secs(8);
+/// And the controller closes within this; together 25 s, under the 30 s after which an orchestrator kills.
+const CONTROLLER_STOP: Duration = Duration::from_secs(17);
 
 /// What an installation needs to know.
 pub struct Settings {
@@ -96,8 +98,11 @@ impl Installation {
         if !self.agent.is_terminated() && tokio::time::timeout(AGENT_STOP, &mut self.agent).await.is_err() {
             tracing::warn!("the agent did not stop in time; its jobs go on from their last checkpoint");
         }
-        if tokio::time::timeout(CONTROLLER_STOP, self.running.drain()).await.is_err() {
+        let mut drain = Box::pin(self.running.drain());
+        if tokio::time::timeout(CONTROLLER_STOP, &mut drain).await.is_err() {
             tracing::warn!("the controller did not stop in time; the store is whole anyway");
+            // It holds threads that must not be dropped on an actor's thread; the process ends now anyway.
+            std::mem::forget(drain);
         }
     }
 }
@@ -174,7 +179,7 @@ pub fn up(args: &Up) -> Outcome {
     config.take_environment(&|name| std::env::var(name).ok()).map_err(|e| Failure::usage(e.to_string()))?;
     config.listen = args.listen;
     config.check().map_err(|e| Failure::usage(e.to_string()))?;
-    shared::telemetry::start(config.log_json, "info", None);
+    shared::telemetry::start(config.log_json, LOGS, None);
     let data_dir = args.data_dir.clone().map_or_else(default_data_dir, Ok)?;
     let settings = Settings { listen: args.listen, grpc_listen: args.grpc_listen, data_dir, vms: args.vms.clone(), controller: config };
     actix::System::new().block_on(async move {
@@ -208,7 +213,7 @@ fn announce(installation: &Installation, args: &Up) {
             ("exports to", installation.exports.display().to_string()),
         ],
     );
-    output::line(format!("Log in from elsewhere: hypersdk login {}", installation.url));
+    output::line(format!("Log in: hypersdk login {}", installation.url));
 }
 
 fn default_data_dir() -> Result<PathBuf, Failure> {

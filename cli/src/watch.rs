@@ -250,7 +250,7 @@ async fn print_log(client: &Client, logs: &Logs, style: Style, printed: &mut usi
     *patience = Patience { reached: true, since: None };
     let mut line = 0;
     let mut buffer: Vec<u8> = Vec::new();
-    let broken = |e: reqwest::Error| Failure::new(Exit::NotReachable, format!("the log broke off: {e}"));
+    let broken = |_| Failure::new(Exit::NotReachable, "the log broke off");
     while let Some(chunk) = response.chunk().await.map_err(broken)? {
         for part in chunk.split_inclusive(|byte| *byte == b'\n') {
             if buffer.len() + part.len() > LINE_LIMIT {

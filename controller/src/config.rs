@@ -261,7 +261,9 @@ impl Config {
         if let Some(text) = get("DATA_DIR") {
             self.data_dir = PathBuf::from(text);
         }
-        for (field, name) in [(&mut self.join_token_out, "JOIN_TOKEN_OUT"), (&mut self.tls_cert, "TLS_CERT"), (&mut self.tls_key, "TLS_KEY")] {
+        for (field, name) in
+            [(&mut self.join_token_out, "JOIN_TOKEN_OUT"), (&mut self.tls_cert, "TLS_CERT"), (&mut self.tls_key, "TLS_KEY")]
+        {
             if let Some(text) = get(name) {
                 *field = Some(PathBuf::from(text));
             }

@@ -144,8 +144,8 @@ pub struct Fleet {
     pub controller: Service,
     /// The agents.
     pub agents: Vec<Service>,
-    /// Its database on Postgres.
-    pub db: Option<Db>,
+    /// Keeps its database on Postgres alive.
+    _db: Option<Db>,
     /// Everything of it.
     pub scratch: Scratch,
 }
@@ -177,7 +177,7 @@ impl Fleet {
         controller.set("LISTEN", endpoints.rest.trim_start_matches("https://"));
         controller.set("GRPC_LISTEN", &endpoints.grpc);
         let client = Client::new(&endpoints.rest).login("admin", PASSWORD).await;
-        let mut fleet = Self { client, endpoints, controller, agents: Vec::new(), db, scratch };
+        let mut fleet = Self { client, endpoints, controller, agents: Vec::new(), _db: db, scratch };
         for number in 0..plan.agents {
             let exports = plan.exports.clone().filter(|_| number == 0);
             fleet.add_agent(number, exports).await;

@@ -24,8 +24,8 @@ static CURRENT: Mutex<Weak<Cluster>> = Mutex::new(Weak::new());
 pub struct Db {
     /// For `HYPERSDK_DATABASE_URL`.
     pub url: String,
-    cluster: Arc<Cluster>,
-    name: String,
+    /// Keeps the server alive.
+    _cluster: Arc<Cluster>,
 }
 
 impl Db {
@@ -44,12 +44,7 @@ impl Db {
         };
         let name = format!("h{}", shared::ids::random_hex::<5>());
         cluster.sql("postgres", &format!("CREATE DATABASE {name}"));
-        Self { url: format!("postgres://hypersdk@127.0.0.1:{}/{name}", cluster.port), cluster, name }
-    }
-
-    /// Runs one statement in this database.
-    pub fn sql(&self, statement: &str) -> String {
-        self.cluster.sql(&self.name, statement)
+        Self { url: format!("postgres://hypersdk@127.0.0.1:{}/{name}", cluster.port), _cluster: cluster }
     }
 }
 

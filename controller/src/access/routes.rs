@@ -239,7 +239,12 @@ pub async fn user_create(caller: Admin, request: HttpRequest, app: web::Data<App
     (status = 429, description = "too many requests", body = ErrorBody),
     (status = 503, description = "the database is away", body = ErrorBody),
 ))]
-pub async fn user_update(caller: Admin, name: web::Path<String>, app: web::Data<App>, body: Json<UserChange>) -> Result<web::Json<User>, Error> {
+pub async fn user_update(
+    caller: Admin,
+    name: web::Path<String>,
+    app: web::Data<App>,
+    body: Json<UserChange>,
+) -> Result<web::Json<User>, Error> {
     let change = body.value;
     if change.password.is_none() && change.role.is_none() {
         return Err(Error::bad_request("name what changes: password or role"));

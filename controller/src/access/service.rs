@@ -31,6 +31,8 @@ const FRESH: Duration = Duration::from_millis(500);
 /// Most sessions in the cache.
 const CACHED: usize = 10_000;
 const TICKET_LIFE: TimeDelta = TimeDelta::seconds(30);
+/// How long an Idempotency-Key is remembered.
+const KEYS_LIFE: TimeDelta = TimeDelta::hours(24);
 const SIGNING_KEY: &str = "signing_key";
 
 /// A new session.
@@ -126,6 +128,8 @@ impl Service {
         let work = move |db: DatabaseConnection| async move {
             sessions::Entity::insert(row).exec_without_returning(&db).await?;
             // What is over goes with the next log-in; nobody needs a sweeper for it.
+            let yesterday = (now - KEYS_LIFE).timestamp_millis();
+            idempotency::Entity::delete_many().filter(idempotency::Column::CreatedAt.lt(yesterday)).exec(&db).await?;
             sessions::Entity::delete_many().filter(sessions::Column::ExpiresAt.lt(now.timestamp_millis())).exec(&db).await?;
             Ok(())
         };
@@ -241,7 +245,12 @@ impl Service {
             body: Set(String::new()),
             created_at: Set(shared::clock::now().timestamp_millis()),
         };
-        match self.inner.store.run(|db| async move { Ok(idempotency::Entity::insert(row).exec_without_returning(&db).await.map(drop)?) }).await {
+        match self
+            .inner
+            .store
+            .run(|db| async move { Ok(idempotency::Entity::insert(row).exec_without_returning(&db).await.map(drop)?) })
+            .await
+        {
             Ok(()) => Ok(caller),
             Err(store::Error::Conflict(_)) => Err(refused()),
             Err(e) => Err(e.into()),

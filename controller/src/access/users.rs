@@ -36,7 +36,13 @@ pub async fn find(store: &Store, name: &str) -> Result<Option<users::Model>, sto
 }
 
 /// One page of them.
-pub async fn list(store: &Store, search: Option<String>, role: Option<String>, sort: Sort, paging: Paging) -> Result<(Vec<users::Model>, u64), store::Error> {
+pub async fn list(
+    store: &Store,
+    search: Option<String>,
+    role: Option<String>,
+    sort: Sort,
+    paging: Paging,
+) -> Result<(Vec<users::Model>, u64), store::Error> {
     let work = move |db: DatabaseConnection| async move {
         let mut select = users::Entity::find();
         if let Some(search) = search {

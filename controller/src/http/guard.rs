@@ -39,10 +39,9 @@ impl Identity {
     pub fn require(&self, least: Role) -> Result<Caller, Error> {
         match self {
             Identity::Known(caller) if caller.role >= least => Ok(caller.clone()),
-            Identity::Known(caller) => Err(Error::new(
-                Code::Forbidden,
-                format!("this needs the role `{}`; you are `{}`", least.word(), caller.role.word()),
-            )),
+            Identity::Known(caller) => {
+                Err(Error::new(Code::Forbidden, format!("this needs the role `{}`; you are `{}`", least.word(), caller.role.word())))
+            }
             Identity::Nobody => Err(Error::new(Code::Unauthorized, "send `Authorization: Bearer TOKEN`; POST /auth/login gives a token")),
             Identity::Refused => Err(Error::new(Code::Unauthorized, "the token is not valid or no longer; log in again")),
             Identity::Unclear(error) => Err(error.clone()),

@@ -165,7 +165,11 @@ mod tests {
         };
         assert_eq!(from("203.0.113.9:1", "192.0.2.1"), "203.0.113.9", "a client made its address up");
         assert_eq!(from("10.0.0.1:1", "192.0.2.1"), "192.0.2.1");
-        assert_eq!(from("10.0.0.1:1", "198.51.100.7, 192.0.2.1, 10.0.0.2"), "192.0.2.1", "what stands left of the client is the client's own");
+        assert_eq!(
+            from("10.0.0.1:1", "198.51.100.7, 192.0.2.1, 10.0.0.2"),
+            "192.0.2.1",
+            "what stands left of the client is the client's own"
+        );
         assert_eq!(from("10.0.0.1:1", "nonsense"), "10.0.0.1");
         let key = neighbourhood("2001:db8::1:2:3:4".parse().unwrap());
         assert_eq!(key, neighbourhood("2001:db8::ffff:2:3:4".parse().unwrap()));

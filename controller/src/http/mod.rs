@@ -76,7 +76,7 @@ fn table(at: &mut dyn FnMut(&str, Vec<Operation>)) {
     at("/providers/connect", vec![post(providers::routes::connect)]);
     at("/providers/capabilities", vec![get(providers::routes::capabilities)]);
     at("/providers/{name}", vec![get(providers::routes::get), patch(not_built), delete(providers::routes::remove)]);
-    at("/providers/{name}/test", vec![post(not_built)]);
+    at("/providers/{name}/test", vec![post(providers::routes::test)]);
     at("/providers/{name}/refresh", vec![post(providers::routes::refresh)]);
 
     at("/agents", vec![get(fleet::routes::list)]);
@@ -195,7 +195,9 @@ pub fn application(
     shared: web::Data<Shared>,
     anonymous: &limits::Anonymous,
     users: &limits::Users,
-) -> App<impl ServiceFactory<ServiceRequest, Config = (), Response = ServiceResponse<BoxBody>, Error = actix_web::Error, InitError = ()> + use<>> {
+) -> App<
+    impl ServiceFactory<ServiceRequest, Config = (), Response = ServiceResponse<BoxBody>, Error = actix_web::Error, InitError = ()> + use<>,
+> {
     // The second limiter sits on a scope of everything: the limiters want a future that can be moved, and `App::wrap` hides that it can.
     App::new()
         .app_data(shared)

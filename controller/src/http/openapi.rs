@@ -23,7 +23,7 @@ use crate::{access, fleet, jobs, live, providers, system, vms};
         jobs::routes::retry, jobs::routes::pause, jobs::routes::resume, jobs::routes::stats,
         vms::routes::list, vms::routes::browse, vms::routes::get,
         providers::routes::list, providers::routes::connect, providers::routes::capabilities, providers::routes::get,
-        providers::routes::remove, providers::routes::refresh,
+        providers::routes::remove, providers::routes::test, providers::routes::refresh,
         fleet::routes::list, fleet::routes::get, fleet::routes::remove, fleet::routes::drain, fleet::routes::resume,
         fleet::routes::token_create,
         system::routes::health, system::routes::livez, system::routes::readyz, system::routes::metrics, system::routes::audit_list,

@@ -45,7 +45,8 @@ async fn answer<B: MessageBody + 'static>(
     let method = known_method(request.method().as_str());
     let is_page = is_page(request.path());
     let authorization = request.headers().get(header::AUTHORIZATION).map(|value| value.to_str().unwrap_or_default());
-    let identity = app.access.identify(authorization).await;
+    // The probe of the process must not wait for the database.
+    let identity = if request.path().ends_with("/livez") { Identity::Nobody } else { app.access.identify(authorization).await };
     let is_user = identity.caller().is_some();
     request.extensions_mut().insert::<Identity>(identity);
     request.extensions_mut().insert(RequestId(id.clone()));
@@ -148,7 +149,8 @@ fn dress(headers: &mut HeaderMap, app: &App, id: &str, is_user: bool, is_page: b
 /// The client's own id, where it is harmless: 1 to 64 of letters, digits, `.`, `_`, `-`.
 fn sane_id(headers: &HeaderMap) -> Option<String> {
     let text = headers.get(X_REQUEST_ID)?.to_str().ok()?;
-    let is_sane = (1..=64).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-'));
+    let is_sane =
+        (1..=64).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-'));
     is_sane.then(|| text.to_owned())
 }
 

@@ -228,7 +228,17 @@ mod tests {
         let paging = |text: &str| list(text).and_then(|query| query.paging());
         assert_eq!(paging("").unwrap(), Paging { offset: 0, limit: 50 });
         assert_eq!(paging("offset=20&limit=500").unwrap(), Paging { offset: 20, limit: 200 });
-        for bad in ["limit=0", "limit=-1", "limit=x", "limit=", "limit=1.5", "limit=+1", "offset=-1", "offset=99999999999999999999", "offset=9999999999999999999"] {
+        for bad in [
+            "limit=0",
+            "limit=-1",
+            "limit=x",
+            "limit=",
+            "limit=1.5",
+            "limit=+1",
+            "offset=-1",
+            "offset=99999999999999999999",
+            "offset=9999999999999999999",
+        ] {
             assert!(paging(bad).is_err(), "{bad}");
         }
     }

@@ -45,7 +45,7 @@ pub struct ErrorBody {
 }
 
 /// An error on its way to the caller.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct Error {
     code: Code,
     message: String,
@@ -105,6 +105,12 @@ impl Error {
     /// What the caller is told.
     pub fn message(&self) -> &str {
         &self.message
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.message, self.code.word())
     }
 }
 

@@ -154,7 +154,11 @@ async fn every_error_has_the_one_shape() {
         (TestRequest::get().uri("/schedules"), 401, "unauthorized"),
         (get("/ws", &token), 400, "bad_request"),
         (get("/ws", &token).insert_header(("Origin", "https://elsewhere.example")).insert_header(("Host", "here")), 403, "forbidden"),
-        (post("/providers/connect", &token, &json!({"provider": "vsphere", "host": "h", "username": "u", "password": "p"})), 422, "not_built"),
+        (
+            post("/providers/connect", &token, &json!({"provider": "vsphere", "host": "h", "username": "u", "password": "p"})),
+            422,
+            "not_built",
+        ),
         (post("/providers/connect", &token, &json!({"provider": "local", "path": "/srv"})), 503, "unavailable"),
         (TestRequest::get().uri("/metrics"), 401, "unauthorized"),
     ];
@@ -193,7 +197,8 @@ async fn roles_and_users_are_kept() {
     let patch = TestRequest::patch().uri("/users/alice").insert_header(("Authorization", format!("Bearer {admin}")));
     assert_eq!(ask!(service, patch.set_json(json!({"role": "operator"}))).json()["role"], "operator");
     assert_eq!(ask!(service, get("/auth/me", &viewer)).status, 401, "a session outlived the change of its role");
-    let delete = |name: &str| TestRequest::delete().uri(&format!("/users/{name}")).insert_header(("Authorization", format!("Bearer {admin}")));
+    let delete =
+        |name: &str| TestRequest::delete().uri(&format!("/users/{name}")).insert_header(("Authorization", format!("Bearer {admin}")));
     assert_eq!(ask!(service, delete("admin")).status, 409, "the last admin went");
     assert_eq!((ask!(service, delete("alice")).status, ask!(service, delete("alice")).status), (204, 404));
     let audit = ask!(service, get("/audit?search=USER.delete", &admin)).json();
@@ -239,7 +244,10 @@ async fn the_inventory_is_listed_filtered_and_found() {
     }
     let page = ask!(service, get("/vms/list?sort=name&order=desc&limit=2", &token)).json();
     assert_eq!((page["data"][0]["id"].as_str(), page["data"][1]["id"].as_str()), (Some("b/web.qcow2"), Some("c.ova")), "{page}");
-    assert_eq!((page["data"][0]["provider"].as_str(), page["data"][0]["disks"][0]["size_gb"].to_string()), (Some("local"), "10".to_owned()));
+    assert_eq!(
+        (page["data"][0]["provider"].as_str(), page["data"][0]["disks"][0]["size_gb"].to_string()),
+        (Some("local"), "10".to_owned())
+    );
     let found = ask!(service, get("/vms/local/a%2Fweb.qcow2", &token));
     assert_eq!((found.status, found.json()["name"].as_str()), (200, Some("Web_Server")), "{}", found.text);
     let twice = ask!(service, post("/vms/browse", &token, &json!({"provider": "vms", "vm_name": "db"})));
@@ -313,7 +321,11 @@ async fn the_document_and_the_table_are_one() {
         if answer.status >= 400 {
             answer.code();
             let responses = &document["paths"][path][method.as_str().to_lowercase()]["responses"];
-            assert!(!is_built || responses.get(answer.status.to_string()).is_some(), "{method} {path} answers {} without saying so", answer.status);
+            assert!(
+                !is_built || responses.get(answer.status.to_string()).is_some(),
+                "{method} {path} answers {} without saying so",
+                answer.status
+            );
         }
     }
     for (path, item) in document["paths"].as_object().unwrap() {

@@ -92,6 +92,7 @@ fn make(listen: IpAddr) -> Result<(String, String), Error> {
 pub fn hostname() -> Option<String> {
     let bytes = vault::read_config(Path::new("/proc/sys/kernel/hostname")).ok()?;
     let name = String::from_utf8(bytes).ok()?.trim().to_ascii_lowercase();
-    let is_good = !name.is_empty() && name.len() <= 253 && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.'));
+    let is_good =
+        !name.is_empty() && name.len() <= 253 && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.'));
     is_good.then_some(name)
 }

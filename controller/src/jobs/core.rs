@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use proto::v1::controller_message::Kind;
-use proto::v1::{Assign, Cancel, CommitReply, Connection};
+use proto::v1::{Cancel, CommitReply};
 use shared::ids::JobId;
 use shared::job::{Effect, Event, Hold, Refusal, State, Status, invariant, step};
 use tokio::sync::watch;
@@ -322,7 +322,7 @@ impl Core {
                 if let Some(live) = self.jobs.get_mut(&job.id) {
                     (live.leased, live.assigned) = (now, Some(now));
                 }
-                if !self.ports.outbox.send(&agent, Kind::Assign(assignment(job))) {
+                if !self.ports.outbox.send(&agent, Kind::Assign(job.to_assign())) {
                     // Its session is ending; the next Hello comes without the job, and then it is given out again.
                     tracing::warn!(job = job.id, agent, "assignment could not be sent");
                 }
@@ -484,19 +484,5 @@ impl Core {
             Status::Queued | Status::Running | Status::Cancelling => "job.progress",
         };
         self.tell(kind, job);
-    }
-}
-
-fn assignment(job: &Job) -> Assign {
-    Assign {
-        job: job.id.clone(),
-        epoch: job.state.epoch,
-        attempt: job.state.attempt,
-        r#type: job.kind.word().to_owned(),
-        connection: Some(Connection { name: job.provider.clone(), kind: job.provider_kind.clone(), path: job.provider_path.clone() }),
-        vm_id: job.vm_id.clone(),
-        source: job.source.clone(),
-        format: job.format.word().to_owned(),
-        options_json: serde_json::to_string(&job.options).unwrap_or_else(|_| "{}".to_owned()),
     }
 }

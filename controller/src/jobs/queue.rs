@@ -3,7 +3,7 @@
 //! Owns: the mailbox and its order. A message is finished, store commit included, before the next is looked at: every handler answers
 //! with an [`AtomicResponse`], and [`Core`] is taken out of the actor while it works.
 //! Never: is blocked by an agent or a watcher; both get their messages by calls that do not wait.
-//! A crash here costs the process: the supervisor starts it again and it comes up from the store (see [`super::core`]).
+//! A crash here ends the process, since nobody else may write job state: started again, it comes up from the store (see [`super::core`]).
 
 use std::collections::BTreeMap;
 use std::future::Future;
@@ -45,6 +45,16 @@ impl<T: Send + 'static> Message for Do<T> {
 struct Queue {
     /// Absent only while a message is being worked on.
     core: Option<Box<Core>>,
+}
+
+impl Drop for Queue {
+    fn drop(&mut self) {
+        // A panic in the middle of a message: what was in memory is of no more worth. Better no controller than one without a queue.
+        if self.core.is_none() && std::thread::panicking() {
+            tracing::error!("the queue panicked; the process ends and comes up from the store");
+            std::process::abort();
+        }
+    }
 }
 
 impl Actor for Queue {

@@ -5,6 +5,7 @@
 
 use std::time::Instant;
 
+use proto::v1::{Assign, Connection};
 use sea_orm::ActiveValue::Set;
 use shared::job::{Hold, Stage, State, Status};
 use shared::options::{Format, JobType, Options};
@@ -247,6 +248,25 @@ impl Job {
         };
         job.shown = job.percent();
         Some(job)
+    }
+
+    /// As its agent is told to begin.
+    pub fn to_assign(&self) -> Assign {
+        Assign {
+            job: self.id.clone(),
+            epoch: self.state.epoch,
+            attempt: self.state.attempt,
+            r#type: self.kind.word().to_owned(),
+            connection: Some(Connection {
+                name: self.provider.clone(),
+                kind: self.provider_kind.clone(),
+                path: self.provider_path.clone(),
+            }),
+            vm_id: self.vm_id.clone(),
+            source: self.source.clone(),
+            format: self.format.word().to_owned(),
+            options_json: serde_json::to_string(&self.options).unwrap_or_else(|_| "{}".to_owned()),
+        }
     }
 
     /// The whole row, to insert.

@@ -157,7 +157,11 @@ impl Session {
         if let Some(unknown) = command.topics.iter().find(|topic| !is_topic(topic)) {
             let known = "jobs, job:JOB-ID, metrics, alerts, agents";
             let shown: String = unknown.chars().take(60).collect();
-            return self.say(context, "error", json!({"error": format!("topic `{shown}` is unknown; known: {known}"), "code": "bad_request"}));
+            return self.say(
+                context,
+                "error",
+                json!({"error": format!("topic `{shown}` is unknown; known: {known}"), "code": "bad_request"}),
+            );
         }
         match command.action {
             Action::Subscribe => {
@@ -203,7 +207,8 @@ impl Session {
 }
 
 fn is_topic(topic: &str) -> bool {
-    matches!(topic, "jobs" | "metrics" | "alerts" | "agents") || topic.strip_prefix("job:").is_some_and(|id| id.parse::<shared::ids::JobId>().is_ok())
+    matches!(topic, "jobs" | "metrics" | "alerts" | "agents")
+        || topic.strip_prefix("job:").is_some_and(|id| id.parse::<shared::ids::JobId>().is_ok())
 }
 
 /// Of frames that replace one another only the last stays.
@@ -276,7 +281,9 @@ impl StreamHandler<Result<ws::Message, ProtocolError>> for Session {
                 context.close(None);
                 context.stop();
             }
-            Ok(ws::Message::Binary(_) | ws::Message::Continuation(_)) => self.end(context, CloseCode::Unsupported, "send JSON text in one frame"),
+            Ok(ws::Message::Binary(_) | ws::Message::Continuation(_)) => {
+                self.end(context, CloseCode::Unsupported, "send JSON text in one frame")
+            }
             Ok(ws::Message::Nop) => {}
             Err(_) => self.end(context, CloseCode::Protocol, "malformed frame"),
         }

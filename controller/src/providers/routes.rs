@@ -12,7 +12,7 @@ use super::capabilities::{self, Capabilities};
 use super::service::{self, KINDS};
 use crate::app::App;
 use crate::http::body::Json;
-use crate::http::guard::{Admin, Viewer};
+use crate::http::guard::{Admin, Operator, Viewer};
 use crate::http::idempotency::Idempotency;
 use crate::http::query::{Order, Query};
 use crate::http::reply::{Error, ErrorBody, Page};
@@ -172,7 +172,8 @@ pub async fn connect(caller: Admin, request: HttpRequest, app: web::Data<App>, b
         return Err(Error::not_built(format!("provider `{shown}`")).detail(serde_json::json!({ "built": ["local"] })));
     }
     let path = wanted.path.filter(|path| path.starts_with('/') && path.len() <= 4096 && !path.contains('\0'));
-    let path = path.ok_or_else(|| Error::bad_request("provider `local` needs `path`, the absolute path of a folder on the agent's host"))?;
+    let path =
+        path.ok_or_else(|| Error::bad_request("provider `local` needs `path`, the absolute path of a folder on the agent's host"))?;
     let agent_id = choose_agent(&app, wanted.agent.as_deref()).await?;
     let name = match wanted.name {
         Some(name) if service::is_name(&name) => name,
@@ -192,7 +193,12 @@ pub async fn connect(caller: Admin, request: HttpRequest, app: web::Data<App>, b
     Ok(HttpResponse::Created().insert_header(("Location", location)).json(Connection::from(made)))
 }
 
-async fn probe_and_add(app: &App, agent_id: &str, connection: v1::Connection, key: Option<Idempotency>) -> Result<connections::Model, Error> {
+async fn probe_and_add(
+    app: &App,
+    agent_id: &str,
+    connection: v1::Connection,
+    key: Option<Idempotency>,
+) -> Result<connections::Model, Error> {
     if service::all(&app.store).await?.iter().any(|row| row.name == connection.name) {
         return Err(Error::new(Code::Conflict, format!("a connection `{}` exists already", connection.name)));
     }
@@ -270,6 +276,35 @@ pub async fn remove(caller: Admin, name: web::Path<String>, app: web::Data<App>)
     Ok(HttpResponse::NoContent().finish())
 }
 
+/// What a test found.
+#[derive(Serialize, ToSchema)]
+pub struct Tested {
+    /// Always true; a failure is an error.
+    #[schema(example = true)]
+    ok: bool,
+    /// What the agent saw.
+    #[schema(value_type = Object, example = json!({"vms": 3}))]
+    found: serde_json::Value,
+}
+
+/// Whether the agent can serve a connection now.
+#[utoipa::path(post, path = "/providers/{name}/test", tag = "Providers", security(("token" = [])), params(("name" = String, Path)), responses(
+    (status = 200, description = "it can", body = Tested),
+    (status = 401, description = "no valid token", body = ErrorBody),
+    (status = 403, description = "not an operator", body = ErrorBody),
+    (status = 404, description = "no such connection", body = ErrorBody),
+    (status = 422, description = "it cannot", body = ErrorBody),
+    (status = 429, description = "too many requests", body = ErrorBody),
+    (status = 502, description = "the agent did not answer", body = ErrorBody),
+    (status = 503, description = "the database or the agent is away", body = ErrorBody),
+))]
+pub async fn test(_: Operator, name: web::Path<String>, app: web::Data<App>) -> Result<web::Json<Tested>, Error> {
+    let row = service::by_name(&app.store, &name).await?;
+    let connection = v1::Connection { name: row.name, kind: row.kind, path: row.path };
+    let found = app.fleet.ask(&row.agent_id, Question::Probe(connection)).await?;
+    Ok(web::Json(Tested { ok: true, found }))
+}
+
 /// A fresh inventory of one connection.
 #[utoipa::path(post, path = "/providers/{name}/refresh", tag = "Providers", security(("token" = [])), params(("name" = String, Path)), responses(
     (status = 200, description = "the connection, with its new last_seen", body = Connection),
@@ -281,7 +316,7 @@ pub async fn remove(caller: Admin, name: web::Path<String>, app: web::Data<App>)
     (status = 502, description = "the agent did not answer", body = ErrorBody),
     (status = 503, description = "the database or the agent is away", body = ErrorBody),
 ))]
-pub async fn refresh(_: crate::http::guard::Operator, name: web::Path<String>, app: web::Data<App>) -> Result<web::Json<Connection>, Error> {
+pub async fn refresh(_: Operator, name: web::Path<String>, app: web::Data<App>) -> Result<web::Json<Connection>, Error> {
     let row = service::by_name(&app.store, &name).await?;
     app.fleet.ask(&row.agent_id, Question::Refresh(row.name.clone())).await?;
     Ok(web::Json(service::by_name(&app.store, &name).await?.into()))

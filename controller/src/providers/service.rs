@@ -24,9 +24,8 @@ pub fn is_name(name: &str) -> bool {
 
 /// Every connection, by name.
 pub async fn all(store: &Store) -> Result<Vec<connections::Model>, store::Error> {
-    let work = |db: DatabaseConnection| async move {
-        Ok(connections::Entity::find().order_by_asc(connections::Column::Name).all(&db).await?)
-    };
+    let work =
+        |db: DatabaseConnection| async move { Ok(connections::Entity::find().order_by_asc(connections::Column::Name).all(&db).await?) };
     store.read(work).await
 }
 
@@ -63,8 +62,8 @@ pub async fn resolve(store: &Store, provider: &str) -> Result<connections::Model
 
 /// Takes over what an agent says it has configured: new ones are added, known ones updated, those it no longer has are removed.
 ///
-/// A name that another agent serves already is not taken from it; the newcomer gets `NAME-2`, `NAME-3`, … only if it is written so in
-/// its own configuration, so here it is refused with a warning. Returns the names that were refused.
+/// A name that another agent serves already is not taken from it: the newcomer's is refused with a warning, and its operator gives it
+/// another one. Returns the names that were refused.
 pub async fn ensure(store: &Store, agent_id: &str, configured: Vec<v1::Connection>) -> Result<Vec<String>, store::Error> {
     let agent_id = agent_id.to_owned();
     let now = shared::clock::now().timestamp_millis();
@@ -76,13 +75,19 @@ pub async fn ensure(store: &Store, agent_id: &str, configured: Vec<v1::Connectio
         for connection in &configured {
             let taken = known.get(&connection.name).is_some_and(|row| row.agent_id != agent_id || row.origin != "agent");
             if taken || !is_name(&connection.name) || !KINDS.contains(&connection.kind.as_str()) || connection.path.contains('\0') {
-                tracing::warn!(agent_id, connection = connection.name, kind = connection.kind, "connection of the agent is refused: taken or malformed");
+                tracing::warn!(
+                    agent_id,
+                    connection = connection.name,
+                    kind = connection.kind,
+                    "connection of the agent is refused: taken or malformed"
+                );
                 refused.push(connection.name.clone());
                 continue;
             }
             let row = row(connection, &agent_id, "agent", now);
             if known.contains_key(&connection.name) {
-                let same = connections::ActiveModel { created_at: sea_orm::ActiveValue::NotSet, last_seen: sea_orm::ActiveValue::NotSet, ..row };
+                let same =
+                    connections::ActiveModel { created_at: sea_orm::ActiveValue::NotSet, last_seen: sea_orm::ActiveValue::NotSet, ..row };
                 connections::Entity::update(same).exec(&transaction).await?;
             } else {
                 connections::Entity::insert(row).exec(&transaction).await?;
@@ -142,7 +147,7 @@ pub async fn by_name(store: &Store, name: &str) -> Result<connections::Model, Er
     row.ok_or_else(|| Error::not_found(format!("no connection `{name}`; GET /providers lists them")))
 }
 
-/// Adds a connection that a person made; a name that exists is a conflict. `extra` is inserted in the same transaction.
+/// Adds a connection that a person made; a name that exists is a conflict. The row of `replay` is inserted in the same transaction.
 pub async fn add(
     store: &Store,
     agent_id: &str,

@@ -15,7 +15,7 @@ pub mod migrations;
 pub mod sealing;
 
 use std::future::Future;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use sea_orm::sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous};
@@ -25,6 +25,8 @@ use tokio::sync::Mutex;
 
 /// How long the start waits for a database that is not up yet.
 const START_PATIENCE: Duration = Duration::from_secs(60);
+/// How long reads fail at once after one found the database away.
+const AWAY: Duration = Duration::from_millis(500);
 
 /// What went wrong, in the three kinds that callers tell apart.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -46,6 +48,8 @@ pub struct Store {
     db: DatabaseConnection,
     runtime: tokio::runtime::Handle,
     writer: Option<Arc<Mutex<()>>>,
+    /// When a read found the database away; see [`Store::read`].
+    away: Arc<std::sync::Mutex<Option<Instant>>>,
 }
 
 impl Store {
@@ -68,7 +72,7 @@ impl Store {
         };
         let db = runtime.spawn(connect).await.map_err(|e| Error::Other(e.to_string()))??;
         let writer = (db.get_database_backend() == DbBackend::Sqlite).then(|| Arc::new(Mutex::new(())));
-        Ok(Self { db, runtime, writer })
+        Ok(Self { db, runtime, writer, away: Arc::default() })
     }
 
     /// Runs work that may write. One at a time on SQLite.
@@ -89,16 +93,26 @@ impl Store {
         task.await.map_err(|e| Error::Other(e.to_string()))?
     }
 
-    /// Runs work that only reads, beside the writer.
+    /// Runs work that only reads, beside the writer. For half a second after one read has waited in vain the others do not wait: they
+    /// say at once that the database is away, so that a caller gets its 503 after one wait and not after several.
     pub async fn read<T, F, Fut>(&self, work: F) -> Result<T, Error>
     where
         F: FnOnce(DatabaseConnection) -> Fut + Send + 'static,
         Fut: Future<Output = Result<T, Error>> + Send,
         T: Send + 'static,
     {
+        let noted = *self.away.lock().unwrap_or_else(PoisonError::into_inner);
+        if noted.is_some_and(|when| when.elapsed() < AWAY) {
+            return Err(Error::Away("it was a moment ago".to_owned()));
+        }
         let db = self.db.clone();
         let task = self.runtime.spawn(async move { work(db).await });
-        task.await.map_err(|e| Error::Other(e.to_string()))?
+        let answer = task.await.map_err(|e| Error::Other(e.to_string()))?;
+        let is_away = matches!(answer, Err(Error::Away(_)));
+        if is_away || noted.is_some() {
+            *self.away.lock().unwrap_or_else(PoisonError::into_inner) = is_away.then(Instant::now);
+        }
+        answer
     }
 
     /// Whether the database answers.
@@ -132,7 +146,7 @@ pub fn like(word: &str) -> sea_orm::sea_query::LikeExpr {
 
 fn options(url: &str) -> Result<ConnectOptions, Error> {
     let mut options = ConnectOptions::new(url);
-    options.sqlx_logging(false).acquire_timeout(Duration::from_secs(5)).connect_timeout(Duration::from_secs(5));
+    options.sqlx_logging(false).acquire_timeout(Duration::from_secs(3)).connect_timeout(Duration::from_secs(3));
     if url.starts_with("sqlite:") {
         options.max_connections(5).min_connections(1).idle_timeout(None).max_lifetime(None);
         options.map_sqlx_sqlite_opts(|sqlite| {

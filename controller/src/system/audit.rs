@@ -3,7 +3,10 @@
 //! Owns: the rows of `audit`. Never: holds a secret. A crash here costs the outcome of one act.
 
 use sea_orm::sea_query::{Expr, ExprTrait};
-use sea_orm::{ActiveValue::NotSet, ActiveValue::Set, ColumnTrait, DatabaseConnection, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect};
+use sea_orm::{
+    ActiveValue::NotSet, ActiveValue::Set, ColumnTrait, DatabaseConnection, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder,
+    QuerySelect,
+};
 
 use crate::http::query::{Paging, Sort};
 use crate::http::reply::Error;
@@ -62,7 +65,9 @@ pub async fn list(store: &Store, search: Option<String>, sort: Sort, paging: Pag
             let word = store::like(&search);
             let found = [audit::Column::Caller, audit::Column::Action, audit::Column::Target]
                 .into_iter()
-                .fold(sea_orm::Condition::any(), |any, column| any.add(Expr::expr(sea_orm::sea_query::Func::lower(Expr::col(column))).like(word.clone())));
+                .fold(sea_orm::Condition::any(), |any, column| {
+                    any.add(Expr::expr(sea_orm::sea_query::Func::lower(Expr::col(column))).like(word.clone()))
+                });
             select = select.filter(found);
         }
         let total = select.clone().count(&db).await?;

@@ -3,7 +3,9 @@
 //! Owns: the rows of `vms`. Never: keeps a VM that its connection no longer tells. A crash here costs nothing: one transaction per inventory.
 
 use sea_orm::sea_query::{Expr, ExprTrait};
-use sea_orm::{ActiveValue::Set, ColumnTrait, Condition, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, TransactionTrait};
+use sea_orm::{
+    ActiveValue::Set, ColumnTrait, Condition, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, TransactionTrait,
+};
 use shared::error::Code;
 use shared::vm::Vm;
 
@@ -157,10 +159,8 @@ pub async fn list(store: &Store, filter: Filter, sort: Sort, paging: Paging) -> 
 pub async fn resolve(store: &Store, connection: &connections::Model, vm_name: &str) -> Result<Found, Error> {
     let (name, wanted) = (connection.name.clone(), vm_name.to_owned());
     let work = move |db: sea_orm::DatabaseConnection| async move {
-        let matches = Condition::any()
-            .add(vms::Column::Id.eq(&wanted))
-            .add(vms::Column::Path.eq(&wanted))
-            .add(vms::Column::Name.eq(&wanted));
+        let matches =
+            Condition::any().add(vms::Column::Id.eq(&wanted)).add(vms::Column::Path.eq(&wanted)).add(vms::Column::Name.eq(&wanted));
         let select = vms::Entity::find().filter(vms::Column::Connection.eq(name)).filter(matches);
         Ok(select.order_by_asc(vms::Column::Path).limit(20).all(&db).await?)
     };

@@ -128,7 +128,11 @@ fn assert_right(folder: &Folder, job: &Job, outcome: &Outcome, contents: &[Vec<u
 fn survive(seed: u64, folder: &Folder, disks: &[Arc<dyn Disk>], contents: &[Vec<u8>]) -> u64 {
     let mut next = noise(seed + 1);
     let targets = targets();
-    let (format, compression) = targets[seed as usize % targets.len()];
+    let (format, mut compression) = targets[seed as usize % targets.len()];
+    if matches!(format, Format::Vmdk | Format::Ovf | Format::Ova) && !seed.is_multiple_of(4) {
+        // Most of them stored: what is tested here is not deflate, which would take most of the time.
+        compression = Some(Compression { method: Method::Deflate, level: 0 });
+    }
     let what = format!("seed {seed}, {format:?} {compression:?}");
     folder.clear();
     // What the next attempt must find durable: nothing was cut since.
@@ -136,17 +140,17 @@ fn survive(seed: u64, folder: &Folder, disks: &[Arc<dyn Disk>], contents: &[Vec<
     for attempt in 0.. {
         let ends = [End::Never, End::Fail, End::Stop(Stop::Cancel), End::Stop(Stop::Park)];
         let end = if attempt < 8 { ends[(next() % 4) as usize] } else { End::Never };
-        let verified = if attempt < 8 && next() % 4 == 0 { next() % (14 << 20) + 1 } else { u64::MAX };
-        let watch = Attempt::new(next() % 7, end, verified);
+        let verified = if attempt < 8 && next().is_multiple_of(4) { next() % (9 << 20) + 1 } else { u64::MAX };
+        let watch = Attempt::new(next() % 5, end, verified);
         let mut job = job(&ending(disks, &watch), format, compression);
-        job.verify = seed % 3 != 0;
+        job.verify = !seed.is_multiple_of(3);
         let result = folder.run(&job, &*watch);
         assert!(watch.last().resumed >= promised, "{what}: {promised} bytes were durable, {} were taken up", watch.last().resumed);
         match result {
             Ok(outcome) => {
                 assert_eq!(outcome.bytes_read + outcome.resumed_from, outcome.data_bytes, "{what}");
                 assert_right(folder, &job, &outcome, contents, &what);
-                if seed % 8 == 0 {
+                if seed.is_multiple_of(8) {
                     let report = super::super::verify_files(&manifest(&outcome), &|name| File::open(folder.part_path(name)), &|_| true).unwrap();
                     assert!(report.intact(), "{what}: {report:?}");
                     assert_same_as_uninterrupted(folder, disks, &job, &outcome, &what);
@@ -158,12 +162,12 @@ fn survive(seed: u64, folder: &Folder, disks: &[Arc<dyn Disk>], contents: &[Vec<
         }
         promised = if watch.last().data_bytes > 0 { watch.last().durable } else { promised };
         for (one_in, path, most) in [(3, folder.path("journal"), 700), (4, folder.part_path(&job.disk_file(0)), 5 << 20), (4, folder.part_path(&job.disk_file(1)), 600)] {
-            if next() % one_in == 0 {
+            if next().is_multiple_of(one_in) {
                 cut(&path, most, &mut next);
                 promised = 0;
             }
         }
-        if next() % 16 == 0 {
+        if next().is_multiple_of(16) {
             std::fs::remove_file(folder.part_path(&job.disk_file(0))).ok();
             promised = 0;
         }
@@ -184,7 +188,7 @@ fn assert_same_as_uninterrupted(folder: &Folder, disks: &[Arc<dyn Disk>], done: 
 
 #[test]
 fn jobs_stopped_at_random_moments_with_random_tails_cut_off_end_right() {
-    let contents = [sample((13 << 20) + 512, 34), sample(5 << 20, 32)];
+    let contents = [sample((13 << 20) + 512, 34), sample(3 << 20, 32)];
     let first: u64 = std::env::var("HYPERSDK_SEED").map_or(0, |seed| seed.parse().unwrap());
     let (seeds, stops) = (AtomicU64::new(first), AtomicU64::new(0));
     std::thread::scope(|scope| {
@@ -257,7 +261,7 @@ fn processes_killed_at_random_moments_leave_what_the_next_one_ends_right() {
             assert_same_as_uninterrupted(&folder, &disks, &last, &outcome, &format!("round {round} {format:?}"));
         }
     }
-    assert!(kills > 30, "only {kills} kills hit a running job");
+    assert!(kills > 20, "only {kills} kills hit a running job");
 }
 
 #[test]
@@ -271,7 +275,7 @@ fn a_source_that_fails_costs_what_was_in_flight() {
         let (mut read, mut failed) = (0, 0);
         for reads in [7, 6, 9, 5, u64::MAX] {
             let watch = Attempt::new(reads, End::Fail, u64::MAX);
-            match folder.run(&job(&ending(&[disk.clone()], &watch), format, compression), &*watch) {
+            match folder.run(&job(&ending(std::slice::from_ref(&disk), &watch), format, compression), &*watch) {
                 Ok(_) => {}
                 Err(Error::Source { .. }) => failed += 1,
                 Err(e) => panic!("{e}"),
@@ -292,14 +296,14 @@ fn a_damaged_piece_is_found_at_resume_and_only_what_is_behind_it_is_copied_again
     for (format, compression) in targets() {
         folder.clear();
         let watch = Attempt::new(7, End::Fail, u64::MAX);
-        let broken = job(&ending(&[disk.clone()], &watch), format, compression);
+        let broken = job(&ending(std::slice::from_ref(&disk), &watch), format, compression);
         assert!(matches!(folder.run(&broken, &*watch), Err(Error::Source { .. })));
         // In the middle of what was written: seven blocks of eight at most.
         let path = folder.part_path(&broken.disk_file(0));
         let len = std::fs::metadata(&path).unwrap().len();
         let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
         std::os::unix::fs::FileExt::write_all_at(&file, &[0u8; 9000], len / 2).unwrap();
-        let outcome = folder.run(&job(&[disk.clone()], format, compression), &Listener::default()).unwrap();
+        let outcome = folder.run(&job(std::slice::from_ref(&disk), format, compression), &Listener::default()).unwrap();
         let (sealed, resumed) = (watch.last().durable, outcome.resumed_from);
         assert!(resumed < sealed && resumed + BLOCK >= sealed / 2, "{format:?}: {resumed} of {sealed}");
         assert_eq!(outcome.bytes_read + outcome.resumed_from, outcome.data_bytes);
@@ -310,7 +314,7 @@ fn a_damaged_piece_is_found_at_resume_and_only_what_is_behind_it_is_copied_again
 fn another_source_starts_anew_and_a_finished_job_answers_again_without_reading() {
     let folder = Folder::new("again");
     let disk = raw_disks(&folder, &[sample(9 << 20, 2)]).remove(0);
-    let first = job(&[disk.clone()], Format::Qcow2, None);
+    let first = job(std::slice::from_ref(&disk), Format::Qcow2, None);
     let done = folder.run(&first, &Listener::default()).unwrap();
     let again = folder.run(&first, &Listener::default()).unwrap();
     assert_eq!((again.bytes_read, again.resumed_from, &again.files, &again.disks), (0, done.data_bytes, &done.files, &done.disks));

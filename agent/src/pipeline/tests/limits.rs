@@ -49,16 +49,21 @@ fn an_empty_disk_of_four_tebibytes_takes_seconds_in_every_format() {
 
 #[test]
 fn the_bandwidth_limit_holds_within_five_per_cent() {
-    let folder = Folder::new("bandwidth");
-    let disk: Arc<dyn Disk> = Arc::new(Made { capacity: 40 << 20, data: Some(40 << 20), pause: Duration::ZERO });
+    let folder = Folder::fast("bandwidth");
+    let disk: Arc<dyn Disk> = Arc::new(Made { capacity: 30 << 20, data: Some(30 << 20), pause: Duration::ZERO });
     let mut limited = job(&[disk], Format::Raw, None);
     limited.verify = false;
     limited.bandwidth = Some(20 << 20);
-    let started = Instant::now();
-    let outcome = folder.run(&limited, &Listener::default()).unwrap();
-    let rate = outcome.bytes_read as f64 / started.elapsed().as_secs_f64() / f64::from(20 << 20);
-    assert!((0.90..=1.05).contains(&rate), "{rate} of the limit");
-    assert_eq!(outcome.receipt.read_back, "not_verified");
+    // A busy machine may make a job slower than its limit, but never faster.
+    let rate = || {
+        folder.clear();
+        let started = Instant::now();
+        let outcome = folder.run(&limited, &Listener::default()).unwrap();
+        let rate = outcome.bytes_read as f64 / started.elapsed().as_secs_f64() / f64::from(20 << 20);
+        assert!(rate <= 1.05 && outcome.receipt.read_back == "not_verified", "{rate} of the limit");
+        rate
+    };
+    assert!((0..5).any(|_| rate() >= 0.95));
 }
 
 #[test]
@@ -142,7 +147,7 @@ fn fill_up(path: &Path) {
             let other = folder.file("ballast");
             let fill = |other: &File| (0..ballast / 4096).all(|i| std::os::unix::fs::FileExt::write_all_at(other, &[1; 4096], i * 4096).is_ok());
             fill(&other);
-            let job = job(&[disk.clone()], format, None);
+            let job = job(std::slice::from_ref(&disk), format, None);
             let error = match Journal::open(folder.file("journal"), &job.identity()) {
                 Ok(mut journal) => run(&job, &folder.part(), &mut journal, &Listener::default()).err(),
                 // Not even room for the journal's first line.

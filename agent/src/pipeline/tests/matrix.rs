@@ -47,7 +47,7 @@ fn the_same_disk_from_every_format_to_every_format() {
     for (name, source) in sources(&folder, &data) {
         for (format, compression) in targets() {
             folder.clear();
-            let job = job(&[source.clone()], format, compression);
+            let job = job(std::slice::from_ref(&source), format, compression);
             let listener = Listener::default();
             let outcome = folder.run(&job, &listener).unwrap_or_else(|e| panic!("{name} to {format:?}: {e}"));
             let disk = &outcome.disks[0];
@@ -131,7 +131,7 @@ fn what_a_format_does_not_know_is_said_before_a_byte_is_moved() {
         (Format::Qcow2, zstd(23), "1 to 22"),
         (Format::Qcow2, Some(Compression { method: Method::Deflate, level: 13 }), "0 to 12"),
     ] {
-        let error = folder.run(&job(&[disk.clone()], format, compression), &Listener::default()).unwrap_err().to_string();
+        let error = folder.run(&job(std::slice::from_ref(&disk), format, compression), &Listener::default()).unwrap_err().to_string();
         assert!(error.contains(words), "{error}");
     }
     let mut other = job(&[disk], Format::Ova, None);

@@ -137,10 +137,10 @@ pub(super) fn sample(capacity: usize, seed: u64) -> Vec<u8> {
         let longest = if next().is_multiple_of(4) { 6 << 20 } else { 900 << 10 };
         let len = (next() as usize % longest + 1).min(capacity - at);
         let part = &mut data[at..at + len];
-        match next() % 5 {
+        match next() % 8 {
             0 => part.chunks_mut(8).for_each(|c| c.copy_from_slice(&next().to_le_bytes()[..c.len()])),
             1 => part.iter_mut().enumerate().for_each(|(i, b)| *b = (i / 7 % 50) as u8),
-            2 => part[len / 2] = 1,
+            2..5 => part[len / 2] = 1,
             _ => {}
         }
         at += len;
