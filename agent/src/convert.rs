@@ -5,7 +5,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use shared::error::Code;
 use shared::manifest::{self, FileEntry, Signed};
@@ -117,7 +117,8 @@ pub fn convert(request: &Request, progress: &(dyn Fn(&Progress, &str) + Sync)) -
         bandwidth: None,
         cid: crc32fast::hash(name.as_bytes()),
         created: u64::try_from(shared::clock::now().timestamp()).unwrap_or_default(),
-        tuning: pipeline::Tuning::default(),
+        // Nothing resumes a conversion, so that checkpoints would only cost syncs.
+        tuning: pipeline::Tuning { checkpoint_bytes: 1 << 30, checkpoint_every: Duration::from_secs(3600), ..pipeline::Tuning::default() },
     };
     let part_name = format!("{name}.part");
     remove_all(&folder, &part_name).map_err(place)?;

@@ -6,7 +6,7 @@
 //!
 //! ```text
 //!  worker          writer            sealer                                     run / publish
-//!  read, hash ──►  pwrite ──piece──► hash the region that was appended
+//!  read, hash ──►  pwrite ──piece──► hash the appended region where it is compressed
 //!                  (goes on)         fdatasync(part)
 //!                                    append Checkpoint ─► fdatasync(journal)
 //!                  finish: tables, header ──────────────► fdatasync(part), append DiskFinished, fdatasync(journal)
@@ -78,7 +78,7 @@ pub struct Checkpoint {
     pub from: u64,
     /// Where it ends: the writer's position.
     pub position: u64,
-    /// BLAKE3 of that region; zeros for raw, where the digests say it.
+    /// BLAKE3 of that region; zeros for raw and plain qcow2, where the blocks' digests say it.
     pub hash: Digest,
     /// Digests of the non-zero blocks done since the last checkpoint.
     pub digests: Vec<(u64, Digest)>,

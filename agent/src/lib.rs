@@ -113,6 +113,12 @@ impl Agent {
         *connections = more.into_iter().chain(own).map(|connection| (connection.name.clone(), connection)).collect();
     }
 
+    /// A connection that the controller is about to make: the next Welcome says whether it stands.
+    fn remember(&self, connection: v1::Connection) {
+        let mut connections = self.connections.lock().unwrap_or_else(|e| e.into_inner());
+        connections.entry(connection.name.clone()).or_insert(connection);
+    }
+
     /// Opens a connection.
     fn source(&self, connection: &v1::Connection) -> Result<Arc<dyn Source>, sources::Error> {
         if connection.kind != "local" {

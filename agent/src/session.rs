@@ -251,7 +251,11 @@ fn answer(agent: &Arc<Agent>, browse: v1::Browse, tell: &mpsc::Sender<v1::AgentM
     tokio::task::spawn_blocking(move || {
         let answered = match browse.question {
             Some(Question::Probe(connection)) => {
-                agent.source(&connection).and_then(|source| source.inventory()).map(|vms| serde_json::json!({"vms": vms.len()}))
+                let counted = agent.source(&connection).and_then(|source| source.inventory()).map(|vms| serde_json::json!({"vms": vms.len()}));
+                if counted.is_ok() {
+                    agent.remember(connection);
+                }
+                counted
             }
             Some(Question::Refresh(name)) => {
                 agent.scan_now(&tell, Some(&name), true);

@@ -25,6 +25,10 @@ use crate::pipeline::{self, PartDir, Snapshot, SourceDisk, Stage, Watch};
 use crate::sources::{Opened, Source};
 use crate::{Agent, proof};
 
+/// Data bytes between two checkpoints. A crash costs what is open, what is being sealed and what is in the pipeline's slots: all three
+/// together stay below the 64 MiB that are promised.
+const CHECKPOINT: u64 = 16 << 20;
+
 /// How an assignment ended without a result.
 pub struct Failure {
     /// The stable word.
@@ -155,7 +159,7 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
         bandwidth: options.bandwidth_limit,
         cid: crc32fast::hash(held.job.as_bytes()),
         created,
-        tuning: pipeline::Tuning::default(),
+        tuning: pipeline::Tuning { checkpoint_bytes: CHECKPOINT, ..pipeline::Tuning::default() },
     };
     let outcome = copy(agent, held, &folder, &job)?;
 

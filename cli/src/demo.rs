@@ -44,9 +44,8 @@ pub fn demo(args: &Demo) -> Outcome {
     shared::telemetry::start(false, "error", None);
     let scene = Scene::set(args)?;
     let result = actix::System::new().block_on(run(&scene, args));
-    let result = result.and_then(|shown| {
+    let result = result.map(|shown| {
         output::pairs(8, &[("job", shown), ("in all", format!("{:.1} s", began.elapsed().as_secs_f64())), ("memory", peak_memory())]);
-        Ok(())
     });
     if args.keep {
         output::line(format!("Kept: {}", scene.folder.display()));

@@ -116,17 +116,13 @@ fn print_verdict(verdict: &Verdict) {
         output::line(output::clean(sentence));
     }
     if verdict.intact {
-        output::line(format!(
-            "Intact: {} of {} in {}: what was signed.",
-            count(verdict.disks.len(), "disk"),
-            bytes_of(verdict),
-            count(verdict.files.len(), "file")
-        ));
+        let (disks, files) = (count(verdict.disks.len(), "disk"), count(verdict.files.len(), "file"));
+        output::line(format!("Intact, as it was signed: {disks} ({}) in {files}.", bytes_of(verdict)));
     }
     for (name, root, capacity) in &verdict.disks {
         output::pairs(8, &[("disk", format!("{}, {}", output::clean(name), output::bytes(*capacity))), ("digest", root.clone())]);
     }
-    let known = if verdict.trusted { "trusted" } else { "signer unknown; name a fingerprint with --trust" };
+    let known = if verdict.trusted { "trusted" } else { "unknown; --trust names the one that you know" };
     output::pairs(8, &[("signer", format!("{} ({known})", verdict.signer))]);
 }
 

@@ -202,6 +202,9 @@ pub async fn run(config: Config) -> Result<Running, Error> {
         write_join_token(&app, &path).await?;
         actix::spawn(renew_join_token(app.clone(), path));
     }
+    // Port 0 takes a free one; whoever started this process, and whoever restarts it, finds here which.
+    let endpoints = serde_json::json!({"rest": format!("https://{rest_addr}"), "grpc": grpc_addr.to_string(), "fingerprint": fingerprint});
+    vault::write_whole(&data, "endpoints.json", endpoints.to_string().as_bytes()).map_err(|e| Error::Data(config.data_dir.clone(), e))?;
     tracing::info!(%rest_addr, %grpc_addr, fingerprint, version = env!("CARGO_PKG_VERSION"), "controller is up");
     Ok(Running { rest_addr, grpc_addr, fingerprint, admin_password, app, server, gateway, runtime, _lock: lock })
 }

@@ -27,7 +27,7 @@ static STARTER: LazyLock<Sender<Order>> = LazyLock::new(|| {
 /// A command that dies with the test binary: `setpriv` sets the signal and then becomes the program, so the pid is the program's.
 pub fn mortal(program: &Path) -> Command {
     let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL", "--"]).arg(program);
+    command.args(["--pdeathsig", "KILL", "--"]).arg(program).env("NO_COLOR", "1");
     clean(&mut command);
     command
 }

@@ -21,7 +21,7 @@ use super::control::{Control, Crew};
 use super::plan::{Plan, Task, block_count, block_len};
 use super::queue::{Alarm, Done, Next, Queue};
 use super::seal::{hash_region, seal};
-use super::target::Target;
+use super::target::{Evidence, Target};
 use super::throttle::Throttle;
 use super::{Error, Stop, Tuning, output_error};
 use crate::formats::{Disk, DiskWriter, EncodeState, Encoded, FormatError, Scratch, UNIT, is_zero, raw};
@@ -238,7 +238,7 @@ impl DiskCopy<'_> {
     /// The sealer: makes checkpoints durable, one after the other, while the writer goes on.
     fn seal_all(&self, queue: &Queue, seals: &Receiver<Checkpoint>, journal: &mut Journal) {
         for mut checkpoint in seals {
-            let hashed = !self.target.is_raw();
+            let hashed = self.target.evidence() == Evidence::Region;
             match seal(&self.file, self.base, hashed, self.file_name, &mut checkpoint) {
                 Ok(()) => {}
                 Err(error) => return queue.fail(error),
@@ -256,8 +256,7 @@ impl DiskCopy<'_> {
         let io = |e: std::io::Error| output_error(e.into(), self.file_name);
         let length = written.writer.finish().map_err(|e| output_error(e, self.file_name))?;
         self.file.sync_data().map_err(io)?;
-        let hashed = !self.target.is_raw();
-        let (front, tail) = match hashed {
+        let (front, tail) = match self.target.evidence() != Evidence::Blocks {
             true => (
                 hash_region(&self.file, self.base, self.base + self.front).map_err(io)?,
                 hash_region(&self.file, self.base + written.from, self.base + length).map_err(io)?,

@@ -7,6 +7,8 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
@@ -18,7 +20,10 @@ use super::package::{Package, Place};
 use super::part::PartDir;
 use super::plan::block_len;
 use super::seal::{hash_region, read_padded};
+use super::target::{Evidence, Target};
 use super::{Error, Job, output_error};
+use crate::formats::qcow2::{Placed, Tracer};
+use crate::formats::{Output, UNIT};
 use crate::journal::{Checkpoint, Journal, Record};
 
 /// A disk whose output is complete.
@@ -76,6 +81,8 @@ struct Step {
     position: u64,
     hash: Digest,
     digests: Vec<(u64, Digest)>,
+    /// For a plain qcow2: what lies in the region.
+    placed: Vec<Placed>,
 }
 
 /// One disk as the journal tells it.
@@ -87,13 +94,13 @@ struct Told {
     finished: Option<(u64, u64, Digest, Digest)>,
 }
 
-/// Finds what holds, and cuts part and journal back to it. `raw` says that regions follow from the blocks' digests.
+/// Finds what holds, and cuts part and journal back to it.
 pub(super) fn survey(
     job: &Job,
     part: &PartDir,
     journal: &mut Journal,
     package: &Package<'_>,
-    raw: bool,
+    target: Target,
     control: &Control<'_>,
 ) -> Result<Found, Error> {
     let mut found = Found::default();
@@ -102,21 +109,26 @@ pub(super) fn survey(
     for (number, source) in job.disks.iter().enumerate() {
         let first = at;
         let base = package.base(number, &places);
-        let Some(told) = read_disk(journal, number as u32, &mut at)?.filter(|told| told.base == base) else {
-            journal.cut(first).map_err(Error::journal)?;
-            return Ok(found);
-        };
         let name = job.disk_file(number);
         let file = match part.open_existing(&name) {
-            Ok(file) => file,
+            Ok(file) => Arc::new(file),
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
-                control.log(tracing::Level::WARN, &format!("{name} is gone, its disk starts again"));
+                if first < journal.len() {
+                    control.log(tracing::Level::WARN, &format!("{name} is gone, its disk starts again"));
+                }
                 journal.cut(first).map_err(Error::journal)?;
                 return Ok(found);
             }
             Err(e) => return Err(output_error(e.into(), &name)),
         };
-        let piece = Piece { file: &file, base: told.base, capacity: source.disk.capacity(), raw };
+        let capacity = source.disk.capacity();
+        let output = Output { file: file.clone(), base };
+        let tracer = (target.evidence() == Evidence::Placed).then(|| Tracer::new(output, capacity)).transpose().map_err(Error::Output)?;
+        let Some(told) = read_disk(journal, number as u32, tracer, &mut at)?.filter(|told| told.base == base) else {
+            journal.cut(first).map_err(Error::journal)?;
+            return Ok(found);
+        };
+        let piece = Piece { file: &file, base, capacity, evidence: target.evidence() };
         if let Some(finished) = piece.finished(&told, job, control).map_err(|e| in_file(e, &name))? {
             places.push(Place { base, length: finished.length, data: finished.data });
             found.finished.push(finished);
@@ -154,7 +166,7 @@ fn partial(told: Told, keep: usize, first: usize) -> Option<Partial> {
 }
 
 /// Reads the records of disk `number` from record `at` on and moves `at` behind them; `None` when it was not begun.
-fn read_disk(journal: &Journal, number: u32, at: &mut usize) -> Result<Option<Told>, Error> {
+fn read_disk(journal: &Journal, number: u32, mut tracer: Option<Tracer>, at: &mut usize) -> Result<Option<Told>, Error> {
     let read = |i: usize| if i < journal.len() { journal.read(i).map(Some).map_err(Error::journal) } else { Ok(None) };
     let Some(Record::DiskStarted { disk, base, front }) = read(*at)? else { return Ok(None) };
     if disk != number {
@@ -167,8 +179,16 @@ fn read_disk(journal: &Journal, number: u32, at: &mut usize) -> Result<Option<To
         match read(*at)? {
             Some(Record::Checkpoint(c)) if c.disk == number && c.from == last.1 && c.position >= c.from && c.next_block > last.0 => {
                 last = (c.next_block, c.position);
-                let Checkpoint { next_block, data, from, position, hash, digests, .. } = c;
-                told.steps.push(Step { next_block, data, from, position, hash, digests });
+                let Checkpoint { next_block, data, from, position, hash, digests, piece, .. } = c;
+                let placed = match &mut tracer {
+                    None => Vec::new(),
+                    // A piece that leads elsewhere is no checkpoint of this disk, nor is what follows it.
+                    Some(tracer) => match tracer.next(&piece) {
+                        Ok((placed, reached)) if reached == position => placed,
+                        _ => return Ok(Some(told)),
+                    },
+                };
+                told.steps.push(Step { next_block, data, from, position, hash, digests, placed });
             }
             Some(Record::DiskFinished { disk, length, data, front, tail }) if disk == number && length >= last.1 => {
                 told.finished = Some((length, data, front, tail));
@@ -216,7 +236,7 @@ struct Piece<'a> {
     file: &'a File,
     base: u64,
     capacity: u64,
-    raw: bool,
+    evidence: Evidence,
 }
 
 impl Piece<'_> {
@@ -228,7 +248,7 @@ impl Piece<'_> {
         }
         if !job.verify {
             let end = told.steps.last().map_or(told.front, |step| step.position);
-            let holds = self.raw
+            let holds = self.evidence == Evidence::Blocks
                 || (hash_region(self.file, self.base, self.base + told.front)? == front
                     && hash_region(self.file, self.base + end, self.base + length)? == tail);
             if !holds || self.intact(&told.steps, job, control)? < told.steps.len() {
@@ -270,17 +290,47 @@ impl Piece<'_> {
 
     /// Whether the bytes that a step stands for are there.
     fn holds(&self, step: &Step) -> io::Result<bool> {
-        if !self.raw {
+        if self.evidence == Evidence::Region {
             return Ok(hash_region(self.file, self.base + step.from, self.base + step.position)? == step.hash);
+        }
+        for placed in &step.placed {
+            if let Placed::Table { host, digest } = placed {
+                let at = self.base + host;
+                if hash_region(self.file, at, at + UNIT as u64)? != *digest {
+                    return Ok(false);
+                }
+            }
         }
         let mut buf = Vec::new();
         for (block, digest) in &step.digests {
             buf.resize(block_len(*block, self.capacity), 0);
-            read_padded(self.file, &mut buf, self.base + block * BLOCK)?;
+            match self.evidence {
+                Evidence::Placed => self.gather(step, *block, &mut buf)?,
+                _ => read_padded(self.file, &mut buf, self.base + block * BLOCK)?,
+            }
             if block_digest(&buf) != *digest {
                 return Ok(false);
             }
         }
         Ok(true)
+    }
+
+    /// Reads a block from where its units were placed; what was not placed is zeros.
+    fn gather(&self, step: &Step, block: u64, buf: &mut [u8]) -> io::Result<()> {
+        let (unit, per_block) = (UNIT as u64, BLOCK / UNIT as u64);
+        let (first, end) = (block * per_block, (block + 1) * per_block);
+        buf.fill(0);
+        for placed in &step.placed {
+            let Placed::Units { index, count, host } = placed else { continue };
+            let (from, to) = (first.max(*index), end.min(index + count));
+            if from >= to {
+                continue;
+            }
+            let start = ((from - first) * unit) as usize;
+            // The disk's last unit is longer in the image than on the disk.
+            let stop = (((to - first) * unit) as usize).min(buf.len());
+            self.file.read_exact_at(&mut buf[start..stop], self.base + host + (from - index) * unit)?;
+        }
+        Ok(())
     }
 }

@@ -43,7 +43,7 @@ fn go(job: &Job, part: &PartDir, journal: &mut Journal, control: &Control<'_>) -
         return Err(Error::Journal(std::io::Error::other("it was opened for another job")));
     }
     let data = run.count()?;
-    let found = survey(job, part, journal, &run.package, run.target.is_raw(), control)?;
+    let found = survey(job, part, journal, &run.package, run.target, control)?;
     let Found { finished, partial, all_written, verified, mut hashed } = found;
     let resumed = finished.iter().map(|disk| disk.data).sum::<u64>() + partial.as_ref().map_or(0, |partial| partial.data);
     for (counter, value) in [(&control.counters.total, data), (&control.counters.resumed, resumed), (&control.counters.durable, resumed)] {

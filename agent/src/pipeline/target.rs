@@ -43,9 +43,18 @@ impl Target {
         matches!(self, Self::Raw | Self::Qcow2(None))
     }
 
-    /// Whether a region of the file follows from the digests of its blocks alone.
-    pub(super) fn is_raw(self) -> bool {
-        matches!(self, Self::Raw)
+    /// What shows at resume that a sealed region is there.
+    pub(super) fn evidence(self) -> Evidence {
+        match self {
+            Self::Raw => Evidence::Blocks,
+            Self::Qcow2(None) => Evidence::Placed,
+            Self::Qcow2(Some(_)) | Self::Stream(..) => Evidence::Region,
+        }
+    }
+
+    /// Whether no byte below a checkpoint's position is written again, not even by `finish`.
+    pub(super) fn is_stream(self) -> bool {
+        matches!(self, Self::Raw | Self::Stream(..))
     }
 
     /// Bytes at the beginning of a fresh output that `finish` writes again.
@@ -82,6 +91,17 @@ impl Target {
             Self::Stream(..) => Box::new(vmdk::StreamWriter::resume(output, capacity, &pieces.collect::<Result<Vec<_>>>()?, position)?),
         })
     }
+}
+
+/// How a sealed region is held against the journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Evidence {
+    /// Blocks lie at their own offsets: the digests made while reading will do.
+    Blocks,
+    /// Units lie as they are where a replay says: their blocks' digests and the replayed tables will do.
+    Placed,
+    /// The region was hashed when it was sealed.
+    Region,
 }
 
 /// Opens an output that we wrote for reading back. Damage inside shows when the block in question is read.

@@ -27,9 +27,10 @@ pub fn runtime() -> tokio::runtime::Handle {
     RUNTIME.get_or_init(|| tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap()).handle().clone()
 }
 
-/// A new database in a folder of its own.
+/// A new database in a folder of its own, below the build's: connections may outlive the test, so nobody knows when it could be removed.
 pub async fn database() -> Store {
-    let folder = shared::vault::temporary_dir("hypersdk-queue").unwrap();
+    let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/tmp").join(shared::ids::random_hex::<6>());
+    shared::vault::open_data_dir(&folder).unwrap();
     Store::open(&format!("sqlite://{}/test.db?mode=rwc", folder.display()), runtime()).await.unwrap()
 }
 

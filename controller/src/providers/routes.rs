@@ -185,10 +185,7 @@ pub async fn connect(caller: Admin, request: HttpRequest, app: web::Data<App>, b
     let made = probe_and_add(&app, &agent_id, connection, key).await;
     act.finish(&made).await;
     let made = made?;
-    // The connection stands; its inventory comes when it comes, and a failure shows as its status.
-    if let Err(e) = app.fleet.ask(&agent_id, Question::Refresh(name)).await {
-        tracing::warn!(connection = made.name, cause = %e, "first inventory did not come");
-    }
+    let made = first_inventory(&app, made).await;
     let location = format!("/api/v1/providers/{}", made.name);
     Ok(HttpResponse::Created().insert_header(("Location", location)).json(Connection::from(made)))
 }
@@ -208,6 +205,21 @@ async fn probe_and_add(
         key.map(|key| key.row(201, &format!("/api/v1/providers/{}", made.name), answer))
     };
     Ok(service::add(&app.store, agent_id, &connection, remember).await?)
+}
+
+/// The connection stands; its inventory comes when it comes, and a failure shows as its status.
+///
+/// An agent learns its connections from `Welcome`. One that has no inventory to send yet does not know of this one, so its session is
+/// closed: it comes back within seconds, its copies go on meanwhile.
+async fn first_inventory(app: &App, made: connections::Model) -> connections::Model {
+    if let Err(e) = app.fleet.ask(&made.agent_id, Question::Refresh(made.name.clone())).await {
+        tracing::warn!(connection = made.name, cause = %e, "first inventory did not come");
+    }
+    let row = service::by_name(&app.store, &made.name).await.unwrap_or(made);
+    if row.last_seen.is_none() && row.last_error.is_none() {
+        app.fleet.close(&row.agent_id, tonic::Status::aborted("a connection was added; come back for it"));
+    }
+    row
 }
 
 async fn choose_agent(app: &App, wanted: Option<&str>) -> Result<String, Error> {

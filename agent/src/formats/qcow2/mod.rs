@@ -1,7 +1,8 @@
 //! qcow2: read versions 2 and 3 as QEMU writes them, write version 3, plain or compressed with deflate or zstd.
 //!
 //! Owns: the structures of the format. `header` parses and refuses, `audit` proves that no two clusters share a place, `reader` reads,
-//! `encode` compresses, `refcounts` counts, `writer` lays the image out.
+//! `encode` compresses, `refcounts` counts, `writer` lays the image out,
+//! `piece` is what its checkpoints remember.
 //! Never: follows a backing file or a data file, opens a path, trusts a number of the image before it is held against the file's length
 //! and QEMU's own limits.
 //! A crash here costs what was written since the last checkpoint.
@@ -11,6 +12,7 @@
 mod audit;
 mod encode;
 mod header;
+mod piece;
 mod reader;
 mod refcounts;
 #[cfg(test)]
@@ -20,7 +22,7 @@ mod writer;
 pub use encode::Encoder;
 pub use header::Header;
 pub use reader::Reader;
-pub use writer::{MAX_CAPACITY, Writer};
+pub use writer::{MAX_CAPACITY, Placed, Tracer, Writer};
 
 use super::disk::FormatError;
 

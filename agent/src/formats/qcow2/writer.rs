@@ -17,6 +17,7 @@ use std::io;
 
 use super::super::disk::{DiskWriter, Encoded, FormatError, Method, Output, Result, UNIT};
 use super::super::raw;
+use super::piece::{Piece, bad_piece, read_varint};
 use super::refcounts::{PER_BLOCK, Refcounts};
 use super::{COMPRESSED, COPIED, FORMAT, MAX_L1_BYTES, MAX_REFTABLE_BYTES, SECTOR, corrupt, header, refused};
 
@@ -77,6 +78,47 @@ impl Appender {
     }
 }
 
+/// Something that a plain image's writer laid down, as a replay tells it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Placed {
+    /// Adjacent units.
+    Units {
+        /// Number of the first.
+        index: u64,
+        /// How many.
+        count: u64,
+        /// Where the first lies in the image, in bytes.
+        host: u64,
+    },
+    /// A table of one cluster.
+    Table {
+        /// Where it lies in the image, in bytes.
+        host: u64,
+        /// BLAKE3 of its bytes.
+        digest: [u8; 32],
+    },
+}
+
+/// Tells from the pieces of a plain image's checkpoints where everything lies, so that an image can be held against the digests of its blocks.
+#[derive(Debug)]
+pub struct Tracer(Writer);
+
+impl Tracer {
+    /// A tracer from the beginning of a disk of `capacity` bytes. Nothing is read from or written to `output`.
+    pub fn new(output: Output, capacity: u64) -> Result<Self> {
+        let mut writer = Writer::new(output, capacity, None)?;
+        writer.out.replaying = true;
+        writer.trace = Some(Vec::new());
+        Ok(Self(writer))
+    }
+
+    /// What the next piece stands for, and the position behind it. Pieces come in order, each once.
+    pub fn next(&mut self, piece: &[u8]) -> Result<(Vec<Placed>, u64)> {
+        self.0.replay(piece)?;
+        Ok((self.0.trace.replace(Vec::new()).unwrap_or_default(), self.0.out.at))
+    }
+}
+
 /// Writer of one image.
 #[derive(Debug)]
 pub struct Writer {
@@ -93,6 +135,8 @@ pub struct Writer {
     next_unit: u64,
     piece: Piece,
     table: Vec<u8>,
+    /// What was laid down since the last look, for a [`Tracer`].
+    trace: Option<Vec<Placed>>,
 }
 
 impl Writer {
@@ -135,6 +179,7 @@ impl Writer {
             next_unit: 0,
             piece: Piece::default(),
             table: vec![0; UNIT],
+            trace: None,
         })
     }
 
@@ -156,7 +201,7 @@ impl Writer {
             return Err(corrupt("journal", 0, position, format!("the units of its checkpoints end at {} instead", writer.out.at)));
         }
         writer.out.replaying = false;
-        writer.piece = Piece { next: writer.next_unit, ..Piece::default() };
+        writer.piece = Piece::from(writer.next_unit);
         Ok(writer)
     }
 
@@ -176,6 +221,9 @@ impl Writer {
             match bytes {
                 Some(bytes) => self.out.append(&bytes[done..done + len])?,
                 None => self.out.at += len as u64,
+            }
+            if let Some(trace) = &mut self.trace {
+                trace.push(Placed::Units { index: at, count: part, host });
             }
             for i in 0..part {
                 self.l2[((at + i) % PER_L2) as usize] = COPIED | (host + i * CLUSTER);
@@ -255,7 +303,7 @@ impl Writer {
         self.out.align();
         let host = self.out.at;
         big_endian(&self.l2, &mut self.table);
-        self.out.append(&self.table)?;
+        self.append_table()?;
         self.l1[range as usize] = COPIED | host;
         self.refcounts.add(host / CLUSTER);
         self.l2.fill(0);
@@ -277,6 +325,13 @@ impl Writer {
         let slot = self.reftable.get_mut(self.refcounts.next() as usize);
         *slot.ok_or_else(|| corrupt("refcount table", self.refcounts.next(), host, "is full"))? = host;
         self.refcounts.take(&mut self.table);
+        self.append_table()
+    }
+
+    fn append_table(&mut self) -> Result<()> {
+        if let Some(trace) = &mut self.trace {
+            trace.push(Placed::Table { host: self.out.at, digest: *blake3::hash(&self.table).as_bytes() });
+        }
         Ok(self.out.append(&self.table)?)
     }
 
@@ -372,75 +427,6 @@ impl DiskWriter for Writer {
         self.write_front()?;
         Ok(self.out.at)
     }
-}
-
-/// The sequence of units since the last checkpoint. Each number is a LEB128 varint whose two low bits say what the rest counts:
-/// 0: so many plain units, 1: one compressed unit of so many bytes, 2: so many units absent.
-#[derive(Debug, Default)]
-struct Piece {
-    bytes: Vec<u8>,
-    next: u64,
-    /// Plain units not yet in `bytes`.
-    run: u64,
-}
-
-impl Piece {
-    fn plain(&mut self, index: u64, count: u64) {
-        self.skip_to(index);
-        self.run += count;
-        self.next = index + count;
-    }
-
-    fn packed(&mut self, index: u64, len: usize) {
-        self.skip_to(index);
-        self.end_run();
-        varint((len as u64) << 2 | 1, &mut self.bytes);
-        self.next = index + 1;
-    }
-
-    fn skip_to(&mut self, index: u64) {
-        if index > self.next {
-            self.end_run();
-            varint((index - self.next) << 2 | 2, &mut self.bytes);
-        }
-    }
-
-    fn end_run(&mut self) {
-        if self.run > 0 {
-            varint(self.run << 2, &mut self.bytes);
-            self.run = 0;
-        }
-    }
-
-    fn take(&mut self) -> Vec<u8> {
-        self.end_run();
-        std::mem::take(&mut self.bytes)
-    }
-}
-
-fn varint(mut number: u64, out: &mut Vec<u8>) {
-    while number >= 0x80 {
-        out.push(number as u8 | 0x80);
-        number >>= 7;
-    }
-    out.push(number as u8);
-}
-
-fn read_varint(bytes: &mut &[u8]) -> Result<u64> {
-    let mut number = 0u64;
-    for shift in (0..63).step_by(7) {
-        let (byte, rest) = bytes.split_first().ok_or_else(bad_piece)?;
-        *bytes = rest;
-        number |= u64::from(byte & 0x7f) << shift;
-        if byte & 0x80 == 0 {
-            return Ok(number);
-        }
-    }
-    Err(bad_piece())
-}
-
-fn bad_piece() -> FormatError {
-    corrupt("journal", 0, 0, "a checkpoint's piece is not a sequence of units")
 }
 
 /// The caller broke the contract of [`DiskWriter`].

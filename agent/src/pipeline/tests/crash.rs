@@ -188,7 +188,7 @@ fn assert_same_as_uninterrupted(folder: &Folder, disks: &[Arc<dyn Disk>], done: 
 
 #[test]
 fn jobs_stopped_at_random_moments_with_random_tails_cut_off_end_right() {
-    let contents = [sample((13 << 20) + 512, 34), sample(3 << 20, 32)];
+    let contents = [sample((9 << 20) + 512, 34), sample(3 << 20, 32)];
     let first: u64 = std::env::var("HYPERSDK_SEED").map_or(0, |seed| seed.parse().unwrap());
     let (seeds, stops) = (AtomicU64::new(first), AtomicU64::new(0));
     std::thread::scope(|scope| {
