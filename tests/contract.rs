@@ -152,7 +152,7 @@ async fn the_pages_own_examples_work() {
     let web = &list["data"].as_array().unwrap()[1];
     assert_eq!(
         (&web["name"], &web["nics"][0]["type"], &web["memory_mb"]),
-        (&json!("web-server-01"), &json!("VmxNet3"), &json!(768)),
+        (&json!("web-server-01"), &json!("vmxnet3"), &json!(768)),
         "{web:#}"
     );
     for field in ["id", "path", "connection", "firmware", "snapshots"] {

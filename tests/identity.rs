@@ -230,7 +230,10 @@ async fn a_flipped_block_is_caught_and_named() {
             _ => file_of(&job, format),
         };
         let (code, text) = verify(&file, &[]);
-        assert!(code == 0 && text.contains("Intact") && text.contains("unknown"), "{label}, untouched, without a trusted key: {code} {text}");
+        assert!(
+            code == 0 && text.contains("Intact") && text.contains("unknown"),
+            "{label}, untouched, without a trusted key: {code} {text}"
+        );
         let manifest = PathBuf::from(job["result"]["manifest"].as_str().unwrap());
         assert!(manifest.to_str().unwrap().ends_with(".manifest.json"), "{job:#}");
         let (code, text) = verify(&manifest, &["--trust", &key]);

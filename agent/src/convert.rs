@@ -98,7 +98,8 @@ pub fn convert(request: &Request, progress: &(dyn Fn(&Progress, &str) + Sync)) -
     let format = output_format(request)?;
     let (vm, disks) = open_input(&request.input)?;
     if disks.len() > 1 && !matches!(format, pipeline::Format::Ova | pipeline::Format::Ovf) {
-        let message = format!("{} holds {} disks and {} holds one; choose --format ova or ovf", request.input.display(), disks.len(), format.name());
+        let message =
+            format!("{} holds {} disks and {} holds one; choose --format ova or ovf", request.input.display(), disks.len(), format.name());
         return Err(Error::new(Code::Unprocessable, message));
     }
     let (folder, name) = vault::open_user_dir_of(&request.output, true).map_err(|e| Error::path(&request.output, &e))?;

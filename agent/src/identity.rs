@@ -25,7 +25,9 @@ pub enum Error {
     #[error("another agent runs on this data directory")]
     Locked,
     /// Nothing to enrol with.
-    #[error("this agent is not enrolled and has no join token: make one with `hypersdk agents token` and give it as HYPERSDK_TOKEN or --token")]
+    #[error(
+        "this agent is not enrolled and has no join token: make one with `hypersdk agents token` and give it as HYPERSDK_TOKEN or --token"
+    )]
     NoToken,
     /// The token is not one.
     #[error("the join token cannot be read: {0}")]
@@ -86,7 +88,9 @@ impl Home {
             Ok(bytes.and_then(|bytes| String::from_utf8(bytes).ok()))
         };
         // agent.id is written last: without it the enrolment did not finish.
-        let (Some(agent_id), Some(certificate), Some(ca), Some(key)) = (text("agent.id")?, text("agent.crt")?, text("ca.crt")?, text("agent.key")?) else {
+        let (Some(agent_id), Some(certificate), Some(ca), Some(key)) =
+            (text("agent.id")?, text("agent.crt")?, text("ca.crt")?, text("agent.key")?)
+        else {
             return Ok(None);
         };
         Ok(Some(Identity { agent_id, certificate, ca, key: Secret::new(key) }))

@@ -423,12 +423,7 @@ fn decode(payload: &[u8]) -> Option<Record> {
             Record::AllWritten { files }
         }
         5 => Record::Verified { disk: rest.small()?, next_block: rest.number()?, data: rest.number()?, blocks: rest.number()? },
-        6 => Record::Hashed {
-            file: rest.text()?,
-            position: rest.number()?,
-            state: rest.counted()?.to_vec(),
-            done: rest.number()? != 0,
-        },
+        6 => Record::Hashed { file: rest.text()?, position: rest.number()?, state: rest.counted()?.to_vec(), done: rest.number()? != 0 },
         7 => Record::Granted { epoch: rest.number()? },
         8 => Record::Published,
         _ => return None,

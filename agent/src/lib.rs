@@ -34,8 +34,8 @@ use shared::vm::Vm;
 use tokio::sync::{mpsc, watch};
 
 use crate::config::Config;
-use crate::identity::Home;
 pub use crate::identity::Error;
+use crate::identity::Home;
 use crate::sources::Source;
 use crate::sources::local::Local;
 
@@ -129,7 +129,9 @@ impl Agent {
             true => place.root.dir().try_clone(),
             false => place.root.dir().open_dir(&place.below),
         };
-        let dir = dir.map_err(|e| sources::Error::fatal(Code::Unprocessable, format!("{} is not a folder that can be read: {e}", connection.path)))?;
+        let dir = dir.map_err(|e| {
+            sources::Error::fatal(Code::Unprocessable, format!("{} is not a folder that can be read: {e}", connection.path))
+        })?;
         Ok(Arc::new(Local::new(dir)))
     }
 

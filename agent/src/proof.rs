@@ -27,7 +27,11 @@ pub fn write_manifests(folder: &Dir, key: &SigningKey, job: &str, vm: &str, outc
             vm: vm.to_owned(),
             created_at: shared::clock::rfc3339(shared::clock::now()),
             block_size: shared::manifest::BLOCK,
-            disks: group.disks.iter().map(|disk| DiskEntry::new(&disk.name, &disk.file, disk.member.clone(), disk.capacity, &disk.blocks)).collect(),
+            disks: group
+                .disks
+                .iter()
+                .map(|disk| DiskEntry::new(&disk.name, &disk.file, disk.member.clone(), disk.capacity, &disk.blocks))
+                .collect(),
             files: group.files,
             receipt: outcome.receipt.clone(),
         };

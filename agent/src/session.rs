@@ -82,7 +82,10 @@ async fn watch_silence(agent: Arc<Agent>) {
     loop {
         tick.tick().await;
         if agent.table.any_running() && agent.silence() > lease::AGENT_STOPS {
-            tracing::warn!("no answer from the controller for {} s: the jobs are parked at their checkpoints", lease::AGENT_STOPS.as_secs());
+            tracing::warn!(
+                "no answer from the controller for {} s: the jobs are parked at their checkpoints",
+                lease::AGENT_STOPS.as_secs()
+            );
             agent.table.stop_all(Stop::Park);
         }
     }
@@ -251,7 +254,8 @@ fn answer(agent: &Arc<Agent>, browse: v1::Browse, tell: &mpsc::Sender<v1::AgentM
     tokio::task::spawn_blocking(move || {
         let answered = match browse.question {
             Some(Question::Probe(connection)) => {
-                let counted = agent.source(&connection).and_then(|source| source.inventory()).map(|vms| serde_json::json!({"vms": vms.len()}));
+                let counted =
+                    agent.source(&connection).and_then(|source| source.inventory()).map(|vms| serde_json::json!({"vms": vms.len()}));
                 if counted.is_ok() {
                     agent.remember(connection);
                 }

@@ -204,7 +204,9 @@ fn failure(agent: &Agent, folder: &Dir, error: &pipeline::Error) -> Failure {
             Failure { code: Code::BadGateway, message, retryable: true }
         }
         pipeline::Error::Source { .. } => Failure::fatal(Code::BadImage, message),
-        pipeline::Error::Output(FormatError::Io(_)) | pipeline::Error::Journal(_) => Failure { code: Code::Internal, message, retryable: true },
+        pipeline::Error::Output(FormatError::Io(_)) | pipeline::Error::Journal(_) => {
+            Failure { code: Code::Internal, message, retryable: true }
+        }
         pipeline::Error::Output(_) => Failure::fatal(Code::Unprocessable, message),
         pipeline::Error::Cancelled | pipeline::Error::Parked => Failure { code: Code::Conflict, message, retryable: true },
     }
@@ -299,11 +301,13 @@ struct Watcher<'a> {
 impl Watcher<'_> {
     /// Space that the rest needs for certain. What compresses cannot be known beforehand; a full disk on the way is an error of its own.
     fn lack_of_space(&self, snapshot: &Snapshot) -> Option<String> {
-        let compresses = self.job.compression.is_some() || matches!(self.job.format, pipeline::Format::Vmdk | pipeline::Format::Ovf | pipeline::Format::Ova);
+        let compresses = self.job.compression.is_some()
+            || matches!(self.job.format, pipeline::Format::Vmdk | pipeline::Format::Ovf | pipeline::Format::Ova);
         let left = snapshot.data_bytes.saturating_sub(snapshot.durable);
         let needed = if compresses { 0 } else { left };
         let (free, _) = vault::space(self.folder).ok()?;
-        let sentence = || format!("no space at the destination: {} MiB are needed and {} MiB are free", needed.div_ceil(1 << 20), free >> 20);
+        let sentence =
+            || format!("no space at the destination: {} MiB are needed and {} MiB are free", needed.div_ceil(1 << 20), free >> 20);
         (needed > free).then(sentence)
     }
 }
@@ -361,7 +365,8 @@ pub fn start(agent: &Arc<Agent>, held: Arc<Assignment>, replaced: Option<Arc<Ass
         })
     };
     if let Err(e) = spawned {
-        let failure = v1::Failure { code: Code::Unavailable.word().to_owned(), message: format!("no thread for the job: {e}"), retryable: true };
+        let failure =
+            v1::Failure { code: Code::Unavailable.word().to_owned(), message: format!("no thread for the job: {e}"), retryable: true };
         agent.table.end(&held, v1::finished::Outcome::Failed(failure));
     }
 }

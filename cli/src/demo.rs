@@ -137,15 +137,16 @@ async fn find(client: &Client, scene: &Scene) -> Result<Value, Failure> {
     let stem = Path::new(&scene.image).file_stem().and_then(|stem| stem.to_str()).unwrap_or(&scene.image).to_owned();
     let mut seen = 0;
     loop {
+        // Counted before the search: an inventory that comes between the two must not look as if it lacked the VM.
+        if seen == 0 {
+            seen = client.list("/vms/list", &[], 1).await?.total;
+        }
         // By the file's name, since an OVA's VM bears the name in its OVF.
         let listing = client.list("/vms/list", &[("search", scene.image.clone())], 200).await?;
         let vm = listing.rows.into_iter().find(|vm| vm.get("id").and_then(Value::as_str) == Some(scene.image.as_str()));
         if let Some(vm) = vm {
             let problem = output::text(&vm, "problem");
             return if problem.is_empty() { Ok(vm) } else { Err(Failure::failed(format!("{}: {problem}", scene.image))) };
-        }
-        if seen == 0 {
-            seen = client.list("/vms/list", &[], 1).await?.total;
         }
         if seen > 0 || Instant::now() > deadline {
             // The inventory of a connection comes whole: what is not in it is no VM.

@@ -238,7 +238,10 @@ impl Signed {
         }
         let manifest: Manifest = serde_json::from_str(&signed.manifest).map_err(|e| Error::Malformed(e.to_string()))?;
         if manifest.version != VERSION || manifest.block_size != BLOCK {
-            return Err(Error::Malformed(format!("version {} with blocks of {}; this one reads version {VERSION} with {BLOCK}", manifest.version, manifest.block_size)));
+            return Err(Error::Malformed(format!(
+                "version {} with blocks of {}; this one reads version {VERSION} with {BLOCK}",
+                manifest.version, manifest.block_size
+            )));
         }
         Ok((manifest, signed))
     }

@@ -14,7 +14,12 @@ pub fn start(json: bool, default_filter: &str, more: Option<Box<dyn Layer<Regist
     let lines = if json {
         tracing_subscriber::fmt::layer().json().with_writer(std::io::stderr).with_filter(filter).boxed()
     } else {
-        tracing_subscriber::fmt::layer().with_target(false).with_ansi(std::io::stderr().is_terminal()).with_writer(std::io::stderr).with_filter(filter).boxed()
+        tracing_subscriber::fmt::layer()
+            .with_target(false)
+            .with_ansi(std::io::stderr().is_terminal())
+            .with_writer(std::io::stderr)
+            .with_filter(filter)
+            .boxed()
     };
     let layers: Vec<Box<dyn Layer<Registry> + Send + Sync>> = more.into_iter().chain([lines]).collect();
     // A second subscriber in one process (tests, `hypersdk up`) is no failure: the first goes on.

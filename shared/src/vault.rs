@@ -273,7 +273,8 @@ pub fn write_private(path: &Path, bytes: &[u8]) -> io::Result<()> {
         _ => PathBuf::from("."),
     };
     std::fs::create_dir_all(&parent)?;
-    let name = path.file_name().and_then(|name| name.to_str()).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "no file name"))?;
+    let name =
+        path.file_name().and_then(|name| name.to_str()).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "no file name"))?;
     write_whole(&Dir::open_ambient_dir(parent, ambient_authority())?, name, bytes)
 }
 

@@ -87,7 +87,12 @@ pub fn convert(from: (&str, &Path), to: (&str, &Path), more: &[&str]) {
 pub fn identical(a: (&str, &Path), b: (&str, &Path)) {
     let said = output(Command::new("qemu-img").args(["compare", "-f", a.0, "-F", b.0]).arg(a.1).arg(b.1));
     let text = format!("{}{}", String::from_utf8_lossy(&said.stdout), String::from_utf8_lossy(&said.stderr));
-    assert!(said.status.success() && text.contains("identical") && !text.contains("mismatch"), "{} and {}: {text}", a.1.display(), b.1.display());
+    assert!(
+        said.status.success() && text.contains("identical") && !text.contains("mismatch"),
+        "{} and {}: {text}",
+        a.1.display(),
+        b.1.display()
+    );
 }
 
 /// `qemu-img check` finds nothing. A raw image has nothing to check.

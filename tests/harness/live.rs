@@ -1,15 +1,17 @@
 //! A WebSocket client: whatever the server sends, in order, with the moment it came.
 //!
-//! Owns: one connection. Never: loses a frame. A crash here costs one test.
+//! Owns: one connection, read all the time, because a client that does not read is a slow one to the server. Never: loses a frame. A crash here costs one test.
 
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::stream::SplitSink;
 use futures_util::{SinkExt as _, StreamExt as _};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use serde_json::Value;
 use tokio::net::TcpStream;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio_rustls::client::TlsStream;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
@@ -17,7 +19,8 @@ use tokio_tungstenite::tungstenite::{Error, Message};
 
 /// An open session.
 pub struct Live {
-    socket: WebSocketStream<TlsStream<TcpStream>>,
+    sender: SplitSink<WebSocketStream<TlsStream<TcpStream>>, Message>,
+    frames: UnboundedReceiver<Value>,
     /// All frames so far.
     pub seen: Vec<Value>,
 }
@@ -37,7 +40,20 @@ impl Live {
             request.headers_mut().insert(*name, value.parse().unwrap());
         }
         match tokio_tungstenite::client_async(request, stream).await {
-            Ok((socket, _)) => Ok(Self { socket, seen: Vec::new() }),
+            Ok((socket, _)) => {
+                let (sender, mut receiver) = socket.split();
+                let (deliver, frames) = unbounded_channel();
+                tokio::spawn(async move {
+                    // Reading answers the server's pings, too. It ends with the connection or with its reader.
+                    while let Some(Ok(message)) = receiver.next().await {
+                        let Message::Text(text) = message else { continue };
+                        if deliver.send(serde_json::from_str(&text).unwrap()).is_err() {
+                            break;
+                        }
+                    }
+                });
+                Ok(Self { sender, frames, seen: Vec::new() })
+            }
             Err(Error::Http(response)) => Err(response.status().as_u16()),
             Err(e) => panic!("the WebSocket does not open: {e}"),
         }
@@ -45,15 +61,13 @@ impl Live {
 
     /// Says something.
     pub async fn say(&mut self, command: Value) {
-        self.socket.send(Message::text(command.to_string())).await.unwrap();
+        self.sender.send(Message::text(command.to_string())).await.unwrap();
     }
 
     /// Reads frames until one fits; answers it. Panics with all that came when none does in time.
     pub async fn until(&mut self, what: &str, limit: Duration, fits: impl Fn(&Value) -> bool) -> Value {
         let found = tokio::time::timeout(limit, async {
-            while let Some(message) = self.socket.next().await {
-                let Message::Text(text) = message.unwrap() else { continue };
-                let frame: Value = serde_json::from_str(&text).unwrap();
+            while let Some(frame) = self.frames.recv().await {
                 self.seen.push(frame.clone());
                 if fits(&frame) {
                     return Some(frame);

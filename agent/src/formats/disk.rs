@@ -95,7 +95,10 @@ impl Window {
     pub fn read_exact_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         let end = offset.checked_add(buf.len() as u64).filter(|end| *end <= self.len);
         if end.is_none() {
-            return Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("bytes {offset}+{} lie past the end at {}", buf.len(), self.len)));
+            return Err(io::Error::new(
+                io::ErrorKind::UnexpectedEof,
+                format!("bytes {offset}+{} lie past the end at {}", buf.len(), self.len),
+            ));
         }
         self.file.read_exact_at(buf, self.base + offset)
     }

@@ -6,7 +6,9 @@
 
 use std::io;
 
-use super::disk::{Disk, DiskWriter, EncodeState, Encoded, Encoder as Encode, Extent, FormatError, Output, Result, Scratch, UNIT, Unit, Window, is_zero};
+use super::disk::{
+    Disk, DiskWriter, EncodeState, Encoded, Encoder as Encode, Extent, FormatError, Output, Result, Scratch, UNIT, Unit, Window, is_zero,
+};
 
 /// Bytes in a sector: every disk is a whole number of them.
 const SECTOR: u64 = 512;
@@ -63,7 +65,10 @@ impl Disk for Reader {
 pub(crate) fn check_range(format: &str, offset: u64, len: usize, capacity: u64) -> Result<()> {
     match offset.checked_add(len as u64) {
         Some(end) if end <= capacity => Ok(()),
-        _ => Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("{format}: bytes {offset}+{len} lie past the capacity of {capacity}")).into()),
+        _ => {
+            Err(io::Error::new(io::ErrorKind::UnexpectedEof, format!("{format}: bytes {offset}+{len} lie past the capacity of {capacity}"))
+                .into())
+        }
     }
 }
 
@@ -156,7 +161,10 @@ impl DiskWriter for Writer {
         for (first, _, bytes) in runs(block) {
             let offset = first.saturating_mul(UNIT as u64);
             let room = self.capacity.checked_sub(offset).filter(|room| *room > 0).ok_or_else(|| {
-                FormatError::Io(io::Error::new(io::ErrorKind::InvalidInput, format!("unit {first} lies past the capacity of {}", self.capacity)))
+                FormatError::Io(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    format!("unit {first} lies past the capacity of {}", self.capacity),
+                ))
             })?;
             let len = usize::try_from(room).unwrap_or(usize::MAX).min(bytes.len());
             self.output.write_all_at(&bytes[..len], offset)?;
@@ -218,7 +226,10 @@ mod tests {
         Encoder.state().unwrap().encode(0, &data, &mut encoded).unwrap();
         let plain: Vec<u64> = encoded.units.iter().map(|unit| unit.index).collect();
         assert_eq!(plain, [1, 2, 5]);
-        assert_eq!(runs(&encoded).map(|(first, count, bytes)| (first, count, bytes.len())).collect::<Vec<_>>(), [(1, 2, 2 * UNIT), (5, 1, UNIT)]);
+        assert_eq!(
+            runs(&encoded).map(|(first, count, bytes)| (first, count, bytes.len())).collect::<Vec<_>>(),
+            [(1, 2, 2 * UNIT), (5, 1, UNIT)]
+        );
 
         let capacity = data.len() as u64;
         let file = Arc::new(scratch_file("split"));

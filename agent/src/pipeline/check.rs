@@ -79,7 +79,8 @@ pub struct Report {
 impl Report {
     /// Whether everything is as the manifest says.
     pub fn intact(&self) -> bool {
-        self.disks.iter().all(|disk| disk.bad_blocks == 0 && disk.unreadable.is_none()) && self.files.iter().all(|file| file.problem.is_none())
+        self.disks.iter().all(|disk| disk.bad_blocks == 0 && disk.unreadable.is_none())
+            && self.files.iter().all(|file| file.problem.is_none())
     }
 }
 
@@ -200,7 +201,8 @@ impl Walk<'_> {
     /// Blocks that hold data; where a damaged table does not tell, it is asked block by block, and a block whose table cannot be read is
     /// looked at, so that its read says why.
     fn held(&self, from: u64, to: u64) -> BTreeSet<u64> {
-        let blocks = |extents: Vec<crate::formats::Extent>| extents.into_iter().flat_map(|e| e.offset / BLOCK..(e.offset + e.len).div_ceil(BLOCK));
+        let blocks =
+            |extents: Vec<crate::formats::Extent>| extents.into_iter().flat_map(|e| e.offset / BLOCK..(e.offset + e.len).div_ceil(BLOCK));
         if let Ok(extents) = self.disk.extents(from * BLOCK, to * BLOCK) {
             return blocks(extents).collect();
         }

@@ -18,6 +18,7 @@ use std::time::Instant;
 use shared::manifest::{BLOCK, Blocks, Digest, block_digest};
 
 use super::control::{Control, Crew};
+use super::files::Growing;
 use super::plan::{Plan, Task, block_count, block_len};
 use super::queue::{Alarm, Done, Next, Queue};
 use super::seal::{hash_region, seal};
@@ -46,6 +47,8 @@ pub(super) struct DiskCopy<'a> {
     pub(super) front: u64,
     /// Durable data bytes of the disks before this one.
     pub(super) durable_before: u64,
+    /// Told which bytes of the file are final, for who hashes it.
+    pub(super) growing: &'a Growing,
 }
 
 /// Where a copy starts: at the beginning, or at a checkpoint.
@@ -230,6 +233,7 @@ impl DiskCopy<'_> {
         let piece = written.writer.checkpoint().map_err(|e| output_error(e, self.file_name))?;
         let (from, position) = (written.from, written.writer.position());
         written.from = position;
+        self.growing.grow(self.base + if self.target.is_raw() { (pending.next_block * BLOCK).min(self.disk.capacity()) } else { position });
         let done = std::mem::replace(pending, Pending { next_block: pending.next_block, ..Pending::new() });
         let (disk, next_block, data) = (self.number, done.next_block, written.data);
         Ok(Checkpoint { disk, next_block, data, from, position, hash: [0; 32], digests: done.digests, piece })

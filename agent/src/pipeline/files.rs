@@ -1,20 +1,20 @@
 //! SHA-256 of the output files, for people and tools that know nothing of our manifest.
 //!
-//! Owns: one thread that reads the files front to back while the blocks are compared, and its state, which is journalled so that a crash
-//! does not start the hash again.
+//! Owns: one thread that reads the files front to back: behind the writer where no byte is written twice, else while the blocks are compared.
+//! Its state is journalled, so that a crash in the read-back does not start the hash again.
 //! Never: hashes a sparse raw image whose holes would make the time follow the size.
 //! A crash here costs what was hashed since the last journalled state.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::{FileExt, MetadataExt};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 
 use sha2::digest::common::hazmat::SerializableState;
 use sha2::{Digest as _, Sha256};
 
 use super::resume::Hashed;
+use super::seal::read_padded;
 use super::{Error, output_error};
 use crate::journal::Record;
 
@@ -33,8 +33,47 @@ pub(super) struct Input {
     pub(super) file: File,
     /// Bytes.
     pub(super) size: u64,
-    /// As the API spells it. A raw image may be left out for its holes.
+    /// As the API spells it.
     pub(super) format: &'static str,
+    /// Whether it is left out.
+    pub(super) skip: bool,
+}
+
+/// Whether hashing the holes of a raw image would take longer than hashing its data and 2 GiB.
+pub(super) fn mostly_holes(capacity: u64, data: u64) -> bool {
+    capacity.saturating_sub(data) > data.saturating_add(FREE_HOLES)
+}
+
+/// A file that grows while it is hashed.
+pub(super) struct Growing {
+    /// Bytes that are final, and whether nobody will say more.
+    state: Mutex<(u64, bool)>,
+    news: Condvar,
+}
+
+impl Growing {
+    pub(super) fn new() -> Self {
+        Self { state: Mutex::new((0, false)), news: Condvar::new() }
+    }
+
+    /// The first `bytes` are final.
+    pub(super) fn grow(&self, bytes: u64) {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).0 = bytes;
+        self.news.notify_all();
+    }
+
+    /// The follower shall leave now.
+    pub(super) fn close(&self) {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).1 = true;
+        self.news.notify_all();
+    }
+
+    /// Final bytes once they are more than `at`; `None` when closed.
+    fn wait(&self, at: u64) -> Option<u64> {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let state = self.news.wait_while(state, |state| state.0 <= at && !state.1).unwrap_or_else(PoisonError::into_inner);
+        (!state.1).then_some(state.0)
+    }
 }
 
 /// The hashing of a job's files.
@@ -59,31 +98,37 @@ impl Hashing {
         Ok(())
     }
 
-    fn hash(&self, input: &Input, stop: &dyn Fn() -> bool) -> io::Result<()> {
-        if input.format == "raw" && holes_are_too_many(&input.file)? {
-            return Ok(());
+    /// Hashes a file behind its writer until `growing` is closed; [`Hashing::run`] goes on from there. An error is left for it to find.
+    pub(super) fn follow(&self, name: &str, file: &File, sparse: bool, growing: &Growing) {
+        let mut stream = Stream::new(0, Sha256::new());
+        while let Some(end) = growing.wait(stream.at) {
+            if stream.step(file, end, sparse).is_err() {
+                return;
+            }
         }
+        self.publish(name, stream.state());
+    }
+
+    /// Hashes one file, or the rest of it.
+    pub(super) fn hash(&self, input: &Input, stop: &dyn Fn() -> bool) -> io::Result<()> {
         let earlier = self.states.lock().unwrap_or_else(PoisonError::into_inner).get(&input.name).cloned();
-        if earlier.as_ref().is_some_and(|earlier| earlier.done && earlier.position == input.size) {
+        if input.skip || earlier.as_ref().is_some_and(|earlier| earlier.done && earlier.position == input.size) {
             return Ok(());
         }
-        let (mut at, mut hasher) = earlier.and_then(|earlier| revive(&earlier, input.size)).unwrap_or((0, Sha256::new()));
-        let mut buf = vec![0u8; STEP];
+        let (at, hasher) = earlier.and_then(|earlier| revive(&earlier, input.size)).unwrap_or((0, Sha256::new()));
+        let mut stream = Stream::new(at, hasher);
         let mut published = at;
-        while at < input.size {
+        while stream.at < input.size {
             if stop() {
                 return Ok(());
             }
-            let part = (input.size - at).min(STEP as u64) as usize;
-            input.file.read_exact_at(&mut buf[..part], at)?;
-            hasher.update(&buf[..part]);
-            at += part as u64;
-            if at - published >= PUBLISH {
-                published = at;
-                self.publish(&input.name, Hashed { position: at, state: hasher.serialize().to_vec(), done: false });
+            stream.step(&input.file, input.size, input.format == "raw")?;
+            if stream.at - published >= PUBLISH {
+                published = stream.at;
+                self.publish(&input.name, stream.state());
             }
         }
-        self.publish(&input.name, Hashed { position: at, state: hasher.finalize().to_vec(), done: true });
+        self.publish(&input.name, Hashed { position: stream.at, state: stream.hasher.finalize().to_vec(), done: true });
         Ok(())
     }
 
@@ -122,17 +167,52 @@ fn revive(earlier: &Hashed, size: u64) -> Option<(u64, Sha256)> {
     Some((earlier.position, Sha256::deserialize(state).ok()?))
 }
 
-/// Whether reading the holes would take longer than reading the data and 2 GiB.
-fn holes_are_too_many(file: &File) -> io::Result<bool> {
-    let meta = file.metadata()?;
-    let data = meta.blocks().saturating_mul(512);
-    Ok(meta.len().saturating_sub(data) > data.saturating_add(FREE_HOLES))
+/// A hash in the making.
+struct Stream {
+    at: u64,
+    hasher: Sha256,
+    buf: Vec<u8>,
+    /// The buffer holds zeros.
+    blank: bool,
+}
+
+impl Stream {
+    fn new(at: u64, hasher: Sha256) -> Self {
+        Self { at, hasher, buf: vec![0; STEP], blank: true }
+    }
+
+    /// Hashes the next bytes, at most up to `end`. Holes of a sparse file are not read.
+    fn step(&mut self, file: &File, end: u64, sparse: bool) -> io::Result<()> {
+        let part = (end - self.at).min(STEP as u64) as usize;
+        if !(sparse && is_hole(file, self.at, part as u64)) {
+            self.blank = false;
+            read_padded(file, &mut self.buf[..part], self.at)?;
+        } else if !self.blank {
+            self.buf.fill(0);
+            self.blank = true;
+        }
+        self.hasher.update(&self.buf[..part]);
+        self.at += part as u64;
+        Ok(())
+    }
+
+    fn state(&self) -> Hashed {
+        Hashed { position: self.at, state: self.hasher.serialize().to_vec(), done: false }
+    }
+}
+
+/// Whether `[at, at + len)` is a hole, as far as the file system tells.
+fn is_hole(file: &File, at: u64, len: u64) -> bool {
+    match rustix::fs::seek(file, rustix::fs::SeekFrom::Data(at)) {
+        Ok(data) => data >= at + len,
+        Err(e) => e == rustix::io::Errno::NXIO,
+    }
 }
 
 /// SHA-256 of a file, hex; `None` when `stop` said so first.
 pub(super) fn sha256(file: &File, stop: &dyn Fn() -> bool) -> io::Result<Option<String>> {
     let hashing = Hashing::new(BTreeMap::new());
-    let input = Input { name: String::new(), file: file.try_clone()?, size: file.metadata()?.len(), format: "" };
+    let input = Input { name: String::new(), file: file.try_clone()?, size: file.metadata()?.len(), format: "", skip: false };
     hashing.hash(&input, stop)?;
     Ok(hashing.digest(""))
 }
@@ -148,17 +228,19 @@ pub(super) fn drop_cache(file: &File) -> io::Result<()> {
 #[allow(clippy::unwrap_used, clippy::disallowed_methods)]
 mod tests {
     use std::cell::Cell;
+    use std::os::unix::fs::FileExt;
 
     use super::*;
 
     #[test]
-    fn a_hash_goes_on_from_its_journalled_state_and_a_sparse_raw_image_is_left_out() {
+    fn a_hash_goes_on_from_its_journalled_state_and_behind_a_writer() {
         let path = std::env::temp_dir().join(format!("hypersdk-hash-{}", std::process::id()));
         let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
         file.write_all_at(b"beginning", 0).unwrap();
         file.write_all_at(b"end", 70 << 20).unwrap();
-        let input = |format| Input { name: "a".into(), file: file.try_clone().unwrap(), size: file.metadata().unwrap().len(), format };
+        let input =
+            |format| Input { name: "a".into(), file: file.try_clone().unwrap(), size: file.metadata().unwrap().len(), format, skip: false };
         let expected = sha256(&file, &|| false).unwrap().unwrap();
 
         let reads = Cell::new(0);
@@ -176,9 +258,21 @@ mod tests {
         second.run(&[input("vmdk")], &stop).unwrap();
         assert_eq!((second.digest("a"), reads.get()), (Some(expected), 7));
 
-        file.set_len(3 << 30).unwrap();
+        // The same by following a writer, and without reading the holes.
         let third = Hashing::new(BTreeMap::new());
+        let growing = Growing::new();
+        std::thread::scope(|scope| {
+            let follower = scope.spawn(|| third.follow("a", &file, true, &growing));
+            for end in [1 << 20, 5 << 20, 70 << 20] {
+                growing.grow(end);
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+            growing.close();
+            follower.join().unwrap();
+        });
+        assert!(third.states.lock().unwrap()["a"].position >= 5 << 20);
         third.run(&[input("raw")], &|| false).unwrap();
-        assert_eq!(third.digest("a"), None);
+        assert_eq!(third.digest("a"), second.digest("a"));
+        assert!(mostly_holes(3 << 30, 1 << 20) && !mostly_holes(2 << 30, 1 << 20) && !mostly_holes(30 << 30, 14 << 30));
     }
 }

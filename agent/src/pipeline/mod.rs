@@ -131,7 +131,8 @@ pub struct Job {
 impl Job {
     /// What its journal is opened with.
     pub fn identity(&self) -> Identity {
-        let disk = |disk: &SourceDisk| DiskIdentity { name: disk.name.clone(), capacity: disk.disk.capacity(), identity: disk.identity.clone() };
+        let disk =
+            |disk: &SourceDisk| DiskIdentity { name: disk.name.clone(), capacity: disk.disk.capacity(), identity: disk.identity.clone() };
         Identity {
             job: self.id.clone(),
             vm: self.vm.name.clone(),

@@ -3,15 +3,13 @@
 //! Owns: where each disk lies, and the finish of OVF and OVA.
 //! Never: touches a disk's bytes. A crash here costs nothing: the finish runs again and writes the same bytes.
 
-use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
 use super::control::Control;
-use super::files::{Input, sha256};
+use super::files::{Hashing, Input, mostly_holes};
 use super::part::PartDir;
-use super::resume::Hashed;
 use super::verify::damaged;
 use super::{Error, Format, Job, output_error};
 use crate::formats::{FormatError, Window, ova};
@@ -58,11 +56,11 @@ impl<'a> Package<'a> {
         self.layout.as_ref().map(|layout| layout.disk_name(n))
     }
 
-    /// Writes what belongs around the disks and syncs it. Digests made on the way go into `hashed`.
-    pub(super) fn finish(&self, part: &PartDir, places: &[Place], hashed: &mut BTreeMap<String, Hashed>, control: &Control<'_>) -> Result<(), Error> {
+    /// Writes what belongs around the disks and syncs it.
+    pub(super) fn finish(&self, part: &PartDir, places: &[Place], hashing: &Hashing, control: &Control<'_>) -> Result<(), Error> {
         match (&self.layout, self.job.format) {
             (Some(layout), _) => self.finish_archive(layout, part, places, control),
-            (None, Format::Ovf) => self.finish_folder(part, places, hashed, control),
+            (None, Format::Ovf) => self.finish_folder(part, places, hashing, control),
             _ => Ok(()),
         }
     }
@@ -92,21 +90,20 @@ impl<'a> Package<'a> {
         file.sync_data().map_err(|e| fail(e.into()))
     }
 
-    fn finish_folder(&self, part: &PartDir, places: &[Place], hashed: &mut BTreeMap<String, Hashed>, control: &Control<'_>) -> Result<(), Error> {
+    fn finish_folder(&self, part: &PartDir, places: &[Place], hashing: &Hashing, control: &Control<'_>) -> Result<(), Error> {
         let mut disks = Vec::new();
         for (n, place) in places.iter().enumerate() {
             let name = self.job.disk_file(n);
             let fail = |e: io::Error| output_error(e.into(), &name);
             let file = part.open(&name).map_err(fail)?;
+            let input = Input { name: name.clone(), file, size: place.length, format: self.job.format.disk_format(), skip: false };
             let stop = || {
                 control.poll();
                 control.stopped()
             };
-            let digest = sha256(&file, &stop).map_err(fail)?;
+            hashing.hash(&input, &stop).map_err(fail)?;
             control.check()?;
-            let digest = digest.ok_or(Error::Parked)?;
-            let state = hex::decode(&digest).unwrap_or_default();
-            hashed.insert(name.clone(), Hashed { position: place.length, state, done: true });
+            let digest = hashing.digest(&name).ok_or(Error::Parked)?;
             let capacity = self.job.disks[n].disk.capacity();
             disks.push((ova::DiskFile { name, size: place.length, capacity, populated: place.data }, digest));
         }
@@ -143,12 +140,14 @@ impl<'a> Package<'a> {
         let windows: Vec<Window> = described.map_err(fail)?.disks.into_iter().map(|member| member.window).collect();
         match windows.len() == self.job.disks.len() {
             true => Ok(windows),
-            false => Err(fail(FormatError::Refused { format: self.job.format.name(), reason: format!("it describes {} disks", windows.len()) })),
+            false => {
+                Err(fail(FormatError::Refused { format: self.job.format.name(), reason: format!("it describes {} disks", windows.len()) }))
+            }
         }
     }
 
     /// All files of the finished package, opened for reading.
-    pub(super) fn files(&self, part: &PartDir) -> Result<Vec<Input>, Error> {
+    pub(super) fn files(&self, part: &PartDir, places: &[Place]) -> Result<Vec<Input>, Error> {
         let disks = if self.layout.is_some() { 1 } else { self.job.disks.len() };
         let mut names: Vec<(String, &'static str)> = (0..disks).map(|n| (self.job.disk_file(n), self.job.format.disk_format())).collect();
         match self.job.format {
@@ -156,14 +155,15 @@ impl<'a> Package<'a> {
             Format::Ovf => names.extend(self.texts().into_iter().zip(["ovf", "mf"])),
             _ => {}
         }
-        let open = |(name, format): (String, &'static str)| {
+        let open = |(n, (name, format)): (usize, (String, &'static str))| {
+            let skip = format == "raw" && mostly_holes(self.job.disks[n].disk.capacity(), places[n].data);
             let input = part.open(&name).and_then(|file| {
                 let size = file.metadata()?.len();
-                Ok(Input { file, size, format, name: name.clone() })
+                Ok(Input { file, size, format, skip, name: name.clone() })
             });
             input.map_err(|e| output_error(e.into(), &name))
         };
-        names.into_iter().map(open).collect()
+        names.into_iter().enumerate().map(open).collect()
     }
 }
 

@@ -70,7 +70,10 @@ impl PartDir {
 
 /// Whether `name` names a file in the directory itself and cannot be taken for anything else.
 fn is_bare(name: &str) -> bool {
-    !name.is_empty() && name.len() <= 255 && !name.starts_with('.') && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+    !name.is_empty()
+        && name.len() <= 255
+        && !name.starts_with('.')
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
 }
 
 /// The file that holds disk `n` of `count` in this format.

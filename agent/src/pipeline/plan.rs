@@ -126,7 +126,10 @@ mod tests {
 
     #[test]
     fn a_plan_gives_each_block_with_data_once_with_its_own_part_of_the_extents() {
-        let disk = Listed(vec![Extent { offset: 512, len: 512 }, Extent { offset: BLOCK - 512, len: 2 * BLOCK }, Extent { offset: 5 << 30, len: 100 }], 6 << 30);
+        let disk = Listed(
+            vec![Extent { offset: 512, len: 512 }, Extent { offset: BLOCK - 512, len: 2 * BLOCK }, Extent { offset: 5 << 30, len: 100 }],
+            6 << 30,
+        );
         let mut plan = Plan::new(&disk, 0);
         let (mut task, mut found) = (Task::default(), Vec::new());
         while plan.next(&mut task).unwrap() {

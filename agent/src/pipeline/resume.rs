@@ -281,7 +281,10 @@ impl Piece<'_> {
             };
             let threads: Vec<_> = (0..workers).map(|_| scope.spawn(check)).collect();
             crew.wait(|| control.poll());
-            threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err(io::Error::other("a thread of the check panicked")))).collect()
+            threads
+                .into_iter()
+                .map(|thread| thread.join().unwrap_or_else(|_| Err(io::Error::other("a thread of the check panicked"))))
+                .collect()
         });
         results?;
         control.check().map_err(Failed::Stopped)?;

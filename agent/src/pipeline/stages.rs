@@ -12,7 +12,7 @@ use shared::manifest::{Blocks, FileEntry, Receipt};
 
 use super::control::{Control, Crew};
 use super::copy::{Copied, DiskCopy, Start};
-use super::files::{Hashing, Input, drop_cache};
+use super::files::{Growing, Hashing, Input, drop_cache, mostly_holes};
 use super::package::{Package, Place};
 use super::part::PartDir;
 use super::plan::data_bytes;
@@ -20,7 +20,7 @@ use super::resume::{Found, Partial, Verified, survey};
 use super::target::{Target, open_output};
 use super::throttle::Throttle;
 use super::verify::{Proof, damaged};
-use super::{DiskOutcome, Error, Job, Outcome, Stage, Watch, output_error};
+use super::{DiskOutcome, Error, Format, Job, Outcome, Stage, Watch, output_error};
 use crate::formats::Output;
 use crate::journal::{Journal, Record};
 
@@ -44,7 +44,8 @@ fn go(job: &Job, part: &PartDir, journal: &mut Journal, control: &Control<'_>) -
     }
     let data = run.count()?;
     let found = survey(job, part, journal, &run.package, run.target, control)?;
-    let Found { finished, partial, all_written, verified, mut hashed } = found;
+    let Found { finished, partial, all_written, verified, hashed } = found;
+    let hashing = Hashing::new(hashed);
     let resumed = finished.iter().map(|disk| disk.data).sum::<u64>() + partial.as_ref().map_or(0, |partial| partial.data);
     for (counter, value) in [(&control.counters.total, data), (&control.counters.resumed, resumed), (&control.counters.durable, resumed)] {
         counter.store(value, Ordering::Relaxed);
@@ -57,12 +58,12 @@ fn go(job: &Job, part: &PartDir, journal: &mut Journal, control: &Control<'_>) -
     for disk in finished {
         run.keep(Copied { blocks: disk.blocks, length: disk.length, data: disk.data });
     }
-    run.copy(partial, journal)?;
+    run.copy(partial, &hashing, journal)?;
     let inputs = match all_written.filter(|files| run.package.is_whole(part, files)) {
-        Some(_) => run.package.files(part)?,
+        Some(_) => run.package.files(part, &run.places)?,
         None => {
-            run.package.finish(part, &run.places, &mut hashed, control)?;
-            let inputs = run.package.files(part)?;
+            run.package.finish(part, &run.places, &hashing, control)?;
+            let inputs = run.package.files(part, &run.places)?;
             let files = inputs.iter().map(|input| (input.name.clone(), input.size)).collect();
             journal.append(&Record::AllWritten { files }).map_err(Error::journal)?;
             inputs
@@ -70,7 +71,6 @@ fn go(job: &Job, part: &PartDir, journal: &mut Journal, control: &Control<'_>) -
     };
 
     control.enter(Stage::Verifying);
-    let hashing = Hashing::new(hashed);
     let receipt = run.prove(&inputs, &hashing, &verified, journal)?;
     let entry = |input: &Input| FileEntry {
         path: input.name.clone(),
@@ -99,6 +99,8 @@ struct Run<'a> {
     /// By disk, as far as they are complete.
     places: Vec<Place>,
     blocks: Vec<Blocks>,
+    /// Data bytes by disk.
+    data: Vec<u64>,
 }
 
 impl<'a> Run<'a> {
@@ -112,21 +114,23 @@ impl<'a> Run<'a> {
             throttle: Throttle::new(job.bandwidth),
             places: Vec::new(),
             blocks: Vec::new(),
+            data: Vec::new(),
         })
     }
 
     /// Data bytes of all disks.
-    fn count(&self) -> Result<u64, Error> {
+    fn count(&mut self) -> Result<u64, Error> {
+        let control = self.control;
         let stop = || {
-            self.control.poll();
-            self.control.stopped()
+            control.poll();
+            control.stopped()
         };
-        let mut sum = 0;
         for source in &self.job.disks {
-            sum += data_bytes(source.disk.as_ref(), &stop).map_err(|e| Error::Source { disk: source.name.clone(), source: e })?;
+            let data = data_bytes(source.disk.as_ref(), &stop).map_err(|e| Error::Source { disk: source.name.clone(), source: e })?;
+            self.data.push(data);
         }
         self.control.check()?;
-        Ok(sum)
+        Ok(self.data.iter().sum())
     }
 
     /// Takes note of a complete disk.
@@ -137,15 +141,15 @@ impl<'a> Run<'a> {
     }
 
     /// Copies what is not complete, the first of it from `partial` on.
-    fn copy(&mut self, mut partial: Option<Partial>, journal: &mut Journal) -> Result<(), Error> {
+    fn copy(&mut self, mut partial: Option<Partial>, hashing: &Hashing, journal: &mut Journal) -> Result<(), Error> {
         for number in self.places.len()..self.job.disks.len() {
-            let copied = self.copy_disk(number, partial.take(), journal)?;
+            let copied = self.copy_disk(number, partial.take(), hashing, journal)?;
             self.keep(copied);
         }
         Ok(())
     }
 
-    fn copy_disk(&self, number: usize, partial: Option<Partial>, journal: &mut Journal) -> Result<Copied, Error> {
+    fn copy_disk(&self, number: usize, partial: Option<Partial>, hashing: &Hashing, journal: &mut Journal) -> Result<Copied, Error> {
         let source = &self.job.disks[number];
         let name = self.job.disk_file(number);
         let fail = |e: std::io::Error| output_error(e.into(), &name);
@@ -165,6 +169,7 @@ impl<'a> Run<'a> {
                 (Start { writer, next_block: 0, data: 0, from: front, blocks: Blocks::default() }, front)
             }
         };
+        let growing = Growing::new();
         let copy = DiskCopy {
             control: self.control,
             throttle: &self.throttle,
@@ -174,12 +179,23 @@ impl<'a> Run<'a> {
             name: &source.name,
             disk: source.disk.as_ref(),
             file_name: &name,
-            file,
+            file: file.clone(),
             base,
             front,
             durable_before: self.places.iter().map(|place| place.data).sum(),
+            growing: &growing,
         };
-        copy.run(start, journal)
+        // Behind the writer where its bytes stay as they are, unless the file is left out in the end.
+        let raw = self.job.format == Format::Raw;
+        if !self.target.is_stream() || self.job.format == Format::Ova || (raw && mostly_holes(capacity, self.data[number])) {
+            return copy.run(start, journal);
+        }
+        thread::scope(|scope| {
+            scope.spawn(|| hashing.follow(&name, &file, raw, &growing));
+            let copied = copy.run(start, journal);
+            growing.close();
+            copied
+        })
     }
 
     /// A writer that goes on at a checkpoint.
@@ -195,13 +211,7 @@ impl<'a> Run<'a> {
     }
 
     /// Reads everything back: blocks and files side by side.
-    fn prove(
-        &self,
-        inputs: &[Input],
-        hashing: &Hashing,
-        found: &BTreeMap<u32, Verified>,
-        journal: &mut Journal,
-    ) -> Result<Receipt, Error> {
+    fn prove(&self, inputs: &[Input], hashing: &Hashing, found: &BTreeMap<u32, Verified>, journal: &mut Journal) -> Result<Receipt, Error> {
         for input in inputs {
             if self.job.verify {
                 drop_cache(&input.file).map_err(|e| output_error(e.into(), &input.name))?;

@@ -27,7 +27,9 @@ impl Target {
     pub(super) fn new(format: Format, compression: Option<Compression>, cid: u32) -> Result<Self> {
         let target = match (format, compression) {
             (Format::Raw, None) => Self::Raw,
-            (Format::Raw, Some(_)) => return Err(FormatError::Unsupported("raw disks are not compressed; leave compression out or choose qcow2".to_owned())),
+            (Format::Raw, Some(_)) => {
+                return Err(FormatError::Unsupported("raw disks are not compressed; leave compression out or choose qcow2".to_owned()));
+            }
             (Format::Qcow2, compression) => Self::Qcow2(compression),
             (_, Some(Compression { method: Method::Zstd, .. })) => {
                 return Err(FormatError::Unsupported("VMDK knows only deflate; choose it, or qcow2 for zstd".to_owned()));
@@ -50,6 +52,10 @@ impl Target {
             Self::Qcow2(None) => Evidence::Placed,
             Self::Qcow2(Some(_)) | Self::Stream(..) => Evidence::Region,
         }
+    }
+
+    pub(super) fn is_raw(self) -> bool {
+        matches!(self, Self::Raw)
     }
 
     /// Whether no byte below a checkpoint's position is written again, not even by `finish`.

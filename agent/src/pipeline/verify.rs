@@ -147,7 +147,8 @@ impl Proof<'_> {
             let block = block_count(capacity.min(self.output.capacity()));
             return Err(Error::Mismatch { disk: self.name.to_owned(), block, offset: block * BLOCK, reason });
         }
-        let merge = Merge::new(self.source, self.output, self.blocks, start.next_block).map_err(|e| damaged(e, self.name, start.next_block))?;
+        let merge =
+            Merge::new(self.source, self.output, self.blocks, start.next_block).map_err(|e| damaged(e, self.name, start.next_block))?;
         let walk = Mutex::new(Walk { merge, open: BTreeSet::new(), done: BTreeMap::new(), reached: start });
         let (halted, failure) = (AtomicBool::new(false), Mutex::new(None));
         let workers = workers(self.tuning);

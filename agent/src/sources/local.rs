@@ -117,7 +117,10 @@ impl Local {
             // `.img` says nothing of the format, so only bytes that look like nothing else are taken as raw.
             Some(Declared::Img) if found == Kind::Raw => Arc::new(raw::Reader::open(window)?),
             Some(Declared::Img) => {
-                let reason = format!("it is named .img and looks like {}; name it after its format, or .raw if the guest wrote that", found.describe());
+                let reason = format!(
+                    "it is named .img and looks like {}; name it after its format, or .raw if the guest wrote that",
+                    found.describe()
+                );
                 return Err(FormatError::Refused { format: "raw", reason });
             }
             Some(Declared::Qcow2) => Arc::new(qcow2::Reader::open(window)?),
@@ -178,7 +181,8 @@ impl Local {
             return self.ovf(path, ovf, depth).map(Some);
         }
         let extents = self.extents(path, &names);
-        let is_disk = |name: &&String| declared(name).is_some_and(|kind| !matches!(kind, Declared::Ova | Declared::Ovf)) && !extents.contains(*name);
+        let is_disk =
+            |name: &&String| declared(name).is_some_and(|kind| !matches!(kind, Declared::Ova | Declared::Ovf)) && !extents.contains(*name);
         let disks: Vec<PathBuf> = names.iter().filter(is_disk).map(|name| path.join(name)).collect();
         if disks.is_empty() {
             return Ok(None);
@@ -234,7 +238,12 @@ impl Local {
         for (n, member) in package.disks.into_iter().enumerate() {
             let disk: Arc<dyn Disk> = Arc::new(vmdk::open_single(member.window)?);
             if disk.capacity() != member.entry.capacity {
-                let reason = format!("its OVF says that {} has {} bytes and the disk says {}", member.entry.file, member.entry.capacity, disk.capacity());
+                let reason = format!(
+                    "its OVF says that {} has {} bytes and the disk says {}",
+                    member.entry.file,
+                    member.entry.capacity,
+                    disk.capacity()
+                );
                 return Err(FormatError::Refused { format: "ova", reason });
             }
             vm.disks.push(describe(n, &format!("{}:{}", path.display(), member.entry.file), disk.as_ref()));
@@ -262,13 +271,23 @@ fn plain_vm(name: &str, path: &Path) -> Vm {
 fn describe(n: usize, source: &str, disk: &dyn Disk) -> VmDisk {
     // A fully written raw or flat image is thick; what has holes or allocates on demand is thin.
     let thin = !matches!((disk.format(), disk.subformat()), ("vmdk", "monolithicFlat" | "twoGbMaxExtentFlat" | "vmfs"));
-    VmDisk { name: format!("disk-{n}"), source: source.to_owned(), capacity: disk.capacity(), format: disk.format().to_owned(), thin_provisioned: thin }
+    VmDisk {
+        name: format!("disk-{n}"),
+        source: source.to_owned(),
+        capacity: disk.capacity(),
+        format: disk.format().to_owned(),
+        thin_provisioned: thin,
+    }
 }
 
 impl Source for Local {
     fn inventory(&self) -> Result<Vec<Vm>, Error> {
         let root = Path::new("");
-        let entries = self.entries(root).map_err(|e| Error { code: Code::BadGateway, message: format!("the folder cannot be read: {e}"), retryable: true })?;
+        let entries = self.entries(root).map_err(|e| Error {
+            code: Code::BadGateway,
+            message: format!("the folder cannot be read: {e}"),
+            retryable: true,
+        })?;
         let names: Vec<String> = entries.iter().filter(|(_, is_dir)| !is_dir).map(|(name, _)| name.clone()).collect();
         let extents = self.extents(root, &names);
         let mut vms = Vec::new();
@@ -289,7 +308,9 @@ impl Source for Local {
         match self.vm(vm_id, is_dir, Depth::Digests) {
             Ok(Some(opened)) => Ok(opened),
             Ok(None) => Err(Error::fatal(Code::NotFound, format!("{vm_id:?} holds no disk image"))),
-            Err(FormatError::Io(e)) => Err(Error { code: Code::BadGateway, message: format!("{vm_id}: {e}"), retryable: e.kind() != io::ErrorKind::UnexpectedEof }),
+            Err(FormatError::Io(e)) => {
+                Err(Error { code: Code::BadGateway, message: format!("{vm_id}: {e}"), retryable: e.kind() != io::ErrorKind::UnexpectedEof })
+            }
             Err(e) => Err(Error::fatal(Code::BadImage, e.to_string())),
         }
     }

@@ -16,7 +16,7 @@ use super::record::Job;
     "format": "qcow2", "progress": 42, "bytes_done": 4509715660u64, "bytes_total": 5368709120u64, "rate_bps": 734003200u64,
     "eta_seconds": 9, "estimated_duration": "15s", "attempt": 1, "agent": "local", "error": null, "error_code": null,
     "created_at": "2025-06-15T10:30:00.000Z", "updated_at": "2025-06-15T10:30:02.000Z", "started_at": "2025-06-15T10:30:00.000Z",
-    "finished_at": null, "priority": 50, "bytes_verified": 0, "bytes_resumed": 0, "created_by": "admin",
+    "finished_at": null, "priority": 50, "bytes_verified": 0, "bytes_resumed": 0, "bytes_read": 4571348992u64, "created_by": "admin",
     "options": {"compress": true, "destination": "exports/"}, "result": null
 }))]
 pub struct View {
@@ -48,6 +48,8 @@ pub struct View {
     pub bytes_verified: u64,
     /// Bytes that the current attempt found done by earlier ones.
     pub bytes_resumed: u64,
+    /// Bytes that the current attempt has read from the source; with `bytes_resumed` it shows what an interruption cost.
+    pub bytes_read: u64,
     /// Bytes a second, copied or read back, while running.
     pub rate_bps: u64,
     /// Seconds to the end at that rate; null where there is no rate.
@@ -101,6 +103,7 @@ impl View {
             bytes_total: is_opened(job).then_some(job.counters.data),
             bytes_verified: job.counters.verified,
             bytes_resumed: job.counters.resumed,
+            bytes_read: job.counters.read,
             rate_bps: rate,
             eta_seconds: eta,
             estimated_duration: estimate(job, eta).map(shared::clock::duration_words),

@@ -53,7 +53,10 @@ impl Map {
 }
 
 fn too_large() -> FormatError {
-    FormatError::Unsupported("a qcow2 file of this size with so many clusters is not built: its clusters do not fit the memory kept for the audit (16 MiB)".to_owned())
+    FormatError::Unsupported(
+        "a qcow2 file of this size with so many clusters is not built: its clusters do not fit the memory kept for the audit (16 MiB)"
+            .to_owned(),
+    )
 }
 
 /// What the walk has seen so far.
@@ -121,7 +124,12 @@ impl Audit {
         }
         self.batch.clear();
         if self.packed_bytes > self.shared_clusters << self.cluster_bits {
-            return Err(corrupt("compressed cluster", 0, 0, "compressed clusters claim more bytes than the host clusters they lie on have"));
+            return Err(corrupt(
+                "compressed cluster",
+                0,
+                0,
+                "compressed clusters claim more bytes than the host clusters they lie on have",
+            ));
         }
         Ok(())
     }

@@ -72,8 +72,10 @@ impl Header {
         let snapshots = check_snapshots(&bytes, cluster_bits, window.len())?;
 
         let size = u64_at(&bytes, 24);
-        let capacity =
-            size.checked_next_multiple_of(512).filter(|c| *c <= i64::MAX as u64).ok_or_else(|| refused(format!("a size of {size} bytes")))?;
+        let capacity = size
+            .checked_next_multiple_of(512)
+            .filter(|c| *c <= i64::MAX as u64)
+            .ok_or_else(|| refused(format!("a size of {size} bytes")))?;
         let header = Self {
             version,
             capacity,
@@ -183,7 +185,9 @@ impl V3 {
             return Err(corrupt("header", 0, 72, "QEMU has marked the image as corrupt; repair it first (qemu-img check -r)"));
         }
         if incompatible & EXTENDED_L2 != 0 {
-            return Err(FormatError::Unsupported("qcow2 with extended L2 entries (subclusters) is not built; convert it with -o extended_l2=off".to_owned()));
+            return Err(FormatError::Unsupported(
+                "qcow2 with extended L2 entries (subclusters) is not built; convert it with -o extended_l2=off".to_owned(),
+            ));
         }
         let unknown = incompatible & !(DIRTY | CORRUPT | DATA_FILE | COMPRESSION | EXTENDED_L2);
         if unknown != 0 {

@@ -167,7 +167,12 @@ impl Reader {
         // The last sector may be cut short by the file's end.
         let end = host + len;
         if host == 0 || host >= self.window.len() || end - self.window.len().min(end) >= SECTOR {
-            return Err(corrupt("compressed cluster", index, host, format!("its {len} bytes run past the file's end at {}", self.window.len())));
+            return Err(corrupt(
+                "compressed cluster",
+                index,
+                host,
+                format!("its {len} bytes run past the file's end at {}", self.window.len()),
+            ));
         }
         // A stream is shorter than its cluster, else it would have been stored plain; the descriptor rounds it up to whole sectors.
         if len > self.header.cluster() + SECTOR {
@@ -371,7 +376,9 @@ impl Disk for Reader {
                 }
                 Mapping::Plain(host) => {
                     let mut next = index + 1;
-                    while end < offset + buf.len() as u64 && self.lookup(next, &mut slice).ok() == Some(Mapping::Plain(host + ((next - index) << bits))) {
+                    while end < offset + buf.len() as u64
+                        && self.lookup(next, &mut slice).ok() == Some(Mapping::Plain(host + ((next - index) << bits)))
+                    {
                         next += 1;
                         end = (next << bits).min(offset + buf.len() as u64);
                     }

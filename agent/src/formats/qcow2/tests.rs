@@ -123,9 +123,22 @@ fn every_kind_of_image_that_qemu_makes_reads_as_the_disk_it_was_made_from() {
     let data = sample(9 * (1 << 20) + 512 * 3, 1);
     std::fs::write(&raw, &data).unwrap();
     let variants = [
-        "compat=0.10", "compat=1.1", "compat=v3,cluster_size=512", "cluster_size=4k", "cluster_size=2M", "compat=0.10,cluster_size=1k",
-        "refcount_bits=1", "refcount_bits=64", "lazy_refcounts=on", "preallocation=metadata", "preallocation=full",
-        "compat=0.10 -c", "compression_type=zlib -c", "compression_type=zstd -c", "cluster_size=512 -c", "cluster_size=2M,compression_type=zstd -c",
+        "compat=0.10",
+        "compat=1.1",
+        "compat=v3,cluster_size=512",
+        "cluster_size=4k",
+        "cluster_size=2M",
+        "compat=0.10,cluster_size=1k",
+        "refcount_bits=1",
+        "refcount_bits=64",
+        "lazy_refcounts=on",
+        "preallocation=metadata",
+        "preallocation=full",
+        "compat=0.10 -c",
+        "compression_type=zlib -c",
+        "compression_type=zstd -c",
+        "cluster_size=512 -c",
+        "cluster_size=2M,compression_type=zstd -c",
         "cluster_size=4k,compression_type=zstd -c",
     ];
     for variant in variants {
@@ -144,14 +157,19 @@ fn zero_clusters_snapshots_and_a_dirty_image_are_read_and_preallocated_metadata_
     let image = dir.path("z.qcow2");
     qemu_img(&["create", "-f", "qcow2", "-o", "preallocation=metadata", text(&image), "64M"]);
     assert!(open(&image).unwrap().extents(0, u64::MAX).unwrap().is_empty());
-    let io = Command::new("qemu-io").args(["-f", "qcow2", "-c", "write -P 5 1M 1M", "-c", "write -z 1280k 64k", "-c", "write -z -u 1472k 64k", text(&image)]).output();
+    let io = Command::new("qemu-io")
+        .args(["-f", "qcow2", "-c", "write -P 5 1M 1M", "-c", "write -z 1280k 64k", "-c", "write -z -u 1472k 64k", text(&image)])
+        .output();
     assert!(io.expect("these tests need qemu-io (Debian: qemu-utils)").status.success());
     qemu_img(&["snapshot", "-c", "before", text(&image)]);
     Command::new("qemu-io").args(["-f", "qcow2", "-c", "write -P 6 1M 64k", text(&image)]).output().unwrap();
     let reader = open(&image).unwrap();
     assert_eq!(reader.header().snapshots, 1);
     let data = read_all(&reader);
-    assert_eq!((data[1 << 20], data[1280 << 10], data[(1280 << 10) - 1], data[1472 << 10], data[(2 << 20) - 1], data[2 << 20]), (6, 0, 5, 0, 5, 0));
+    assert_eq!(
+        (data[1 << 20], data[1280 << 10], data[(1280 << 10) - 1], data[1472 << 10], data[(2 << 20) - 1], data[2 << 20]),
+        (6, 0, 5, 0, 5, 0)
+    );
     let file = OpenOptions::new().read(true).write(true).open(&image).unwrap();
     file.write_all_at(&1u64.to_be_bytes(), 72).unwrap();
     assert!(open(&image).unwrap().header().dirty);
@@ -183,7 +201,8 @@ fn a_refcount_block_is_laid_down_where_its_two_gigabytes_end() {
             let data = sample(8 << 20, 9);
             let mut state = Encoder::new(compression).unwrap().state().unwrap();
             // A disk large enough for a refcount table that reaches past 2 GiB.
-            let mut writer = Writer::new(Output { file: Arc::new(dir.create("r.qcow2")), base: 0 }, 8 << 30, compression.map(|c| c.method)).unwrap();
+            let mut writer =
+                Writer::new(Output { file: Arc::new(dir.create("r.qcow2")), base: 0 }, 8 << 30, compression.map(|c| c.method)).unwrap();
             let mut encoded = Encoded::default();
             writer.jump((2 << 30) - before * UNIT as u64);
             for (i, block) in data.chunks(4 << 20).enumerate() {
@@ -295,7 +314,11 @@ fn alterations(l1: u64, l2: u64, reftable: u64) -> Vec<Alteration> {
         ("compressed past the end", vec![(l2, packed(1 << 40, 1))], "past the file's end"),
         ("compressed runs on", vec![(l2, packed(l2 + (1 << 16), 255)), (l2 + 8, be(0)), (l2 + 16, be(0)), (l2 + 24, be(0))], "bytes"),
         ("compressed on the L2 table", vec![(l2, packed(l2 + 8, 1))], "already in use"),
-        ("compressed on compressed", vec![(l2, packed(l2 + (1 << 16), 3)), (l2 + 8, packed(l2 + (1 << 16), 3)), (l2 + 16, be(0)), (l2 + 24, be(0))], "overlaps"),
+        (
+            "compressed on compressed",
+            vec![(l2, packed(l2 + (1 << 16), 3)), (l2 + 8, packed(l2 + (1 << 16), 3)), (l2 + 16, be(0)), (l2 + 24, be(0))],
+            "overlaps",
+        ),
     ]
 }
 

@@ -147,7 +147,9 @@ impl Writer {
             return Err(refused(format!("a capacity of {capacity} bytes; whole sectors of {SECTOR} are allowed")));
         }
         if capacity > MAX_CAPACITY {
-            let reason = format!("a capacity of {capacity} bytes is over the format's limit of {MAX_CAPACITY} (L1 table of at most {MAX_L1_BYTES} bytes)");
+            let reason = format!(
+                "a capacity of {capacity} bytes is over the format's limit of {MAX_CAPACITY} (L1 table of at most {MAX_L1_BYTES} bytes)"
+            );
             return Err(refused(reason));
         }
         let units = capacity.div_ceil(CLUSTER);
@@ -257,7 +259,8 @@ impl Writer {
     fn check_order(&mut self, index: u64, count: u64) -> Result<()> {
         let end = index.checked_add(count).filter(|end| *end <= self.capacity.div_ceil(CLUSTER));
         let end = end.filter(|_| index >= self.next_unit);
-        self.next_unit = end.ok_or_else(|| misuse(format!("unit {index}+{count}; units come in order from {} on, inside the capacity", self.next_unit)))?;
+        self.next_unit = end
+            .ok_or_else(|| misuse(format!("unit {index}+{count}; units come in order from {} on, inside the capacity", self.next_unit)))?;
         Ok(())
     }
 
@@ -399,7 +402,8 @@ impl DiskWriter for Writer {
             return Ok(());
         }
         for unit in &block.units {
-            let bytes = block.bytes.get(unit.start..unit.start + unit.len).ok_or_else(|| misuse("a unit outside its block's bytes".to_owned()))?;
+            let bytes =
+                block.bytes.get(unit.start..unit.start + unit.len).ok_or_else(|| misuse("a unit outside its block's bytes".to_owned()))?;
             if unit.compressed {
                 self.place_packed(unit.index, unit.len, Some(bytes))?;
                 self.piece.packed(unit.index, unit.len);

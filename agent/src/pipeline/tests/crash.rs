@@ -151,7 +151,8 @@ fn survive(seed: u64, folder: &Folder, disks: &[Arc<dyn Disk>], contents: &[Vec<
                 assert_eq!(outcome.bytes_read + outcome.resumed_from, outcome.data_bytes, "{what}");
                 assert_right(folder, &job, &outcome, contents, &what);
                 if seed.is_multiple_of(8) {
-                    let report = super::super::verify_files(&manifest(&outcome), &|name| File::open(folder.part_path(name)), &|_| true).unwrap();
+                    let report =
+                        super::super::verify_files(&manifest(&outcome), &|name| File::open(folder.part_path(name)), &|_| true).unwrap();
                     assert!(report.intact(), "{what}: {report:?}");
                     assert_same_as_uninterrupted(folder, disks, &job, &outcome, &what);
                 }
@@ -161,7 +162,11 @@ fn survive(seed: u64, folder: &Folder, disks: &[Arc<dyn Disk>], contents: &[Vec<
             Err(e) => panic!("{what}: {e}"),
         }
         promised = if watch.last().data_bytes > 0 { watch.last().durable } else { promised };
-        for (one_in, path, most) in [(3, folder.path("journal"), 700), (4, folder.part_path(&job.disk_file(0)), 5 << 20), (4, folder.part_path(&job.disk_file(1)), 600)] {
+        for (one_in, path, most) in [
+            (3, folder.path("journal"), 700),
+            (4, folder.part_path(&job.disk_file(0)), 5 << 20),
+            (4, folder.part_path(&job.disk_file(1)), 600),
+        ] {
             if next().is_multiple_of(one_in) {
                 cut(&path, most, &mut next);
                 promised = 0;
@@ -238,7 +243,11 @@ fn processes_killed_at_random_moments_leave_what_the_next_one_ends_right() {
         folder.clear();
         for _ in 0..4 {
             let mut child = Command::new(std::env::current_exe().unwrap());
-            child.args(["--exact", "--nocapture", "pipeline::tests::crash::processes_killed_at_random_moments_leave_what_the_next_one_ends_right"]);
+            child.args([
+                "--exact",
+                "--nocapture",
+                "pipeline::tests::crash::processes_killed_at_random_moments_leave_what_the_next_one_ends_right",
+            ]);
             child.env("HYPERSDK_TEST_KILL", &folder.0).env("HYPERSDK_TEST_TARGET", target.to_string()).stdout(Stdio::piped());
             let mut child = child.spawn().unwrap();
             let mut told = [0u8; 64];
@@ -336,7 +345,8 @@ fn a_read_back_goes_on_where_it_stood_and_a_package_cut_short_is_closed_again() 
         let job = job(&disks, format, compression);
         let whole = folder.run(&job, &Listener::default()).unwrap();
         let mut journal = folder.journal(&job);
-        let first = (0..journal.len()).find(|i| matches!(journal.read(*i).unwrap(), Record::Verified { .. } | Record::Hashed { .. })).unwrap();
+        let first =
+            (0..journal.len()).find(|i| matches!(journal.read(*i).unwrap(), Record::Verified { .. } | Record::Hashed { .. })).unwrap();
         journal.cut(first).unwrap();
         journal.append(&Record::Verified { disk: 0, next_block: 4, data: 1, blocks: 99 }).unwrap();
         if matches!(format, Format::Ova) {

@@ -103,7 +103,9 @@ fn memory_does_not_follow_the_disk() {
     }
     let folder = Folder::fast("memory");
     let before = peak();
-    for (format, compression) in [(Format::Raw, None), (Format::Qcow2, Some(Compression { method: Method::Zstd, level: 1 })), (Format::Vmdk, None)] {
+    for (format, compression) in
+        [(Format::Raw, None), (Format::Qcow2, Some(Compression { method: Method::Zstd, level: 1 })), (Format::Vmdk, None)]
+    {
         folder.clear();
         let disk: Arc<dyn Disk> = Arc::new(Made { capacity: 320 << 20, data: Some(320 << 20), pause: Duration::ZERO });
         let mut large = job(&[disk], format, compression);
@@ -145,7 +147,8 @@ fn fill_up(path: &Path) {
         folder.clear();
         for format in [Format::Raw, Format::Qcow2] {
             let other = folder.file("ballast");
-            let fill = |other: &File| (0..ballast / 4096).all(|i| std::os::unix::fs::FileExt::write_all_at(other, &[1; 4096], i * 4096).is_ok());
+            let fill =
+                |other: &File| (0..ballast / 4096).all(|i| std::os::unix::fs::FileExt::write_all_at(other, &[1; 4096], i * 4096).is_ok());
             fill(&other);
             let job = job(std::slice::from_ref(&disk), format, None);
             let error = match Journal::open(folder.file("journal"), &job.identity()) {

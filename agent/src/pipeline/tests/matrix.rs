@@ -10,7 +10,9 @@ fn sources(folder: &Folder, data: &[u8]) -> Vec<(String, Arc<dyn Disk>)> {
     let path = folder.path("source.raw");
     write_sparse(&path, data);
     let mut sources = vec![("raw".to_owned(), open_raw(&path))];
-    for (i, options) in ["compat=0.10", "compat=1.1", "compat=0.10 -c", "compression_type=zstd -c", "cluster_size=4k", "cluster_size=2M"].iter().enumerate() {
+    for (i, options) in
+        ["compat=0.10", "compat=1.1", "compat=0.10 -c", "compression_type=zstd -c", "cluster_size=4k", "cluster_size=2M"].iter().enumerate()
+    {
         let image = folder.path(&format!("source-{i}.qcow2"));
         let (options, flag) = options.split_once(' ').unwrap_or((options, "-S4k"));
         qemu_img(&["convert", "-f", "raw", "-O", "qcow2", flag, "-o", options, text(&path), text(&image)]);
@@ -55,7 +57,11 @@ fn the_same_disk_from_every_format_to_every_format() {
             assert_eq!(outcome.bytes_read, outcome.data_bytes);
             assert_eq!(outcome.receipt.bytes_verified, outcome.data_bytes);
             let last = *listener.snapshots.lock().unwrap().last().unwrap();
-            assert_eq!((last.durable, last.verified, last.stage), (outcome.data_bytes, outcome.data_bytes, Stage::Verifying), "{name} to {format:?}");
+            assert_eq!(
+                (last.durable, last.verified, last.stage),
+                (outcome.data_bytes, outcome.data_bytes, Stage::Verifying),
+                "{name} to {format:?}"
+            );
             let (path, qemu_format) = for_qemu(&folder.part_path(&disk.file), format);
             if path.starts_with("json:") {
                 qemu_img(&["compare", "-f", "raw", text(&folder.path("source.raw")), &path]);
