@@ -180,6 +180,10 @@ fn copy(agent: &Agent, held: &Assignment, folder: &Dir, job: &pipeline::Job) -> 
     vault::sync_dir(folder).map_err(|e| Failure::io("the destination", &e))?;
     let part = PartDir::new(folder.open_dir(&name).map_err(|e| Failure::io("the part folder", &e))?);
     let mut journal = open_journal(agent, held, job)?;
+    // Without a journal that goes on, whatever lies there belongs to nothing and must not be published.
+    if !journal.adopted() {
+        part.clear().map_err(|e| Failure::io("the part folder", &e))?;
+    }
     let watch = Watcher { agent, held, folder, job, checked: std::sync::OnceLock::new() };
     let outcome = pipeline::run(job, &part, &mut journal, &watch);
     if let Some(message) = watch.checked.get().and_then(|lack| lack.clone()) {
