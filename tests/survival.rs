@@ -26,9 +26,8 @@ const MIB: u64 = 1 << 20;
 const DATA: u64 = 512 * MIB;
 /// What holds each copy.
 const RATE: u64 = 64 * MIB;
-/// What may be done again after a kill: a checkpoint (64 MiB, which at this rate comes before 5 s), what was in the pipeline's slots, and what
-/// was read while the checkpoint before was being synced.
-const REPEATED: u64 = (64 + 24 + 40) * MIB;
+/// What may be done again after a kill, beside what was cut off: the promised checkpoint.
+const REPEATED: u64 = 64 * MIB;
 /// What a copy may have read since the agent's last report, which comes every 300 ms.
 const UNREPORTED: u64 = RATE / 10 * 4;
 /// Most that is cut off a part.
