@@ -25,9 +25,9 @@ use crate::pipeline::{self, PartDir, Snapshot, SourceDisk, Stage, Watch};
 use crate::sources::{Opened, Source};
 use crate::{Agent, proof};
 
-/// Data bytes between two checkpoints. A crash costs what is open, what is being sealed and what is in the pipeline's slots: all three
-/// together stay below the 64 MiB that are promised.
-const CHECKPOINT: u64 = 16 << 20;
+/// Data bytes between two checkpoints. A crash costs what is open, what waits or is being sealed and what is in the pipeline's slots: all
+/// together stay below the 64 MiB that are promised, however slow the disk syncs.
+const CHECKPOINT: u64 = 8 << 20;
 
 /// How an assignment ended without a result.
 pub struct Failure {

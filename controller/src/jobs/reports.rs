@@ -90,6 +90,11 @@ impl Core {
         // The first report of an attempt brings what earlier ones did; that was counted then.
         let first = before.read == 0 && before.durable == 0 && before.resumed == 0;
         let base = if first { counters.resumed } else { before.durable };
+        // What an attempt brings is counted from where it began: one that found less than there was before (a part that was cut) and copies
+        // it again brings something, too.
+        if first {
+            live.job.state.mark = live.job.state.mark.min(counters.durable.saturating_add(counters.verified));
+        }
         self.board.add_bytes(
             counters.read.saturating_sub(before.read),
             counters.durable.saturating_sub(base),
