@@ -169,6 +169,11 @@ impl Table {
         self.all().iter().any(|held| !held.lock().thread_gone)
     }
 
+    /// Whether an end is still to be acknowledged.
+    pub fn any_unacknowledged(&self) -> bool {
+        self.all().iter().any(|held| held.is_over())
+    }
+
     /// Asks every worker to stop.
     pub fn stop_all(&self, stop: Stop) {
         for held in self.all() {

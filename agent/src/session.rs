@@ -158,7 +158,7 @@ async fn session(agent: &Arc<Agent>, identity: &Identity, mut shutdown: watch::R
             _ = rescan.tick() => if welcomed { agent.scan(&tell, None, false) },
             () = agent.table.news.notified() => {}
             _ = shutdown.wait_for(|stop| *stop) => {
-                drain(agent, &tell).await;
+                drain(agent, &tell, &mut stream).await;
                 return Loss::Shutdown;
             }
         }
@@ -173,8 +173,8 @@ async fn session(agent: &Arc<Agent>, identity: &Identity, mut shutdown: watch::R
     }
 }
 
-/// SIGTERM: workers seal what is in order and park; their ends are told before the stream closes.
-async fn drain(agent: &Arc<Agent>, tell: &mpsc::Sender<v1::AgentMessage>) {
+/// SIGTERM: workers seal what is in order and park; the process goes when the controller has their ends in its store.
+async fn drain(agent: &Arc<Agent>, tell: &mpsc::Sender<v1::AgentMessage>, stream: &mut tonic::Streaming<v1::ControllerMessage>) {
     agent.table.stop_all(Stop::Park);
     let patience = Instant::now() + Duration::from_secs(15);
     while agent.table.any_running() && Instant::now() < patience {
@@ -185,12 +185,15 @@ async fn drain(agent: &Arc<Agent>, tell: &mpsc::Sender<v1::AgentMessage>) {
             return;
         }
     }
-    // Give the last messages the time to leave; the stream ends when its sender is dropped.
-    let patience = Instant::now() + Duration::from_secs(2);
-    while tell.capacity() < tell.max_capacity() && Instant::now() < patience {
-        sleep(Duration::from_millis(20)).await;
+    // An end that is not acknowledged is said by the next process's Hello; until then its job would seem to run.
+    let patience = Instant::now() + Duration::from_secs(5);
+    while agent.table.any_unacknowledged() {
+        match tokio::time::timeout_at(patience, stream.next()).await {
+            Ok(Some(Ok(v1::ControllerMessage { kind: Some(FromController::Acknowledge(ack)) }))) => acknowledge(agent, &ack),
+            Ok(Some(Ok(_))) => {}
+            Ok(Some(Err(_)) | None) | Err(_) => return,
+        }
     }
-    sleep(Duration::from_millis(200)).await;
 }
 
 async fn handle(agent: &Arc<Agent>, kind: FromController, tell: &mpsc::Sender<v1::AgentMessage>) {
