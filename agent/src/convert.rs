@@ -15,8 +15,7 @@ use shared::vault::{self, Dir};
 
 use crate::journal::Journal;
 use crate::pipeline::{self, PartDir, Snapshot, SourceDisk, Stage, Watch};
-use crate::sources::Source;
-use crate::sources::local::Local;
+use crate::sources::local::{Local, OpenOptions};
 use crate::{identity, proof, worker};
 
 /// What to convert.
@@ -33,6 +32,12 @@ pub struct Request {
     pub level: Option<i32>,
     /// Read the output back and compare.
     pub verify: bool,
+    /// Read an image over the parents that it names (qcow2 backing files, VMDK deltas) instead of refusing it; they must lie beside it.
+    pub follow_chain: bool,
+    /// Id or name of a snapshot inside a qcow2 that is to be read instead of the disk as it is.
+    pub snapshot: Option<String>,
+    /// Have the SHA-256 of the output in its manifest, for tools that do not know ours.
+    pub sha256: bool,
 }
 
 /// What a conversion made.
@@ -96,7 +101,7 @@ impl From<pipeline::Error> for Error {
 pub fn convert(request: &Request, progress: &(dyn Fn(&Progress, &str) + Sync)) -> Result<Report, Error> {
     let began = Instant::now();
     let format = output_format(request)?;
-    let (vm, disks) = open_input(&request.input)?;
+    let (vm, disks) = open_input(request)?;
     if disks.len() > 1 && !matches!(format, pipeline::Format::Ova | pipeline::Format::Ovf) {
         let message =
             format!("{} holds {} disks and {} holds one; choose --format ova or ovf", request.input.display(), disks.len(), format.name());
@@ -114,12 +119,19 @@ pub fn convert(request: &Request, progress: &(dyn Fn(&Progress, &str) + Sync)) -
         disks: disks.into_iter().map(|d| SourceDisk { name: d.name, identity: d.identity, disk: d.disk }).collect(),
         format,
         compression: worker::compression(format, &options),
+        pass_on: request.level.is_none(),
+        sha256: request.sha256,
         verify: request.verify,
         bandwidth: None,
         cid: crc32fast::hash(name.as_bytes()),
         created: u64::try_from(shared::clock::now().timestamp()).unwrap_or_default(),
-        // Nothing resumes a conversion, so that checkpoints would only cost syncs.
-        tuning: pipeline::Tuning { checkpoint_bytes: 1 << 30, checkpoint_every: Duration::from_secs(3600), ..pipeline::Tuning::default() },
+        // Nothing resumes a conversion. What is behind a checkpoint may be hashed for the package's `.mf` meanwhile.
+        tuning: pipeline::Tuning {
+            checkpoint_bytes: 32 << 20,
+            checkpoint_every: Duration::from_secs(3600),
+            resumable: false,
+            ..pipeline::Tuning::default()
+        },
     };
     let part_name = format!("{name}.part");
     remove_all(&folder, &part_name).map_err(place)?;
@@ -184,6 +196,9 @@ fn remove_all(folder: &Dir, name: &str) -> io::Result<()> {
 fn output_format(request: &Request) -> Result<pipeline::Format, Error> {
     let by_name = || match request.output.extension().and_then(|extension| extension.to_str())? {
         "qcow2" => Some(Format::Qcow2),
+        "vhdx" => Some(Format::Vhdx),
+        "vhd" | "vpc" => Some(Format::Vhd),
+        "vdi" => Some(Format::Vdi),
         "vmdk" => Some(Format::Vmdk),
         "raw" | "img" => Some(Format::Raw),
         "ova" => Some(Format::Ova),
@@ -194,16 +209,21 @@ fn output_format(request: &Request) -> Result<pipeline::Format, Error> {
         let message = format!("{} does not say its format; give --format {}", request.output.display(), crate::OUTPUT_FORMATS.join("|"));
         Error::new(Code::BadRequest, message)
     })?;
+    if format.is_plain() && (request.compression.is_some() || request.level.is_some()) {
+        return Err(Error::new(Code::Unprocessable, format!("{format} is never compressed; leave --compression and --level out")));
+    }
     if request.compression == Some(Algorithm::Zstd) && format != Format::Qcow2 {
         return Err(Error::new(Code::Unprocessable, format!("zstd is for qcow2 only; {format} uses deflate or nothing")));
     }
     worker::output_format(format.word()).map_err(|e| Error::new(e.code, e.message))
 }
 
-fn open_input(path: &Path) -> Result<(shared::vm::Vm, Vec<crate::sources::Opened>), Error> {
+fn open_input(request: &Request) -> Result<(shared::vm::Vm, Vec<crate::sources::Opened>), Error> {
+    let path = request.input.as_path();
     let real = vault::real_user_path(path).map_err(|e| Error::path(path, &e))?;
     let (folder, name) = vault::open_user_dir_of(&real, false).map_err(|e| Error::path(path, &e))?;
-    Local::new(folder).open(&name).map_err(|e| Error::new(e.code, e.message))
+    let options = OpenOptions { follow_chain: request.follow_chain, snapshot: request.snapshot.clone() };
+    Local::new(folder).open_with(&name, options).map_err(|e| Error::new(e.code, e.message))
 }
 
 /// The user's own signing key, kept beside their other HyperSDK data; one for this run where there is no home.

@@ -40,7 +40,7 @@ use crate::sources::Source;
 use crate::sources::local::Local;
 
 /// What the engine writes, as the API spells it.
-pub const OUTPUT_FORMATS: &[&str] = &["ova", "ovf", "vmdk", "qcow2", "raw"];
+pub const OUTPUT_FORMATS: &[&str] = &["ova", "ovf", "vmdk", "qcow2", "raw", "vhdx", "vhd", "vdi"];
 
 /// Everything that session and workers share.
 struct Agent {

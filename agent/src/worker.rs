@@ -17,7 +17,7 @@ use shared::options::{Algorithm, Format, Options};
 use shared::progress::Progress;
 use shared::vault::{self, Dir};
 
-use crate::formats::{Compression, FormatError, Method};
+use crate::formats::{Compression, FormatError, Method, deflate};
 use crate::held::{Assignment, Grant, Stop};
 use crate::journal::{Journal, Record};
 use crate::ledger::{Entry, Ledger};
@@ -155,6 +155,9 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
         disks: disks.into_iter().map(|Opened { name, disk, identity }| SourceDisk { name, identity, disk }).collect(),
         format,
         compression: compression(format, &options),
+        // Who asks for a level wants that level.
+        pass_on: options.level.is_none(),
+        sha256: true,
         verify: options.verifies(),
         bandwidth: options.bandwidth_limit,
         cid: crc32fast::hash(held.job.as_bytes()),
@@ -272,6 +275,9 @@ pub fn output_format(word: &str) -> Result<pipeline::Format, Failure> {
     match Format::from_word(word) {
         Some(Format::Raw) => Ok(pipeline::Format::Raw),
         Some(Format::Qcow2) => Ok(pipeline::Format::Qcow2),
+        Some(Format::Vhdx) => Ok(pipeline::Format::Vhdx),
+        Some(Format::Vhd) => Ok(pipeline::Format::Vhd),
+        Some(Format::Vdi) => Ok(pipeline::Format::Vdi),
         Some(Format::Vmdk) => Ok(pipeline::Format::Vmdk),
         Some(Format::Ovf) => Ok(pipeline::Format::Ovf),
         Some(Format::Ova) => Ok(pipeline::Format::Ova),
@@ -283,12 +289,12 @@ pub fn output_format(word: &str) -> Result<pipeline::Format, Failure> {
 pub fn compression(format: pipeline::Format, options: &Options) -> Option<Compression> {
     let asked = options.compress == Some(true) || options.compression.is_some() || options.level.is_some();
     let method = match (format, options.compression) {
-        (pipeline::Format::Raw, _) => return None,
+        (pipeline::Format::Raw | pipeline::Format::Vhdx | pipeline::Format::Vhd | pipeline::Format::Vdi, _) => return None,
         (pipeline::Format::Qcow2, _) if !asked || options.compress == Some(false) => return None,
         (pipeline::Format::Qcow2, Some(Algorithm::Zstd)) => Method::Zstd,
         _ => Method::Deflate,
     };
-    let fast = if method == Method::Zstd { 3 } else { 1 };
+    let fast = if method == Method::Zstd { 1 } else { deflate::FAST };
     Some(Compression { method, level: options.level.unwrap_or(fast) })
 }
 

@@ -22,6 +22,9 @@ pub fn convert(args: &Convert, style: Style) -> Outcome {
         compression: args.compression,
         level: args.level,
         verify: args.verify,
+        sha256: args.sha256,
+        follow_chain: args.follow_chain,
+        snapshot: args.snapshot.clone(),
     };
     let display = std::sync::Mutex::new(Display::new(args.quiet));
     let started = Instant::now();

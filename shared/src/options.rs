@@ -55,19 +55,19 @@ words! {
         Qcow2 = "qcow2",
         /// Sparse raw.
         Raw = "raw",
-        /// Not built yet.
+        /// VHDX, dynamic.
         Vhdx = "vhdx",
-        /// Not built yet.
+        /// VHD, dynamic.
         Vhd = "vhd",
-        /// Not built yet.
+        /// VDI, dynamic.
         Vdi = "vdi",
     }
 }
 
 impl Format {
-    /// Whether the engine has a writer for it.
-    pub fn is_built(self) -> bool {
-        !matches!(self, Format::Vhdx | Format::Vhd | Format::Vdi)
+    /// Whether its disks are stored as they are, always.
+    pub fn is_plain(self) -> bool {
+        matches!(self, Format::Raw | Format::Vhdx | Format::Vhd | Format::Vdi)
     }
 }
 

@@ -161,6 +161,29 @@ pub trait Disk: Send + Sync {
 
     /// Fills `buf` with the logical bytes from `offset`; holes as zeros. Reading past the capacity is the caller's error and answers `UnexpectedEof`.
     fn read_at(&self, offset: u64, buf: &mut [u8], scratch: &mut Scratch) -> Result<()>;
+
+    /// Unit `unit` as it is stored, when it is stored as one stream of the wanted kind: fills `plain` ([`UNIT`] bytes) as `read_at` would, with
+    /// every check that `read_at` makes, and answers the stream, so that it can be passed on instead of being compressed again.
+    /// `None`: it is stored otherwise; `plain` is unspecified then.
+    fn packed<'s>(&self, unit: u64, want: Packing, plain: &mut [u8], scratch: &'s mut Scratch) -> Result<Option<&'s [u8]>> {
+        let _ = (unit, want, plain, scratch);
+        Ok(None)
+    }
+
+    /// Whether `packed` ever answers with a stream of this kind.
+    fn packs(&self, want: Packing) -> bool {
+        let _ = want;
+        false
+    }
+}
+
+/// How a compressed unit is wrapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Packing {
+    /// RFC 1950: two bytes of header, the deflate stream, Adler-32. Grains of VMDK.
+    Zlib,
+    /// RFC 1951: the deflate stream alone. Clusters of qcow2.
+    Deflate,
 }
 
 /// How hard to compress, and how.
@@ -200,7 +223,7 @@ pub struct Unit {
 pub struct Encoded {
     /// Ascending by index; all-zero units are absent.
     pub units: Vec<Unit>,
-    /// Their bytes, one after the other.
+    /// Holds their bytes, one after the other, and may be longer: units say which of its bytes count.
     pub bytes: Vec<u8>,
 }
 
@@ -208,15 +231,46 @@ impl Encoded {
     /// Empties it and keeps the memory.
     pub fn clear(&mut self) {
         self.units.clear();
-        self.bytes.clear();
+    }
+
+    /// `len` bytes behind the last unit, with unspecified content. Grows by whole blocks and never shrinks, so that the memory is not
+    /// cleared again for each unit.
+    pub fn room(&mut self, len: usize) -> &mut [u8] {
+        let used = self.used();
+        if self.bytes.len() < used + len {
+            self.bytes.resize(used + len, 0);
+        }
+        &mut self.bytes[used..used + len]
+    }
+
+    /// Takes the first `len` bytes of the last [`Encoded::room`] as unit `index`.
+    pub fn take(&mut self, index: u64, len: usize, compressed: bool) {
+        let start = self.used();
+        self.units.push(Unit { index, start, len, compressed });
+    }
+
+    fn used(&self) -> usize {
+        self.units.last().map_or(0, |unit| unit.start + unit.len)
     }
 }
 
 /// Per-thread state of an encoder (compressors, buffers).
 pub trait EncodeState: Send {
-    /// Encodes `data`, which starts at logical byte `offset` (a multiple of [`UNIT`]); all-zero units are left out.
-    /// `out` is cleared first. The disk's last unit may be short: it is padded with zeros.
-    fn encode(&mut self, offset: u64, data: &[u8], out: &mut Encoded) -> Result<()>;
+    /// Adds unit `index`, which is not all zeros, to `out`. The disk's last unit may be short: it is filled up with zeros.
+    fn append(&mut self, index: u64, unit: &[u8], out: &mut Encoded) -> Result<()>;
+
+    /// Encodes `data`, which starts at logical byte `offset` (a multiple of [`UNIT`]); all-zero units are left out. `out` is cleared first.
+    fn encode(&mut self, offset: u64, data: &[u8], out: &mut Encoded) -> Result<()> {
+        out.clear();
+        if !offset.is_multiple_of(UNIT as u64) {
+            let text = format!("a block at byte {offset} does not start at a multiple of {UNIT}");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text).into());
+        }
+        for (k, unit) in data.chunks(UNIT).enumerate().filter(|(_, unit)| !is_zero(unit)) {
+            self.append(offset / UNIT as u64 + k as u64, unit, out)?;
+        }
+        Ok(())
+    }
 }
 
 /// Makes one [`EncodeState`] a thread. Encoding is pure: same input, same bytes.
@@ -246,6 +300,17 @@ impl Output {
     }
 }
 
+/// Bytes of a block that a writer has given their place in the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// First byte in [`Encoded::bytes`].
+    pub start: usize,
+    /// How many.
+    pub len: usize,
+    /// Where they go, counted from the output's base.
+    pub offset: u64,
+}
+
 /// Lays encoded blocks into a file, in order.
 ///
 /// Contract of a resume: everything below `position()` at a checkpoint is final, but for a fixed front region that `finish` writes again whole.
@@ -253,6 +318,13 @@ impl Output {
 pub trait DiskWriter: Send {
     /// Lays one block's units into the file. Blocks come in ascending order, each once; zero blocks need not come.
     fn write_block(&mut self, block: &Encoded) -> Result<()>;
+
+    /// The same as [`DiskWriter::write_block`], but the units' bytes are left to the caller, who writes them where `runs` (cleared first) says,
+    /// from any thread, before the output is synced for the next checkpoint. False, and nothing done, where units have no place of their own.
+    fn place_block(&mut self, block: &Encoded, runs: &mut Vec<Run>) -> Result<bool> {
+        let _ = (block, runs);
+        Ok(false)
+    }
 
     /// Bytes of output so far, counted from the base (for raw: the end of the last block written).
     fn position(&self) -> u64;

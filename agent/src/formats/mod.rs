@@ -2,11 +2,16 @@
 //!
 //! Owns: reading and writing of images. Never: opens a path, starts a thread, guesses a format. A crash here costs nothing.
 
+pub mod chain;
+pub mod deflate;
 pub mod disk;
 pub mod ova;
 pub mod qcow2;
 pub mod raw;
 pub mod sniff;
+pub mod vdi;
+pub mod vhd;
+pub mod vhdx;
 pub mod vmdk;
 
 pub use disk::*;

@@ -7,7 +7,8 @@
 use std::io;
 
 use super::disk::{
-    Disk, DiskWriter, EncodeState, Encoded, Encoder as Encode, Extent, FormatError, Output, Result, Scratch, UNIT, Unit, Window, is_zero,
+    Disk, DiskWriter, EncodeState, Encoded, Encoder as Encode, Extent, FormatError, Output, Result, Run, Scratch, UNIT, Unit, Window,
+    is_zero,
 };
 
 /// Bytes in a sector: every disk is a whole number of them.
@@ -102,23 +103,16 @@ impl Encode for Encoder {
 }
 
 impl EncodeState for State {
-    fn encode(&mut self, offset: u64, data: &[u8], out: &mut Encoded) -> Result<()> {
-        out.clear();
-        let first = offset / UNIT as u64;
-        for (i, unit) in data.chunks(UNIT).enumerate() {
-            if is_zero(unit) {
-                continue;
-            }
-            let start = out.bytes.len();
-            out.bytes.extend_from_slice(unit);
-            out.bytes.resize(start + UNIT, 0);
-            out.units.push(Unit { index: first + i as u64, start, len: UNIT, compressed: false });
-        }
+    fn append(&mut self, index: u64, unit: &[u8], out: &mut Encoded) -> Result<()> {
+        let room = out.room(UNIT);
+        room[..unit.len()].copy_from_slice(unit);
+        room[unit.len()..].fill(0);
+        out.take(index, UNIT, false);
         Ok(())
     }
 }
 
-/// The units of `block` as runs that are adjacent on the disk and in memory: (first unit, number of units, their bytes).
+/// The units of `block` as runs that are adjacent on the disk and in memory: (first unit, where their bytes start in the block's, their bytes).
 pub(crate) fn runs(block: &Encoded) -> impl Iterator<Item = (u64, usize, &[u8])> {
     let mut rest = block.units.as_slice();
     std::iter::from_fn(move || {
@@ -131,7 +125,7 @@ pub(crate) fn runs(block: &Encoded) -> impl Iterator<Item = (u64, usize, &[u8])>
             count += 1;
         }
         rest = &rest[count..];
-        Some((first.index, count, block.bytes.get(first.start..first.start + count * UNIT)?))
+        Some((first.index, first.start, block.bytes.get(first.start..first.start + count * UNIT)?))
     })
 }
 
@@ -156,21 +150,36 @@ impl Writer {
     }
 }
 
+impl Writer {
+    /// Where a run of units goes: its offset and how many of its `len` bytes are inside the capacity.
+    fn place(&mut self, first: u64, len: usize) -> Result<(u64, usize)> {
+        let offset = first.saturating_mul(UNIT as u64);
+        let room = self.capacity.checked_sub(offset).filter(|room| *room > 0).ok_or_else(|| {
+            let text = format!("unit {first} lies past the capacity of {}", self.capacity);
+            FormatError::Io(io::Error::new(io::ErrorKind::InvalidInput, text))
+        })?;
+        let len = usize::try_from(room).unwrap_or(usize::MAX).min(len);
+        self.position = offset + len as u64;
+        Ok((offset, len))
+    }
+}
+
 impl DiskWriter for Writer {
     fn write_block(&mut self, block: &Encoded) -> Result<()> {
         for (first, _, bytes) in runs(block) {
-            let offset = first.saturating_mul(UNIT as u64);
-            let room = self.capacity.checked_sub(offset).filter(|room| *room > 0).ok_or_else(|| {
-                FormatError::Io(io::Error::new(
-                    io::ErrorKind::InvalidInput,
-                    format!("unit {first} lies past the capacity of {}", self.capacity),
-                ))
-            })?;
-            let len = usize::try_from(room).unwrap_or(usize::MAX).min(bytes.len());
+            let (offset, len) = self.place(first, bytes.len())?;
             self.output.write_all_at(&bytes[..len], offset)?;
-            self.position = offset + len as u64;
         }
         Ok(())
+    }
+
+    fn place_block(&mut self, block: &Encoded, out: &mut Vec<Run>) -> Result<bool> {
+        out.clear();
+        for (first, start, bytes) in runs(block) {
+            let (offset, len) = self.place(first, bytes.len())?;
+            out.push(Run { start, len, offset });
+        }
+        Ok(true)
     }
 
     fn position(&self) -> u64 {
@@ -227,8 +236,8 @@ mod tests {
         let plain: Vec<u64> = encoded.units.iter().map(|unit| unit.index).collect();
         assert_eq!(plain, [1, 2, 5]);
         assert_eq!(
-            runs(&encoded).map(|(first, count, bytes)| (first, count, bytes.len())).collect::<Vec<_>>(),
-            [(1, 2, 2 * UNIT), (5, 1, UNIT)]
+            runs(&encoded).map(|(first, start, bytes)| (first, start, bytes.len())).collect::<Vec<_>>(),
+            [(1, 0, 2 * UNIT), (5, 2 * UNIT, UNIT)]
         );
 
         let capacity = data.len() as u64;

@@ -19,6 +19,12 @@ pub enum Kind {
     Vmdk,
     /// The text of a VMDK descriptor.
     VmdkDescriptor,
+    /// `vhdxfile`.
+    Vhdx,
+    /// `conectix` at the front (dynamic) or in the last sector (fixed).
+    Vhd,
+    /// VirtualBox's signature behind its text.
+    Vdi,
     /// A ustar archive.
     Ova,
     /// Something that we know and do not read; its name.
@@ -26,16 +32,19 @@ pub enum Kind {
 }
 
 /// What we would accept, for messages.
-pub const ACCEPTED: &str =
-    "raw, qcow2, VMDK (streamOptimized, monolithicSparse, monolithicFlat, twoGbMaxExtentSparse, twoGbMaxExtentFlat, vmfs) and OVA";
+pub const ACCEPTED: &str = "raw, qcow2, VMDK (streamOptimized, monolithicSparse, monolithicFlat, twoGbMaxExtentSparse, twoGbMaxExtentFlat, vmfs, vmfsSparse), \
+     VHDX, VHD, VDI and OVA";
 
 impl Kind {
-    /// The format's name as the API spells it (`raw`, `qcow2`, `vmdk`, `ova`); of others their own.
+    /// The format's name as the API spells it (`raw`, `qcow2`, `vmdk`, `vhdx`, `vhd`, `vdi`, `ova`); of others their own.
     pub fn name(self) -> &'static str {
         match self {
             Kind::Raw => "raw",
             Kind::Qcow2 => "qcow2",
             Kind::Vmdk | Kind::VmdkDescriptor => "vmdk",
+            Kind::Vhdx => "vhdx",
+            Kind::Vhd => "vhd",
+            Kind::Vdi => "vdi",
             Kind::Ova => "ova",
             Kind::Other(name) => name,
         }
@@ -48,6 +57,9 @@ impl Kind {
             Kind::Qcow2 => "a qcow2 image".to_owned(),
             Kind::Vmdk => "a VMDK sparse extent".to_owned(),
             Kind::VmdkDescriptor => "a VMDK descriptor (its extents lie in files beside it)".to_owned(),
+            Kind::Vhdx => "a VHDX image".to_owned(),
+            Kind::Vhd => "a VHD image".to_owned(),
+            Kind::Vdi => "a VDI image".to_owned(),
             Kind::Ova => "an OVA (tar) archive".to_owned(),
             Kind::Other(name) => format!("{name}, which is not built yet; accepted are {ACCEPTED}"),
         }
@@ -59,9 +71,9 @@ const FRONT: [(usize, &[u8], Kind); 24] = [
     (0, b"QFI\xfb", Kind::Qcow2),
     (0, b"KDMV", Kind::Vmdk),
     (257, b"ustar", Kind::Ova),
-    (0, b"vhdxfile", Kind::Other("VHDX")),
-    (0, b"conectix", Kind::Other("VHD")),
-    (0x40, b"\x7f\x10\xda\xbe", Kind::Other("VDI")),
+    (0, b"vhdxfile", Kind::Vhdx),
+    (0, b"conectix", Kind::Vhd),
+    (0x40, b"\x7f\x10\xda\xbe", Kind::Vdi),
     (0, b"QED\0", Kind::Other("QED")),
     (0, b"LUKS\xba\xbe", Kind::Other("LUKS")),
     (0, b"\x1f\x8b\x08", Kind::Other("gzip")),
@@ -71,7 +83,7 @@ const FRONT: [(usize, &[u8], Kind); 24] = [
     (0, b"BZh", Kind::Other("bzip2")),
     (0, b"PK\x03\x04", Kind::Other("zip")),
     (0, b"7z\xbc\xaf\x27\x1c", Kind::Other("7z")),
-    (0, b"COWD", Kind::Other("vmfsSparse VMDK (COWD), a snapshot's delta")),
+    (0, b"COWD", Kind::Other("one extent of a vmfsSparse VMDK (its descriptor lies beside it)")),
     (0, b"\xbe\xba\xfe\xca\0\0\0\0", Kind::Other("seSparse VMDK, a snapshot's delta")),
     (0, b"WithoutFreeSpace", Kind::Other("Parallels")),
     (0, b"WithouFreSpacExt", Kind::Other("Parallels")),
@@ -110,11 +122,11 @@ pub fn sniff(window: &Window) -> Result<Kind> {
     }
     // A fixed VHD is a raw disk with a footer; a DMG has its header there.
     let mut last = [0u8; 8];
-    for (back, magic, name) in [(512u64, &b"conectix"[..], "VHD"), (511, b"conectix", "VHD"), (512, b"koly", "DMG")] {
+    for (back, magic, kind) in [(512u64, &b"conectix"[..], Kind::Vhd), (511, b"conectix", Kind::Vhd), (512, b"koly", Kind::Other("DMG"))] {
         if window.len() >= back {
             window.read_exact_at(&mut last, window.len() - back)?;
             if last.starts_with(magic) {
-                return Ok(Kind::Other(name));
+                return Ok(kind);
             }
         }
     }
@@ -166,7 +178,7 @@ mod tests {
             assert_eq!(kind(at + magic.len(), &[(at, magic)]), expected, "at the very end");
         }
         assert_eq!(kind(1 << 16, &[(ISO as usize, b"CD001")]), Kind::Other("ISO 9660"));
-        assert_eq!(kind(4096, &[(4096 - 512, b"conectix")]), Kind::Other("VHD"));
+        assert_eq!(kind(4096, &[(4096 - 512, b"conectix")]), Kind::Vhd);
         assert_eq!(kind(4096, &[(4096 - 512, b"koly")]), Kind::Other("DMG"));
         assert_eq!(kind(0, &[]), Kind::Other("an empty file"));
     }
@@ -176,7 +188,7 @@ mod tests {
         assert_eq!(kind(600, &[(0, b"# Disk DescriptorFile\nversion=1\n")]), Kind::VmdkDescriptor);
         assert_eq!(kind(600, &[(0, b"# comment\r\n\r\n  version = 3\r\n")]), Kind::VmdkDescriptor);
         assert_eq!(kind(600, &[(0, b"# comment\nversions=3\n")]), Kind::Raw);
-        let said = Kind::Other("VHDX").describe();
-        assert!(said.contains("VHDX") && said.contains("qcow2"), "{said}");
+        let said = Kind::Other("QED").describe();
+        assert!(said.contains("QED") && said.contains("qcow2"), "{said}");
     }
 }

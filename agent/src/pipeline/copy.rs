@@ -3,29 +3,32 @@
 //! Owns: the threads of one disk's copy and what flows between them.
 //! ```text
 //!  plan ─► worker × N ─► queue (in order, bounded) ─► writer ─► sealer (hash, fdatasync, journal)
+//!             ▲ bytes of plain blocks, placed by the writer, go to the file from here
 //!  caller's thread: polls stop, reports progress
 //! ```
 //! Never: holds more than the slots of the queue and one block a worker, goes on after a failed write or sync.
 //! A crash here costs what was not sealed: at most [`super::Tuning`]'s checkpoint and the one being sealed.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::sync::atomic::Ordering;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Instant;
 
-use shared::manifest::{BLOCK, Blocks, Digest, block_digest};
+use shared::manifest::{BLOCK, Blocks, Digest};
 
 use super::control::{Control, Crew};
 use super::files::Growing;
-use super::plan::{Plan, Task, block_count, block_len};
-use super::queue::{Alarm, Done, Next, Queue};
+use super::plan::{Plan, Task, block_count};
+use super::queue::{Alarm, Done, Next, Placed, Queue, Turn};
 use super::seal::{hash_region, seal};
 use super::target::{Evidence, Target};
 use super::throttle::Throttle;
+use super::work::{Form, Worker};
 use super::{Error, Stop, Tuning, output_error};
-use crate::formats::{Disk, DiskWriter, EncodeState, Encoded, FormatError, Scratch, UNIT, is_zero, raw};
+use crate::formats::{Disk, DiskWriter, Encoded, FormatError};
 use crate::journal::{Checkpoint, Journal, MAX_DIGESTS, Record};
 
 /// One disk and where it goes.
@@ -47,6 +50,8 @@ pub(super) struct DiskCopy<'a> {
     pub(super) front: u64,
     /// Durable data bytes of the disks before this one.
     pub(super) durable_before: u64,
+    /// Whether units that are compressed at the source as they are wanted here are passed on as they are.
+    pub(super) pass_on: bool,
     /// Told which bytes of the file are final, for who hashes it.
     pub(super) growing: &'a Growing,
 }
@@ -80,7 +85,7 @@ impl DiskCopy<'_> {
     /// Copies from `start` to the end of the disk, finishes the output and syncs it.
     pub(super) fn run(&self, start: Start, journal: &mut Journal) -> Result<Copied, Error> {
         let workers = workers(self.tuning);
-        let queue = Queue::new((workers * 2).min(14).max(workers + 1));
+        let queue = Queue::new((workers * 2).min(14).max(workers + 2));
         let crew = Crew::new(workers + 2);
         let plan = Mutex::new((Plan::new(self.disk, start.next_block), 0u64));
         let (send, receive) = sync_channel(1);
@@ -121,65 +126,77 @@ impl DiskCopy<'_> {
         self.finish(written, journal)
     }
 
-    /// One worker: reads, hashes and encodes blocks until there are none.
+    /// One worker: reads, hashes and encodes blocks until there are none, and writes those that have their place.
     fn work(&self, queue: &Queue, plan: &Mutex<(Plan<'_>, u64)>) -> Result<(), Error> {
-        let mut state = self.target.encoder().and_then(|encoder| encoder.state()).map_err(Error::Output)?;
-        let mut scratch = Scratch::default();
-        let mut data: Vec<u8> = Vec::with_capacity(BLOCK as usize);
+        let mut worker = Worker::new(self.disk, self.form()?);
         let mut task = Task::default();
+        let mut exhausted = false;
         let stop = || self.control.stopped() || queue.halted();
-        while let Some(mut encoded) = queue.slot() {
+        loop {
+            let mut encoded = match queue.turn(exhausted) {
+                Turn::Leave => return Ok(()),
+                Turn::Write(placed) => {
+                    self.write_placed(queue, placed)?;
+                    continue;
+                }
+                Turn::Slot(slot) => slot,
+            };
             let seq = {
                 let mut plan = plan.lock().unwrap_or_else(PoisonError::into_inner);
-                if !plan.0.next(&mut task).map_err(|e| self.source(e))? {
+                if plan.0.next(&mut task).map_err(|e| self.source(e))? {
+                    plan.1 += 1;
+                    Some(plan.1 - 1)
+                } else {
                     queue.end(plan.1);
-                    return Ok(());
+                    None
                 }
-                plan.1 += 1;
-                plan.1 - 1
+            };
+            let Some(seq) = seq else {
+                queue.give_back(encoded);
+                exhausted = true;
+                continue;
             };
             if !self.throttle.take(task.data, &stop) {
-                return Ok(());
+                // Not without what is still to be written.
+                queue.halt();
+                continue;
             }
-            self.read(&task, &mut data, &mut scratch).map_err(|e| self.source(e))?;
+            let digest = worker.block(&task, &mut encoded).map_err(|e| self.source(e))?;
             self.control.counters.read.fetch_add(task.data, Ordering::Relaxed);
-            let digest = self.encode(&task, &mut data, state.as_mut(), &mut encoded)?;
             queue.deliver(seq, Done { block: task.block, data: task.data, digest, encoded });
         }
-        Ok(())
     }
 
-    /// Fills `data` with the block: its extents are read, what lies between them is zeros.
-    fn read(&self, task: &Task, data: &mut Vec<u8>, scratch: &mut Scratch) -> Result<(), FormatError> {
-        data.resize(block_len(task.block, self.disk.capacity()), 0);
-        let mut at = 0;
-        for extent in &task.extents {
-            let from = (extent.offset - task.offset()) as usize;
-            let to = from + extent.len as usize;
-            data[at..from].fill(0);
-            self.disk.read_at(extent.offset, &mut data[from..to], scratch)?;
-            at = to;
-        }
-        data[at..].fill(0);
-        Ok(())
-    }
-
-    fn encode(&self, task: &Task, data: &mut Vec<u8>, state: &mut dyn EncodeState, out: &mut Encoded) -> Result<Option<Digest>, Error> {
-        out.units.clear();
-        if is_zero(data) {
-            return Ok(None);
-        }
-        let digest = block_digest(data);
+    fn form(&self) -> Result<Form, Error> {
         if self.target.plain() {
-            raw::split(task.offset(), data, out);
-            return Ok(Some(digest));
+            return Ok(Form::Plain);
         }
-        if out.bytes.capacity() == 0 {
-            // Room for a block that does not compress, exactly: growing would double it.
-            out.bytes.reserve_exact(BLOCK as usize + BLOCK as usize / UNIT * 1024);
+        let state = self.target.encoder().and_then(|encoder| encoder.state()).map_err(Error::Output)?;
+        let want = self.target.packing().filter(|want| self.pass_on && self.disk.packs(*want));
+        Ok(Form::Encoded(state, want))
+    }
+
+    /// Writes a block where the writer said.
+    fn write_placed(&self, queue: &Queue, placed: Placed) -> Result<(), Error> {
+        for run in &placed.runs {
+            let bytes = &placed.encoded.bytes[run.start..run.start + run.len];
+            self.file.write_all_at(bytes, self.base + run.offset).map_err(|e| output_error(e.into(), self.file_name))?;
         }
-        state.encode(task.offset(), data, out).map_err(Error::Output)?;
-        Ok(Some(digest))
+        queue.written(placed);
+        Ok(())
+    }
+
+    /// Lays a block down, or gives it its place and leaves the writing to the workers. Under a bandwidth limit they sleep, so that it is done here.
+    fn lay(&self, queue: &Queue, seq: u64, encoded: Encoded, writer: &mut dyn DiskWriter) -> Result<(), Error> {
+        let fail = |e| output_error(e, self.file_name);
+        let mut runs = Vec::new();
+        if !self.throttle.limits() && writer.place_block(&encoded, &mut runs).map_err(fail)? {
+            queue.place(Placed { seq, encoded, runs });
+            return Ok(());
+        }
+        writer.write_block(&encoded).map_err(fail)?;
+        queue.give_back(encoded);
+        Ok(())
     }
 
     fn source(&self, source: FormatError) -> Error {
@@ -187,19 +204,19 @@ impl DiskCopy<'_> {
     }
 
     /// The writer: lays blocks down in order and hands over checkpoints. Answers with what it has when all blocks are written.
-    fn write_all(&self, queue: &Queue, start: Start, seals: SyncSender<Checkpoint>) -> Written {
-        let mut written = Written { writer: start.writer, blocks: start.blocks, from: start.from, data: start.data };
+    fn write_all(&self, queue: &Queue, start: Start, seals: SyncSender<Sealing>) -> Written {
+        let mut written = Written { writer: start.writer, blocks: start.blocks, from: start.from, data: start.data, next_seq: 0 };
         let mut pending = Pending { next_block: start.next_block, ..Pending::new() };
         loop {
             let until = pending.dirty.then(|| pending.since + self.tuning.checkpoint_every);
             let ended = match queue.next(until) {
-                Next::Block(done) => {
-                    if let Err(e) = written.writer.write_block(&done.encoded) {
-                        queue.fail(output_error(e, self.file_name));
+                Next::Block(seq, done) => {
+                    pending.add(&done, &mut written);
+                    written.next_seq = seq + 1;
+                    if let Err(error) = self.lay(queue, seq, done.encoded, written.writer.as_mut()) {
+                        queue.fail(error);
                         return written;
                     }
-                    pending.add(&done, &mut written);
-                    queue.give_back(done.encoded);
                     false
                 }
                 Next::Late => false,
@@ -208,6 +225,15 @@ impl DiskCopy<'_> {
                 Next::Halted if self.control.stop() == Some(Stop::Cancel) || !queue.output_is_sound() => return written,
                 Next::Halted => true,
             };
+            // Once the queue has halted or ended the workers leave, and whoever waits for these bytes would wait for ever.
+            while (ended || queue.halted())
+                && let Some(placed) = queue.take_placed()
+            {
+                if let Err(error) = self.write_placed(queue, placed) {
+                    queue.fail(error);
+                    return written;
+                }
+            }
             let full = pending.data >= self.tuning.checkpoint_bytes || pending.digests.len() >= MAX_DIGESTS;
             if pending.dirty && (ended || full || until.is_some_and(|until| Instant::now() >= until)) {
                 match self.checkpoint(&mut written, &mut pending) {
@@ -229,27 +255,33 @@ impl DiskCopy<'_> {
         }
     }
 
-    fn checkpoint(&self, written: &mut Written, pending: &mut Pending) -> Result<Checkpoint, Error> {
+    fn checkpoint(&self, written: &mut Written, pending: &mut Pending) -> Result<Sealing, Error> {
         let piece = written.writer.checkpoint().map_err(|e| output_error(e, self.file_name))?;
         let (from, position) = (written.from, written.writer.position());
         written.from = position;
-        self.growing.grow(self.base + if self.target.is_raw() { (pending.next_block * BLOCK).min(self.disk.capacity()) } else { position });
+        let end = if self.target.is_raw() { (pending.next_block * BLOCK).min(self.disk.capacity()) } else { position };
         let done = std::mem::replace(pending, Pending { next_block: pending.next_block, ..Pending::new() });
         let (disk, next_block, data) = (self.number, done.next_block, written.data);
-        Ok(Checkpoint { disk, next_block, data, from, position, hash: [0; 32], digests: done.digests, piece })
+        let checkpoint = Checkpoint { disk, next_block, data, from, position, hash: [0; 32], digests: done.digests, piece };
+        Ok(Sealing { checkpoint, before: written.next_seq, end })
     }
 
     /// The sealer: makes checkpoints durable, one after the other, while the writer goes on.
-    fn seal_all(&self, queue: &Queue, seals: &Receiver<Checkpoint>, journal: &mut Journal) {
-        for mut checkpoint in seals {
-            let hashed = self.target.evidence() == Evidence::Region;
-            match seal(&self.file, self.base, hashed, self.file_name, &mut checkpoint) {
-                Ok(()) => {}
-                Err(error) => return queue.fail(error),
+    fn seal_all(&self, queue: &Queue, seals: &Receiver<Sealing>, journal: &mut Journal) {
+        for Sealing { mut checkpoint, before, end } in seals {
+            if !queue.wait_written(before) {
+                return;
             }
+            self.growing.grow(end);
             let data = checkpoint.data;
-            if let Err(e) = journal.append(&Record::Checkpoint(checkpoint)) {
-                return queue.fail(Error::journal(e));
+            if self.tuning.resumable {
+                let hashed = self.target.evidence() == Evidence::Region;
+                if let Err(error) = seal(&self.file, self.base, hashed, self.file_name, &mut checkpoint) {
+                    return queue.fail(error);
+                }
+                if let Err(e) = journal.append(&Record::Checkpoint(checkpoint)) {
+                    return queue.fail(Error::journal(e));
+                }
             }
             self.control.counters.durable.store(self.durable_before + data, Ordering::Relaxed);
         }
@@ -260,7 +292,7 @@ impl DiskCopy<'_> {
         let io = |e: std::io::Error| output_error(e.into(), self.file_name);
         let length = written.writer.finish().map_err(|e| output_error(e, self.file_name))?;
         self.file.sync_data().map_err(io)?;
-        let (front, tail) = match self.target.evidence() != Evidence::Blocks {
+        let (front, tail) = match self.tuning.resumable && self.target.evidence() != Evidence::Blocks {
             true => (
                 hash_region(&self.file, self.base, self.base + self.front).map_err(io)?,
                 hash_region(&self.file, self.base + written.from, self.base + length).map_err(io)?,
@@ -275,12 +307,23 @@ impl DiskCopy<'_> {
     }
 }
 
+/// A checkpoint on its way to the journal.
+struct Sealing {
+    checkpoint: Checkpoint,
+    /// All blocks before this one in the writer's order must be written first.
+    before: u64,
+    /// Bytes of the disk's output that are final then, counted from its base.
+    end: u64,
+}
+
 /// What the writer has so far.
 struct Written {
     writer: Box<dyn DiskWriter>,
     blocks: Blocks,
     from: u64,
     data: u64,
+    /// Number of the next block in its order.
+    next_seq: u64,
 }
 
 /// What the next checkpoint will hold.

@@ -31,6 +31,8 @@ const FREE_HOLES: u64 = 2 << 30;
 pub(super) struct Input {
     pub(super) name: String,
     pub(super) file: File,
+    /// Where it begins: 0, or a member's place in an archive.
+    pub(super) base: u64,
     /// Bytes.
     pub(super) size: u64,
     /// As the API spells it.
@@ -44,7 +46,7 @@ pub(super) fn mostly_holes(capacity: u64, data: u64) -> bool {
     capacity.saturating_sub(data) > data.saturating_add(FREE_HOLES)
 }
 
-/// A file that grows while it is hashed.
+/// A file, or a member of an archive, that grows while it is hashed.
 pub(super) struct Growing {
     /// Bytes that are final, and whether nobody will say more.
     state: Mutex<(u64, bool)>,
@@ -98,9 +100,10 @@ impl Hashing {
         Ok(())
     }
 
-    /// Hashes a file behind its writer until `growing` is closed; [`Hashing::run`] goes on from there. An error is left for it to find.
-    pub(super) fn follow(&self, name: &str, file: &File, sparse: bool, growing: &Growing) {
-        let mut stream = Stream::new(0, Sha256::new());
+    /// Hashes what begins at `base` of a file behind its writer until `growing` is closed; [`Hashing::hash`] goes on from there. An error is left
+    /// for it to find.
+    pub(super) fn follow(&self, name: &str, file: &File, base: u64, sparse: bool, growing: &Growing) {
+        let mut stream = Stream::new(base, 0, Sha256::new());
         while let Some(end) = growing.wait(stream.at) {
             if stream.step(file, end, sparse).is_err() {
                 return;
@@ -116,7 +119,7 @@ impl Hashing {
             return Ok(());
         }
         let (at, hasher) = earlier.and_then(|earlier| revive(&earlier, input.size)).unwrap_or((0, Sha256::new()));
-        let mut stream = Stream::new(at, hasher);
+        let mut stream = Stream::new(input.base, at, hasher);
         let mut published = at;
         while stream.at < input.size {
             if stop() {
@@ -169,6 +172,8 @@ fn revive(earlier: &Hashed, size: u64) -> Option<(u64, Sha256)> {
 
 /// A hash in the making.
 struct Stream {
+    base: u64,
+    /// Bytes hashed, counted from the base.
     at: u64,
     hasher: Sha256,
     buf: Vec<u8>,
@@ -177,16 +182,16 @@ struct Stream {
 }
 
 impl Stream {
-    fn new(at: u64, hasher: Sha256) -> Self {
-        Self { at, hasher, buf: vec![0; STEP], blank: true }
+    fn new(base: u64, at: u64, hasher: Sha256) -> Self {
+        Self { base, at, hasher, buf: vec![0; STEP], blank: true }
     }
 
     /// Hashes the next bytes, at most up to `end`. Holes of a sparse file are not read.
     fn step(&mut self, file: &File, end: u64, sparse: bool) -> io::Result<()> {
         let part = (end - self.at).min(STEP as u64) as usize;
-        if !(sparse && is_hole(file, self.at, part as u64)) {
+        if !(sparse && is_hole(file, self.base + self.at, part as u64)) {
             self.blank = false;
-            read_padded(file, &mut self.buf[..part], self.at)?;
+            read_padded(file, &mut self.buf[..part], self.base + self.at)?;
         } else if !self.blank {
             self.buf.fill(0);
             self.blank = true;
@@ -212,7 +217,7 @@ fn is_hole(file: &File, at: u64, len: u64) -> bool {
 /// SHA-256 of a file, hex; `None` when `stop` said so first.
 pub(super) fn sha256(file: &File, stop: &dyn Fn() -> bool) -> io::Result<Option<String>> {
     let hashing = Hashing::new(BTreeMap::new());
-    let input = Input { name: String::new(), file: file.try_clone()?, size: file.metadata()?.len(), format: "", skip: false };
+    let input = Input { name: String::new(), file: file.try_clone()?, base: 0, size: file.metadata()?.len(), format: "", skip: false };
     hashing.hash(&input, stop)?;
     Ok(hashing.digest(""))
 }
@@ -239,8 +244,14 @@ mod tests {
         std::fs::remove_file(&path).unwrap();
         file.write_all_at(b"beginning", 0).unwrap();
         file.write_all_at(b"end", 70 << 20).unwrap();
-        let input =
-            |format| Input { name: "a".into(), file: file.try_clone().unwrap(), size: file.metadata().unwrap().len(), format, skip: false };
+        let input = |format| Input {
+            name: "a".into(),
+            file: file.try_clone().unwrap(),
+            base: 0,
+            size: file.metadata().unwrap().len(),
+            format,
+            skip: false,
+        };
         let expected = sha256(&file, &|| false).unwrap().unwrap();
 
         let reads = Cell::new(0);
@@ -262,7 +273,7 @@ mod tests {
         let third = Hashing::new(BTreeMap::new());
         let growing = Growing::new();
         std::thread::scope(|scope| {
-            let follower = scope.spawn(|| third.follow("a", &file, true, &growing));
+            let follower = scope.spawn(|| third.follow("a", &file, 0, true, &growing));
             for end in [1 << 20, 5 << 20, 70 << 20] {
                 growing.grow(end);
                 std::thread::sleep(std::time::Duration::from_millis(20));

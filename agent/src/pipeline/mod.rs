@@ -22,6 +22,7 @@ mod target;
 mod tests;
 mod throttle;
 mod verify;
+mod work;
 
 use std::io;
 use std::sync::Arc;
@@ -46,6 +47,12 @@ pub enum Format {
     Raw,
     /// qcow2 version 3.
     Qcow2,
+    /// VHDX, dynamic.
+    Vhdx,
+    /// VHD, dynamic.
+    Vhd,
+    /// VDI, dynamic.
+    Vdi,
     /// streamOptimized VMDKs.
     Vmdk,
     /// A description, its manifest and streamOptimized VMDKs.
@@ -60,6 +67,9 @@ impl Format {
         match self {
             Self::Raw => "raw",
             Self::Qcow2 => "qcow2",
+            Self::Vhdx => "vhdx",
+            Self::Vhd => "vhd",
+            Self::Vdi => "vdi",
             Self::Vmdk => "vmdk",
             Self::Ovf => "ovf",
             Self::Ova => "ova",
@@ -95,15 +105,18 @@ pub struct Tuning {
     pub checkpoint_every: Duration,
     /// Threads that read and encode, 1 to 12; all cores when absent.
     pub workers: Option<usize>,
+    /// Whether a later attempt is to go on from a checkpoint. If not, checkpoints only say how far the output is, and nothing but its end is
+    /// synced.
+    pub resumable: bool,
 }
 
 impl Default for Tuning {
     fn default() -> Self {
-        Self { checkpoint_bytes: 64 << 20, checkpoint_every: Duration::from_secs(5), workers: None }
+        Self { checkpoint_bytes: 64 << 20, checkpoint_every: Duration::from_secs(5), workers: None, resumable: true }
     }
 }
 
-/// A copy to be made. Everything but `verify`, `bandwidth` and `tuning` must be the same in each attempt, else it starts anew.
+/// A copy to be made. Everything but `pass_on`, `sha256`, `verify`, `bandwidth` and `tuning` must be the same in each attempt, else it starts anew.
 #[derive(Clone)]
 pub struct Job {
     /// The job's id; `convert` for a conversion without a server.
@@ -116,6 +129,10 @@ pub struct Job {
     pub format: Format,
     /// How to compress; absent: qcow2 plain, VMDK deflate at level 1.
     pub compression: Option<Compression>,
+    /// Whether units that lie compressed at the source as they are wanted are passed on as they are: checked and hashed, not compressed again.
+    pub pass_on: bool,
+    /// Whether the SHA-256 of each output file goes into the manifest (of the members of an OVF or OVA it always goes into their `.mf`).
+    pub sha256: bool,
     /// Whether to read back and compare.
     pub verify: bool,
     /// Limit of data bytes read per second.

@@ -59,27 +59,43 @@ impl<'a> Package<'a> {
     /// Writes what belongs around the disks and syncs it.
     pub(super) fn finish(&self, part: &PartDir, places: &[Place], hashing: &Hashing, control: &Control<'_>) -> Result<(), Error> {
         match (&self.layout, self.job.format) {
-            (Some(layout), _) => self.finish_archive(layout, part, places, control),
+            (Some(layout), _) => self.finish_archive(layout, part, places, hashing, control),
             (None, Format::Ovf) => self.finish_folder(part, places, hashing, control),
             _ => Ok(()),
         }
     }
 
-    fn finish_archive(&self, layout: &ova::Layout, part: &PartDir, places: &[Place], control: &Control<'_>) -> Result<(), Error> {
+    fn finish_archive(
+        &self,
+        layout: &ova::Layout,
+        part: &PartDir,
+        places: &[Place],
+        hashing: &Hashing,
+        control: &Control<'_>,
+    ) -> Result<(), Error> {
         let name = self.job.disk_file(0);
         let fail = |e: FormatError| output_error(e, &name);
         let file = part.open_existing(&name).map_err(|e| fail(e.into()))?;
-        let disks: Vec<ova::Finished> = places
-            .iter()
-            .enumerate()
-            .map(|(n, place)| ova::Finished {
-                name: layout.disk_name(n),
+        let stop = || {
+            control.poll();
+            control.stopped()
+        };
+        let mut disks = Vec::new();
+        for (n, place) in places.iter().enumerate() {
+            let name = layout.disk_name(n);
+            let member = file.try_clone().map_err(|e| fail(e.into()))?;
+            let input = Input { name: name.clone(), file: member, base: place.base, size: place.length, format: "vmdk", skip: false };
+            hashing.hash(&input, &stop).map_err(|e| fail(e.into()))?;
+            control.check()?;
+            disks.push(ova::Finished {
+                sha256: hashing.digest(&name),
+                name,
                 capacity: self.job.disks[n].disk.capacity(),
                 base: place.base,
                 size: place.length,
                 populated: place.data,
-            })
-            .collect();
+            });
+        }
         let mut progress = |_| {
             control.poll();
             if control.stopped() { Err(FormatError::Io(io::ErrorKind::Interrupted.into())) } else { Ok(()) }
@@ -96,7 +112,7 @@ impl<'a> Package<'a> {
             let name = self.job.disk_file(n);
             let fail = |e: io::Error| output_error(e.into(), &name);
             let file = part.open(&name).map_err(fail)?;
-            let input = Input { name: name.clone(), file, size: place.length, format: self.job.format.disk_format(), skip: false };
+            let input = Input { name: name.clone(), file, base: 0, size: place.length, format: self.job.format.disk_format(), skip: false };
             let stop = || {
                 control.poll();
                 control.stopped()
@@ -159,7 +175,7 @@ impl<'a> Package<'a> {
             let skip = format == "raw" && mostly_holes(self.job.disks[n].disk.capacity(), places[n].data);
             let input = part.open(&name).and_then(|file| {
                 let size = file.metadata()?.len();
-                Ok(Input { file, size, format, skip, name: name.clone() })
+                Ok(Input { file, base: 0, size, format, skip, name: name.clone() })
             });
             input.map_err(|e| output_error(e.into(), &name))
         };

@@ -109,7 +109,7 @@ impl<'a> Run<'a> {
             job,
             part,
             control,
-            target: Target::new(job.format, job.compression, job.cid).map_err(Error::Output)?,
+            target: Target::new(job).map_err(Error::Output)?,
             package: Package::new(job)?,
             throttle: Throttle::new(job.bandwidth),
             places: Vec::new(),
@@ -158,10 +158,10 @@ impl<'a> Run<'a> {
         let output = Output { file: file.clone(), base };
         let capacity = source.disk.capacity();
         let (start, front) = match partial {
-            Some(partial) => self.take_up(output, capacity, partial, journal)?,
+            Some(partial) => self.take_up(output, capacity, number, partial, journal)?,
             None => {
                 file.set_len(base).map_err(fail)?;
-                let writer = self.target.create(output, capacity).map_err(|e| output_error(e, &name))?;
+                let writer = self.target.create(output, capacity, number).map_err(|e| output_error(e, &name))?;
                 file.sync_all().map_err(fail)?;
                 self.part.sync().map_err(fail)?;
                 let front = self.target.front(writer.position());
@@ -183,15 +183,20 @@ impl<'a> Run<'a> {
             base,
             front,
             durable_before: self.places.iter().map(|place| place.data).sum(),
+            pass_on: self.job.pass_on,
             growing: &growing,
         };
-        // Behind the writer where its bytes stay as they are, unless the file is left out in the end.
+        // Behind the writer where its bytes stay as they are: what a package's `.mf` says, and the file itself unless it is left out in the end.
         let raw = self.job.format == Format::Raw;
-        if !self.target.is_stream() || self.job.format == Format::Ova || (raw && mostly_holes(capacity, self.data[number])) {
-            return copy.run(start, journal);
-        }
+        let followed = match self.job.format {
+            Format::Ova => self.package.member(number),
+            Format::Ovf => Some(name.clone()),
+            _ if !self.job.sha256 || !self.target.is_stream() || (raw && mostly_holes(capacity, self.data[number])) => None,
+            _ => Some(name.clone()),
+        };
+        let Some(followed) = followed else { return copy.run(start, journal) };
         thread::scope(|scope| {
-            scope.spawn(|| hashing.follow(&name, &file, raw, &growing));
+            scope.spawn(|| hashing.follow(&followed, &file, base, raw, &growing));
             let copied = copy.run(start, journal);
             growing.close();
             copied
@@ -199,14 +204,14 @@ impl<'a> Run<'a> {
     }
 
     /// A writer that goes on at a checkpoint.
-    fn take_up(&self, output: Output, capacity: u64, partial: Partial, journal: &Journal) -> Result<(Start, u64), Error> {
+    fn take_up(&self, output: Output, capacity: u64, number: usize, partial: Partial, journal: &Journal) -> Result<(Start, u64), Error> {
         let Partial { front, next_block, data, position, blocks, records } = partial;
         let mut pieces = records.filter_map(|i| match journal.read(i) {
             Ok(Record::Checkpoint(checkpoint)) => Some(Ok(checkpoint.piece)),
             Ok(_) => None,
             Err(e) => Some(Err(e.into())),
         });
-        let writer = self.target.resume(output, capacity, &mut pieces, position).map_err(Error::Output)?;
+        let writer = self.target.resume(output, capacity, number, &mut pieces, position).map_err(Error::Output)?;
         Ok((Start { writer, next_block, data, from: position, blocks }, front))
     }
 
@@ -222,7 +227,8 @@ impl<'a> Run<'a> {
         thread::scope(|scope| {
             let hasher = scope.spawn(|| {
                 let _member = crew.member();
-                hashing.run(inputs, &|| halted.load(Ordering::Relaxed) || self.control.stopped())
+                let wanted = if self.job.sha256 { inputs } else { &[] };
+                hashing.run(wanted, &|| halted.load(Ordering::Relaxed) || self.control.stopped())
             });
             let compared = if self.job.verify { self.compare(hashing, found, journal) } else { Ok(unproven()) };
             let mut noted = Ok(());

@@ -6,12 +6,11 @@
 
 use std::sync::Arc;
 
-use crate::formats::{Compression, Disk, DiskWriter, Encoder, FormatError, Method, Output, Result, Window, qcow2, raw, vmdk};
+use crate::formats::{
+    Compression, Disk, DiskWriter, Encoder, FormatError, Method, Output, Packing, Result, Window, deflate, qcow2, raw, vdi, vhd, vhdx, vmdk,
+};
 
-use super::Format;
-
-/// Deflate level of a VMDK when none is asked for: twice as fast as 6 for 4 % more bytes.
-const VMDK_LEVEL: i32 = 1;
+use super::{Format, Job};
 
 /// How each disk of a job is written.
 #[derive(Clone, Copy, Debug)]
@@ -20,21 +19,35 @@ pub(super) enum Target {
     Qcow2(Option<Compression>),
     /// streamOptimized: deflate level and content id.
     Stream(i32, u32),
+    /// VHDX, VHD, VDI: dynamic, plain, with a UUID and a time.
+    Dynamic(Dynamic, [u8; 16], u64),
+}
+
+/// Formats that keep a table of blocks at their front.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Dynamic {
+    Vhdx,
+    Vhd,
+    Vdi,
 }
 
 impl Target {
     /// The target of a job; refused when the format does not know the compression.
-    pub(super) fn new(format: Format, compression: Option<Compression>, cid: u32) -> Result<Self> {
-        let target = match (format, compression) {
+    pub(super) fn new(job: &Job) -> Result<Self> {
+        let target = match (job.format, job.compression) {
             (Format::Raw, None) => Self::Raw,
-            (Format::Raw, Some(_)) => {
-                return Err(FormatError::Unsupported("raw disks are not compressed; leave compression out or choose qcow2".to_owned()));
+            (Format::Vhdx, None) => Self::Dynamic(Dynamic::Vhdx, uuid(job), job.created),
+            (Format::Vhd, None) => Self::Dynamic(Dynamic::Vhd, uuid(job), job.created),
+            (Format::Vdi, None) => Self::Dynamic(Dynamic::Vdi, uuid(job), job.created),
+            (Format::Raw | Format::Vhdx | Format::Vhd | Format::Vdi, Some(_)) => {
+                let text = format!("{} disks are not compressed; leave compression out or choose qcow2", job.format.name());
+                return Err(FormatError::Unsupported(text));
             }
             (Format::Qcow2, compression) => Self::Qcow2(compression),
             (_, Some(Compression { method: Method::Zstd, .. })) => {
                 return Err(FormatError::Unsupported("VMDK knows only deflate; choose it, or qcow2 for zstd".to_owned()));
             }
-            (_, compression) => Self::Stream(compression.map_or(VMDK_LEVEL, |c| c.level), cid),
+            (_, compression) => Self::Stream(compression.map_or(deflate::FAST, |c| c.level), job.cid),
         };
         target.encoder()?;
         Ok(target)
@@ -42,7 +55,16 @@ impl Target {
 
     /// Whether units are stored as they are, so that [`raw::split`] encodes them.
     pub(super) fn plain(self) -> bool {
-        matches!(self, Self::Raw | Self::Qcow2(None))
+        matches!(self, Self::Raw | Self::Qcow2(None) | Self::Dynamic(..))
+    }
+
+    /// What a compressed unit of it is, where one can come from elsewhere.
+    pub(super) fn packing(self) -> Option<Packing> {
+        match self {
+            Self::Stream(..) => Some(Packing::Zlib),
+            Self::Qcow2(Some(Compression { method: Method::Deflate, .. })) => Some(Packing::Deflate),
+            _ => None,
+        }
     }
 
     /// What shows at resume that a sealed region is there.
@@ -50,7 +72,7 @@ impl Target {
         match self {
             Self::Raw => Evidence::Blocks,
             Self::Qcow2(None) => Evidence::Placed,
-            Self::Qcow2(Some(_)) | Self::Stream(..) => Evidence::Region,
+            Self::Qcow2(Some(_)) | Self::Stream(..) | Self::Dynamic(..) => Evidence::Region,
         }
     }
 
@@ -65,29 +87,35 @@ impl Target {
 
     /// Bytes at the beginning of a fresh output that `finish` writes again.
     pub(super) fn front(self, fresh_position: u64) -> u64 {
-        if matches!(self, Self::Qcow2(_)) { fresh_position } else { 0 }
+        if matches!(self, Self::Qcow2(_) | Self::Dynamic(..)) { fresh_position } else { 0 }
     }
 
     pub(super) fn encoder(self) -> Result<Box<dyn Encoder>> {
         Ok(match self {
-            Self::Raw => Box::new(raw::Encoder),
+            Self::Raw | Self::Dynamic(..) => Box::new(raw::Encoder),
             Self::Qcow2(compression) => Box::new(qcow2::Encoder::new(compression)?),
             Self::Stream(level, _) => Box::new(vmdk::StreamEncoder::new(level)?),
         })
     }
 
-    pub(super) fn create(self, output: Output, capacity: u64) -> Result<Box<dyn DiskWriter>> {
+    /// A writer of disk `number` from its beginning.
+    pub(super) fn create(self, output: Output, capacity: u64, number: usize) -> Result<Box<dyn DiskWriter>> {
         Ok(match self {
             Self::Raw => Box::new(raw::Writer::new(output, capacity)),
             Self::Qcow2(compression) => Box::new(qcow2::Writer::new(output, capacity, compression.map(|c| c.method))?),
             Self::Stream(_, cid) => Box::new(vmdk::StreamWriter::create(output, capacity, cid)?),
+            Self::Dynamic(Dynamic::Vhdx, id, _) => Box::new(vhdx::Writer::new(output, capacity, of_disk(id, number))?),
+            Self::Dynamic(Dynamic::Vhd, id, created) => Box::new(vhd::Writer::new(output, capacity, identity(id, number, created))?),
+            Self::Dynamic(Dynamic::Vdi, id, _) => Box::new(vdi::Writer::new(output, capacity, of_disk(id, number))?),
         })
     }
 
+    /// A writer that goes on at a checkpoint.
     pub(super) fn resume(
         self,
         output: Output,
         capacity: u64,
+        number: usize,
         pieces: &mut dyn Iterator<Item = Result<Vec<u8>>>,
         position: u64,
     ) -> Result<Box<dyn DiskWriter>> {
@@ -95,8 +123,32 @@ impl Target {
             Self::Raw => Box::new(raw::Writer::resume(output, capacity, position)),
             Self::Qcow2(compression) => Box::new(qcow2::Writer::resume(output, capacity, compression.map(|c| c.method), pieces, position)?),
             Self::Stream(..) => Box::new(vmdk::StreamWriter::resume(output, capacity, &pieces.collect::<Result<Vec<_>>>()?, position)?),
+            Self::Dynamic(Dynamic::Vhdx, id, _) => Box::new(vhdx::Writer::resume(output, capacity, of_disk(id, number), pieces, position)?),
+            Self::Dynamic(Dynamic::Vhd, id, created) => {
+                Box::new(vhd::Writer::resume(output, capacity, identity(id, number, created), pieces, position)?)
+            }
+            Self::Dynamic(Dynamic::Vdi, id, _) => Box::new(vdi::Writer::resume(output, capacity, of_disk(id, number), pieces, position)?),
         })
     }
+}
+
+/// The same in each attempt of a job: a UUID of version 8 (RFC 9562, section 5.8) from its id.
+fn uuid(job: &Job) -> [u8; 16] {
+    let mut id = [0u8; 16];
+    id.copy_from_slice(&blake3::hash(format!("{} {:08x} {}", job.id, job.cid, job.created).as_bytes()).as_bytes()[..16]);
+    id[6] = id[6] & 0x0f | 0x80;
+    id[8] = id[8] & 0x3f | 0x80;
+    id
+}
+
+/// Another one for each disk.
+fn of_disk(mut id: [u8; 16], number: usize) -> [u8; 16] {
+    id[15] ^= number as u8;
+    id
+}
+
+fn identity(id: [u8; 16], number: usize, created: u64) -> vhd::Identity {
+    vhd::Identity { id: of_disk(id, number), created }
 }
 
 /// How a sealed region is held against the journal.
@@ -116,6 +168,9 @@ pub(super) fn open_output(format: &str, window: Window) -> Result<Arc<dyn Disk>>
         "raw" => Arc::new(raw::Reader::open(window)?),
         "qcow2" => Arc::new(qcow2::Reader::open_damaged(window)?),
         "vmdk" => Arc::new(vmdk::open_single(window)?),
-        other => return Err(FormatError::Unsupported(format!("disks of format {other:?} are not read back; raw, qcow2 and vmdk are"))),
+        "vhdx" => Arc::new(vhdx::Reader::open_damaged(window)?),
+        "vhd" => Arc::new(vhd::Reader::open(window)?),
+        "vdi" => Arc::new(vdi::Reader::open(window)?),
+        other => return Err(FormatError::Unsupported(format!("disks of format {other:?} are not read back"))),
     })
 }

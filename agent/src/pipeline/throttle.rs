@@ -28,6 +28,11 @@ impl Throttle {
         Self { limit: limit.filter(|limit| *limit > 0), last: Mutex::new(Instant::now()) }
     }
 
+    /// Whether there is a limit at all.
+    pub(super) fn limits(&self) -> bool {
+        self.limit.is_some()
+    }
+
     /// Waits until `bytes` may be read; false when `stop` said so first.
     pub(super) fn take(&self, bytes: u64, stop: &dyn Fn() -> bool) -> bool {
         let Some(limit) = self.limit else { return !stop() };

@@ -2,7 +2,8 @@
 //!
 //! Owns: which file is a VM, and in which format it may be read. The format is the one that the name declares; what the content says is only
 //! used to refuse (a guest that writes a qcow2 header into its raw disk must not be read as qcow2, design: hostile input).
-//! Never: follows a name out of the folder (the vault's directory handles), writes.
+//! Never: follows a name out of the folder (the vault's directory handles), follows a delta to its parent unless [`OpenOptions`] say so,
+//! writes.
 //! A crash here costs nothing.
 //!
 //! | entry | VM |
@@ -12,7 +13,12 @@
 //! | `web/` with a `.ovf` | the name in it |
 //! | `web/` with images | `web`, its images sorted by name |
 
-use std::collections::BTreeSet;
+mod chain;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -22,9 +28,10 @@ use shared::error::Code;
 use shared::vault::{self, Dir};
 use shared::vm::{Disk as VmDisk, Vm};
 
+use self::chain::{Layered, Step};
 use super::{Error, Opened, Source};
 use crate::formats::sniff::{self, Kind};
-use crate::formats::{Disk, FormatError, Window, ova, qcow2, raw, vmdk};
+use crate::formats::{Disk, FormatError, Window, ova, qcow2, raw, vdi, vhd, vhdx, vmdk};
 
 /// Entries of one folder that are looked at.
 const MAX_ENTRIES: usize = 10_000;
@@ -38,6 +45,25 @@ const DEFAULT_MEMORY_MB: u64 = 2048;
 /// A folder inside a root.
 pub struct Local {
     dir: Dir,
+}
+
+/// What is opened beyond the strict rules, because whoever owns the disks asked for it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct OpenOptions {
+    /// Lay a VMDK delta over its parent and a qcow2 over its backing file, as long as these lie beside or below it in the same folder.
+    pub follow_chain: bool,
+    /// Id or name of the internal snapshot to read instead of the present state; every disk of the VM must be a qcow2 that has it.
+    pub snapshot: Option<String>,
+}
+
+/// One image file, opened.
+struct Image {
+    disk: Arc<dyn Disk>,
+    identity: String,
+    /// Internal snapshots.
+    snapshots: u32,
+    /// The files beneath it, which are no disks of their own.
+    parents: Vec<PathBuf>,
 }
 
 /// How much of a package is checked when it is opened.
@@ -56,6 +82,9 @@ enum Declared {
     Img,
     Qcow2,
     Vmdk,
+    Vhdx,
+    Vhd,
+    Vdi,
     Ova,
     Ovf,
 }
@@ -70,6 +99,9 @@ fn declared(name: &str) -> Option<Declared> {
         "img" => Some(Declared::Img),
         "qcow2" | "qcow" => Some(Declared::Qcow2),
         "vmdk" => Some(Declared::Vmdk),
+        "vhdx" => Some(Declared::Vhdx),
+        "vhd" | "vpc" => Some(Declared::Vhd),
+        "vdi" => Some(Declared::Vdi),
         "ova" => Some(Declared::Ova),
         "ovf" => Some(Declared::Ovf),
         _ => None,
@@ -84,6 +116,21 @@ impl Local {
     /// Takes an opened folder over.
     pub fn new(dir: Dir) -> Self {
         Self { dir }
+    }
+
+    /// The VM of this id with its disks, opened by other than the strict rules: see [`OpenOptions`].
+    /// What cannot be followed is refused ([`Code::BadImage`]) with what would be right.
+    pub fn open_with(&self, vm_id: &str, options: OpenOptions) -> Result<(Vm, Vec<Opened>), Error> {
+        let gone = |e: io::Error| Error::fatal(Code::NotFound, format!("the VM {vm_id:?} is not in the folder any more: {e}"));
+        let is_dir = self.dir.metadata(vm_id).map_err(gone)?.is_dir();
+        match self.vm(vm_id, is_dir, Depth::Digests, &options) {
+            Ok(Some(opened)) => Ok(opened),
+            Ok(None) => Err(Error::fatal(Code::NotFound, format!("{vm_id:?} holds no disk image"))),
+            Err(FormatError::Io(e)) => {
+                Err(Error { code: Code::BadGateway, message: format!("{vm_id}: {e}"), retryable: e.kind() != io::ErrorKind::UnexpectedEof })
+            }
+            Err(e) => Err(Error::fatal(Code::BadImage, e.to_string())),
+        }
     }
 
     fn entries(&self, below: &Path) -> io::Result<Vec<(String, bool)>> {
@@ -102,17 +149,29 @@ impl Local {
 
     fn window(&self, below: &Path) -> Result<(Window, String), FormatError> {
         let file = vault::open_regular(&self.dir, below)?;
-        let m = file.metadata()?;
-        let identity = format!("{}:{}:{}:{}.{}", m.dev(), m.ino(), m.len(), m.mtime(), m.mtime_nsec());
+        let identity = identity(&file)?;
         Ok((Window::whole(file)?, identity))
     }
 
     /// Opens one image file in the format that its name declares.
-    fn image(&self, below: &Path) -> Result<(Arc<dyn Disk>, String), FormatError> {
+    fn image(&self, below: &Path, options: &OpenOptions) -> Result<Image, FormatError> {
         let name = below.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let kind = declared(name);
+        if let (Some(snapshot), false) = (&options.snapshot, kind == Some(Declared::Qcow2)) {
+            return Err(no_snapshot(name, snapshot));
+        }
+        let layered = match kind {
+            Some(Declared::Qcow2) => Some(Layered::Qcow2),
+            Some(Declared::Vmdk) => Some(Layered::Vmdk),
+            _ => None,
+        };
+        if let (Some(format), true) = (layered, options.follow_chain) {
+            return self.chain(Step { path: below.to_owned(), format, cid: None }, options);
+        }
         let (window, mut identity) = self.window(below)?;
         let found = sniff::sniff(&window)?;
-        let disk: Arc<dyn Disk> = match declared(name) {
+        let mut snapshots = 0;
+        let disk: Arc<dyn Disk> = match kind {
             Some(Declared::Raw) => Arc::new(raw::Reader::open(window)?),
             // `.img` says nothing of the format, so only bytes that look like nothing else are taken as raw.
             Some(Declared::Img) if found == Kind::Raw => Arc::new(raw::Reader::open(window)?),
@@ -123,24 +182,47 @@ impl Local {
                 );
                 return Err(FormatError::Refused { format: "raw", reason });
             }
-            Some(Declared::Qcow2) => Arc::new(qcow2::Reader::open(window)?),
-            Some(Declared::Vmdk) => {
-                let folder = below.parent().unwrap_or(Path::new("")).to_owned();
-                let identities = std::sync::Mutex::new(Vec::new());
-                let disk = vmdk::open(window, &|extent| {
-                    let (window, identity) = self.window(&folder.join(extent)).map_err(io::Error::other)?;
-                    identities.lock().unwrap_or_else(|e| e.into_inner()).push(identity);
-                    Ok(window)
-                })?;
-                for extent in identities.into_inner().unwrap_or_default() {
-                    identity.push('+');
-                    identity.push_str(&extent);
-                }
-                Arc::new(disk)
+            Some(Declared::Qcow2) => {
+                let reader = match &options.snapshot {
+                    Some(snapshot) => qcow2::Reader::open_snapshot(window, snapshot)?,
+                    None => qcow2::Reader::open(window)?,
+                };
+                mark_snapshot(&mut identity, options);
+                snapshots = reader.header().snapshots;
+                Arc::new(reader)
             }
-            _ => return Err(FormatError::Unsupported(format!("{name} is no disk image; named .raw, .img, .qcow2 or .vmdk it would be"))),
+            Some(Declared::Vmdk) => Arc::new(self.vmdk(below, window, vmdk::open, &mut identity)?),
+            Some(Declared::Vhdx) => Arc::new(vhdx::Reader::open(window)?),
+            Some(Declared::Vhd) => Arc::new(vhd::Reader::open(window)?),
+            Some(Declared::Vdi) => Arc::new(vdi::Reader::open(window)?),
+            _ => {
+                let text = format!("{name} is no disk image; named .raw, .img, .qcow2, .vmdk, .vhdx, .vhd or .vdi it would be");
+                return Err(FormatError::Unsupported(text));
+            }
         };
-        Ok((disk, identity))
+        Ok(Image { disk, identity, snapshots, parents: Vec::new() })
+    }
+
+    /// Opens a VMDK whose extents lie beside it; they become part of the identity.
+    fn vmdk(
+        &self,
+        below: &Path,
+        window: Window,
+        open: fn(Window, vmdk::Opener<'_>) -> Result<vmdk::Image, FormatError>,
+        identity: &mut String,
+    ) -> Result<vmdk::Image, FormatError> {
+        let folder = below.parent().unwrap_or(Path::new(""));
+        let identities = std::sync::Mutex::new(Vec::new());
+        let disk = open(window, &|extent| {
+            let (window, identity) = self.window(&folder.join(extent)).map_err(io::Error::other)?;
+            identities.lock().unwrap_or_else(|e| e.into_inner()).push(identity);
+            Ok(window)
+        })?;
+        for extent in identities.into_inner().unwrap_or_default() {
+            identity.push('+');
+            identity.push_str(&extent);
+        }
+        Ok(disk)
     }
 
     /// Names that a VMDK descriptor among `names` uses as extents: they are part of that disk, not VMs of their own.
@@ -148,36 +230,31 @@ impl Local {
         let mut extents = BTreeSet::new();
         for name in names.iter().filter(|name| declared(name) == Some(Declared::Vmdk)) {
             let Ok((window, _)) = self.window(&folder.join(name)) else { continue };
-            if !matches!(sniff::sniff(&window), Ok(Kind::VmdkDescriptor)) {
-                continue;
-            }
-            // The reader asks for each extent by name; an answer is not needed to learn the names.
-            let asked = std::sync::Mutex::new(Vec::new());
-            let _ = vmdk::open(window, &|extent| {
-                asked.lock().unwrap_or_else(|e| e.into_inner()).push(extent.to_owned());
-                self.window(&folder.join(extent)).map(|(window, _)| window).map_err(io::Error::other)
-            });
-            extents.extend(asked.into_inner().unwrap_or_default());
+            extents.extend(vmdk::extent_names(&window).unwrap_or_default());
         }
         extents
     }
 
     /// The VM at an entry, with its disks; `None` where the entry is no VM. `depth` says how much of a package is checked.
-    fn vm(&self, id: &str, is_dir: bool, depth: Depth) -> Result<Option<(Vm, Vec<Opened>)>, FormatError> {
+    fn vm(&self, id: &str, is_dir: bool, depth: Depth, options: &OpenOptions) -> Result<Option<(Vm, Vec<Opened>)>, FormatError> {
         let path = Path::new(id);
         if is_dir {
-            return self.folder(path, depth);
+            return self.folder(path, depth, options);
         }
-        match declared(id) {
-            None | Some(Declared::Ovf) => Ok(None),
-            Some(Declared::Ova) => self.ova(path, depth).map(Some),
-            Some(_) => self.images(stem(id), path, &[PathBuf::from(id)]).map(Some),
+        match (declared(id), &options.snapshot) {
+            (None | Some(Declared::Ovf), _) => Ok(None),
+            (Some(Declared::Ova), Some(snapshot)) => Err(no_snapshot(id, snapshot)),
+            (Some(Declared::Ova), None) => self.ova(path, depth).map(Some),
+            (Some(_), _) => self.images(stem(id), path, &[PathBuf::from(id)], options).map(Some),
         }
     }
 
-    fn folder(&self, path: &Path, depth: Depth) -> Result<Option<(Vm, Vec<Opened>)>, FormatError> {
+    fn folder(&self, path: &Path, depth: Depth, options: &OpenOptions) -> Result<Option<(Vm, Vec<Opened>)>, FormatError> {
         let names: Vec<String> = self.entries(path)?.into_iter().filter(|(_, is_dir)| !is_dir).map(|(name, _)| name).collect();
         if let Some(ovf) = names.iter().find(|name| declared(name) == Some(Declared::Ovf)) {
+            if let Some(snapshot) = &options.snapshot {
+                return Err(no_snapshot(ovf, snapshot));
+            }
             return self.ovf(path, ovf, depth).map(Some);
         }
         let extents = self.extents(path, &names);
@@ -191,16 +268,18 @@ impl Local {
             return Err(FormatError::Unsupported(format!("{} disks in one folder; a VM has at most {MAX_DISKS}", disks.len())));
         }
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
-        self.images(&name, path, &disks).map(Some)
+        self.images(&name, path, &disks, options).map(Some)
     }
 
-    fn images(&self, name: &str, path: &Path, files: &[PathBuf]) -> Result<(Vm, Vec<Opened>), FormatError> {
+    fn images(&self, name: &str, path: &Path, files: &[PathBuf], options: &OpenOptions) -> Result<(Vm, Vec<Opened>), FormatError> {
+        let images = files.iter().map(|file| Ok((file, self.image(file, options)?))).collect::<Result<Vec<_>, FormatError>>()?;
+        let tops = tops(images)?;
         let mut vm = plain_vm(name, path);
         let mut opened = Vec::new();
-        for (n, file) in files.iter().enumerate() {
-            let (disk, identity) = self.image(file)?;
-            vm.disks.push(describe(n, &file.display().to_string(), disk.as_ref()));
-            opened.push(Opened { name: format!("disk-{n}"), disk, identity });
+        for (n, (file, image)) in tops.into_iter().enumerate() {
+            vm.snapshots = vm.snapshots.max(image.snapshots);
+            vm.disks.push(describe(n, &file.display().to_string(), image.disk.as_ref()));
+            opened.push(Opened { name: format!("disk-{n}"), disk: image.disk, identity: image.identity });
         }
         Ok((vm, opened))
     }
@@ -253,6 +332,50 @@ impl Local {
     }
 }
 
+/// Leaves out what is only a parent of another image. Two images over one parent are two states of one disk, and nobody said which is
+/// meant.
+fn tops(images: Vec<(&PathBuf, Image)>) -> Result<Vec<(&PathBuf, Image)>, FormatError> {
+    let beneath: BTreeSet<PathBuf> = images.iter().flat_map(|(_, image)| image.parents.iter().cloned()).collect();
+    let tops: Vec<(&PathBuf, Image)> = images.into_iter().filter(|(file, _)| !beneath.contains(*file)).collect();
+    let mut owners: BTreeMap<&PathBuf, &PathBuf> = BTreeMap::new();
+    for (file, image) in &tops {
+        for parent in &image.parents {
+            let Some(other) = owners.insert(parent, file) else { continue };
+            let reason = format!(
+                "{} and {} both lie over {}; give the one that is the VM's disk by its own name",
+                other.display(),
+                file.display(),
+                parent.display()
+            );
+            return Err(FormatError::Refused { format: image.disk.format(), reason });
+        }
+    }
+    Ok(tops)
+}
+
+fn inode(file: &File) -> io::Result<(u64, u64)> {
+    let metadata = file.metadata()?;
+    Ok((metadata.dev(), metadata.ino()))
+}
+
+/// What makes this content the same content at a resume.
+fn identity(file: &File) -> io::Result<String> {
+    let m = file.metadata()?;
+    Ok(format!("{}:{}:{}:{}.{}", m.dev(), m.ino(), m.len(), m.mtime(), m.mtime_nsec()))
+}
+
+/// Two snapshots of one file are two contents.
+fn mark_snapshot(identity: &mut String, options: &OpenOptions) {
+    if let Some(snapshot) = &options.snapshot {
+        identity.push('@');
+        identity.push_str(snapshot);
+    }
+}
+
+fn no_snapshot(name: &str, snapshot: &str) -> FormatError {
+    FormatError::Unsupported(format!("{name} has no snapshot {snapshot:?}: internal snapshots are read from qcow2 images only"))
+}
+
 fn plain_vm(name: &str, path: &Path) -> Vm {
     Vm {
         id: path.display().to_string(),
@@ -292,7 +415,7 @@ impl Source for Local {
         let extents = self.extents(root, &names);
         let mut vms = Vec::new();
         for (name, is_dir) in entries.iter().filter(|(name, _)| !name.starts_with('.') && !extents.contains(name)) {
-            match self.vm(name, *is_dir, Depth::Structure) {
+            match self.vm(name, *is_dir, Depth::Structure, &OpenOptions::default()) {
                 Ok(Some((vm, _))) => vms.push(vm),
                 Ok(None) => {}
                 // What cannot be read stays visible, with the reason: a VM that vanishes from a list is a support call.
@@ -303,15 +426,6 @@ impl Source for Local {
     }
 
     fn open(&self, vm_id: &str) -> Result<(Vm, Vec<Opened>), Error> {
-        let gone = |e: io::Error| Error::fatal(Code::NotFound, format!("the VM {vm_id:?} is not in the folder any more: {e}"));
-        let is_dir = self.dir.metadata(vm_id).map_err(gone)?.is_dir();
-        match self.vm(vm_id, is_dir, Depth::Digests) {
-            Ok(Some(opened)) => Ok(opened),
-            Ok(None) => Err(Error::fatal(Code::NotFound, format!("{vm_id:?} holds no disk image"))),
-            Err(FormatError::Io(e)) => {
-                Err(Error { code: Code::BadGateway, message: format!("{vm_id}: {e}"), retryable: e.kind() != io::ErrorKind::UnexpectedEof })
-            }
-            Err(e) => Err(Error::fatal(Code::BadImage, e.to_string())),
-        }
+        self.open_with(vm_id, OpenOptions::default())
     }
 }

@@ -43,7 +43,7 @@ pub struct Create {
     pub vm_name: Option<String>,
     /// Path of the source for types that name no VM.
     pub source: Option<String>,
-    /// `ova`, `ovf`, `vmdk`, `qcow2` or `raw`; `vhdx`, `vhd` and `vdi` are not built yet.
+    /// `ova`, `ovf`, `vmdk`, `qcow2`, `raw`, `vhdx`, `vhd` or `vdi`.
     #[schema(example = "qcow2")]
     pub format: Option<String>,
     /// How.
@@ -166,8 +166,7 @@ fn output_format(word: Option<&str>) -> Result<Format, Error> {
     let known = || Format::ALL.join(", ");
     let word = word.ok_or_else(|| Error::bad_request(format!("`format` is missing; known: {}", known())))?;
     match Format::from_word(word) {
-        Some(format) if format.is_built() => Ok(format),
-        Some(format) => Err(Error::not_built(format!("output format `{format}`"))),
+        Some(format) => Ok(format),
         None => Err(Error::bad_request(format!("format `{}` is unknown; known: {}", clip(word), known()))),
     }
 }
@@ -201,8 +200,8 @@ fn options(wishes: Wishes, format: Format, notes: &mut Vec<String>) -> Result<Op
         },
     };
     let algorithm = match format {
-        Format::Raw if wishes.compression.is_some() || wishes.level.is_some() => {
-            return unprocessable("raw has no compression: leave `compression` and `level` out, or choose qcow2 or vmdk".to_owned());
+        format if format.is_plain() && (wishes.compression.is_some() || wishes.level.is_some()) => {
+            return unprocessable(format!("{format} has no compression: leave `compression` and `level` out, or choose qcow2 or vmdk"));
         }
         Format::Qcow2 if wishes.compress == Some(false) && (wishes.compression.is_some() || wishes.level.is_some()) => {
             return unprocessable("`compress` is false, but `compression` or `level` is given; leave one of them out".to_owned());
@@ -222,7 +221,7 @@ fn options(wishes: Wishes, format: Format, notes: &mut Vec<String>) -> Result<Op
         },
     };
     match (format, wishes.compress) {
-        (Format::Raw, Some(true)) => notes.push("compress does nothing here: raw has no compression".to_owned()),
+        (format, Some(true)) if format.is_plain() => notes.push(format!("compress does nothing here: {format} has no compression")),
         (Format::Vmdk | Format::Ova | Format::Ovf, Some(false)) => {
             notes.push(format!("compress: false does nothing here: {format} is always deflate"))
         }

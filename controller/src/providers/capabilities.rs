@@ -63,7 +63,7 @@ async fn local(app: &App, connections: Vec<String>) -> Result<Capability, Error>
     // Every agent can serve folders; so whoever is connected can.
     let agents = app.connected_agents().await?;
     let available = !agents.is_empty();
-    let formats = Format::ALL.iter().copied().filter(|word| Format::from_word(word).is_some_and(Format::is_built));
+    let formats = Format::ALL.iter().copied();
     let mut missing = vec![
         "hot_export, changed_blocks: a folder of images has no running VM".to_owned(),
         "deploy: POST /vms/deploy is not built yet".to_owned(),

@@ -97,6 +97,9 @@ fn check(header: &[u8; 512]) -> Result<(), String> {
     if &header[257..262] != b"ustar" {
         return Err("no ustar mark".to_owned());
     }
+    if !matches!(header[262], 0 | b' ') {
+        return Err("its ustar mark is neither POSIX nor GNU".to_owned());
+    }
     let sum: u64 = header.iter().enumerate().map(|(k, b)| if (148..156).contains(&k) { u64::from(b' ') } else { u64::from(*b) }).sum();
     match octal(&header[148..156]) {
         Some(said) if said == sum => Ok(()),
@@ -134,8 +137,10 @@ fn pax(window: &Window, number: u64, offset: u64, size: u64) -> Result<()> {
         let record = rest.get(blank + 1..len).ok_or_else(bad)?;
         let key = record.split(|b| *b == b'=').next().unwrap_or_default();
         let key = String::from_utf8_lossy(key);
-        let harmless = ["mtime", "atime", "ctime", "uid", "gid", "uname", "gname", "comment"].contains(&key.as_ref());
-        if !harmless && !key.starts_with("SCHILY.") && !key.starts_with("LIBARCHIVE.") {
+        // Of star's and libarchive's own keys those that describe the file's owner and times; others change its size or kind.
+        let harmless = ["mtime", "atime", "ctime", "uid", "gid", "uname", "gname", "comment", "LIBARCHIVE.creationtime"];
+        let owners = ["SCHILY.dev", "SCHILY.ino", "SCHILY.nlink", "SCHILY.fflags", "SCHILY.acl.", "SCHILY.xattr.", "LIBARCHIVE.xattr."];
+        if !harmless.contains(&key.as_ref()) && !owners.iter().any(|prefix| key.starts_with(prefix)) {
             return Err(refused(format!(
                 "a PAX record sets {}; plain ustar headers are accepted, sizes from 8 GiB in base-256",
                 shown(&key)

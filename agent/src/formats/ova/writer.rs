@@ -26,6 +26,8 @@ pub struct Finished {
     pub size: u64,
     /// Bytes of the logical disk that hold data.
     pub populated: u64,
+    /// SHA-256 of the disk's file where it is known, hex; else it is read back.
+    pub sha256: Option<String>,
 }
 
 /// A member of the finished archive.
@@ -35,7 +37,7 @@ pub struct Written {
     pub name: String,
     /// Length in bytes.
     pub size: u64,
-    /// SHA-256, hex, of what was read back from the file.
+    /// SHA-256, hex, of what lies in the file.
     pub sha256: String,
 }
 
@@ -97,7 +99,7 @@ impl Layout {
     }
 
     /// Puts description, headers, manifest and end around the disks that lie in `file` (opened for reading and writing), reading every member
-    /// back for its digest. May run again, also after a crash inside of it. The caller syncs.
+    /// back whose digest is not known. May run again, also after a crash inside of it. The caller syncs.
     pub fn finish(&self, file: &File, vm: &Vm, disks: &[Finished], progress: Progress<'_>) -> Result<Finish> {
         if disks.len() != self.disks {
             return Err(refused(format!("{} disks were written, the layout is for {}", disks.len(), self.disks)));
@@ -114,25 +116,28 @@ impl Layout {
         text.resize(self.slot as usize, b'\n');
         file.write_all_at(&tar::header(&ovf_name, self.slot, self.mtime)?, 0)?;
         file.write_all_at(&text, tar::BLOCK)?;
-        let mut members = vec![(ovf_name, tar::BLOCK, self.slot)];
+        let mut members = vec![(ovf_name, tar::BLOCK, self.slot, None)];
         let mut end = tar::BLOCK + self.slot;
         for (k, disk) in disks.iter().enumerate() {
             let base = self.disk_base(k, end);
             if disk.base != base || disk.size > i64::MAX as u64 - base {
                 return Err(refused(format!("disk {k} lies at byte {}, {base} would be right", disk.base)));
             }
-            if members.iter().any(|(name, _, _)| *name == disk.name) {
+            if members.iter().any(|(name, ..)| *name == disk.name) {
                 return Err(refused(format!("two members are named {}", disk.name)));
             }
             file.write_all_at(&tar::header(&disk.name, disk.size, self.mtime)?, base - tar::BLOCK)?;
             end = base + disk.size;
             pad(file, end)?;
-            members.push((disk.name.clone(), base, disk.size));
+            members.push((disk.name.clone(), base, disk.size, disk.sha256.clone()));
         }
         let mut written = Vec::with_capacity(members.len() + 1);
         let window = Window::whole(file.try_clone()?)?;
-        for (name, base, size) in members {
-            let sha256 = sha256(&window.part(base, size)?, progress)?;
+        for (name, base, size, known) in members {
+            let sha256 = match known {
+                Some(digest) => digest,
+                None => sha256(&window.part(base, size)?, progress)?,
+            };
             written.push(Written { name, size, sha256 });
         }
         let lines = mf::generate(written.iter().map(|member| (member.name.as_str(), member.sha256.as_str())));

@@ -8,7 +8,7 @@
 
 use super::super::disk::{FormatError, Result};
 use super::reader::{Mapping, Reader};
-use super::{COMPRESSED, REFTABLE_OFFSET_MASK, corrupt};
+use super::{REFTABLE_OFFSET_MASK, corrupt};
 
 /// Clusters in one page of a [`Map`]: 4 KiB of bits.
 const PAGE: u64 = 32_768;
@@ -135,7 +135,8 @@ impl Audit {
     }
 }
 
-/// Walks all tables of `reader`. L1 entries whose L2 table holds nothing are set to 0 in memory, so that nobody reads it again.
+/// Walks all tables of the state that `reader` shows. What other snapshots refer to is theirs to share and is not walked.
+/// L1 entries whose L2 table holds nothing are set to 0 in memory, so that nobody reads it again.
 pub(super) fn run(reader: &mut Reader) -> Result<()> {
     let header = reader.header().clone();
     let mut audit = Audit {
@@ -149,6 +150,10 @@ pub(super) fn run(reader: &mut Reader) -> Result<()> {
     };
     audit.claim("header", 0, 0)?;
     audit.claim_table("L1 table", header.l1_offset, header.l1_entries * 8)?;
+    if let Some((offset, bytes)) = header.active_l1 {
+        audit.claim_table("L1 table of the present state", offset, bytes)?;
+    }
+    audit.claim_table("snapshot table", header.snapshots_offset, header.snapshots_bytes)?;
     audit.claim_table("refcount table", header.reftable_offset, header.reftable_bytes)?;
     audit_refcount_blocks(reader, &mut audit)?;
     let mut table = Vec::new();
@@ -169,11 +174,11 @@ pub(super) fn run(reader: &mut Reader) -> Result<()> {
             used = true;
             let index = first + k as u64;
             match reader.mapping(index, *entry)? {
-                Mapping::Hole if *entry & COMPRESSED == 0 && *entry & super::OFFSET_MASK != 0 => {
+                Mapping::Zero if *entry & super::OFFSET_MASK != 0 => {
                     // A zero cluster that keeps its place: nothing reads it, but nothing else may lie there.
                     audit.claim("zero cluster", index, *entry & super::OFFSET_MASK)?;
                 }
-                Mapping::Hole => {}
+                Mapping::Hole | Mapping::Zero => {}
                 Mapping::Plain(host) => audit.claim("cluster", index, host)?,
                 Mapping::Packed { host, len } => audit.claim_packed(index, host, len)?,
             }

@@ -4,7 +4,8 @@
 
 use std::io;
 
-use super::super::disk::{Compression, EncodeState, Encoded, Encoder as Encode, FormatError, Method, Result, UNIT, Unit, is_zero};
+use super::super::deflate::{Deflate, filled};
+use super::super::disk::{Compression, EncodeState, Encoded, Encoder as Encode, FormatError, Method, Result, UNIT};
 use super::super::raw;
 
 /// Encoder of the clusters of a qcow2 image.
@@ -32,7 +33,7 @@ impl Encode for Encoder {
 
 /// One of the two compressors.
 enum Packer {
-    Deflate(libdeflater::Compressor),
+    Deflate(Deflate),
     Zstd(zstd::bulk::Compressor<'static>),
 }
 
@@ -40,9 +41,7 @@ impl Packer {
     fn new(compression: Compression) -> Result<Self> {
         let level = compression.level;
         match compression.method {
-            Method::Deflate => libdeflater::CompressionLvl::new(level)
-                .map(|level| Self::Deflate(libdeflater::Compressor::new(level)))
-                .map_err(|_| FormatError::Unsupported(format!("deflate level {level}; 0 to 12 are allowed"))),
+            Method::Deflate => Deflate::new(level).map(Self::Deflate),
             Method::Zstd if !(1..=22).contains(&level) => Err(FormatError::Unsupported(format!("zstd level {level}; 1 to 22 are allowed"))),
             Method::Zstd => Ok(Self::Zstd(zstd::bulk::Compressor::new(level)?)),
         }
@@ -51,10 +50,7 @@ impl Packer {
     /// Length of the stream in `out`; `None` when it would not be shorter than `out`.
     fn pack(&mut self, data: &[u8], out: &mut [u8]) -> Result<Option<usize>> {
         match self {
-            Self::Deflate(deflate) => match deflate.deflate_compress(data, out) {
-                Ok(len) => Ok(Some(len)),
-                Err(libdeflater::CompressionError::InsufficientSpace) => Ok(None),
-            },
+            Self::Deflate(deflate) => deflate.raw(data, out),
             Self::Zstd(zstd) => match zstd.compress_to_buffer(data, out) {
                 Ok(len) => Ok(Some(len)),
                 // The only error that one-shot compression of a cluster can meet; anything else shows when the cluster is read back.
@@ -73,38 +69,15 @@ struct State {
 }
 
 impl EncodeState for State {
-    fn encode(&mut self, offset: u64, data: &[u8], out: &mut Encoded) -> Result<()> {
-        out.units.clear();
-        // The buffer keeps its length, so that it is not filled with zeros for each block; units say which of its bytes count.
-        let most = data.len().next_multiple_of(UNIT);
-        if out.bytes.len() < most {
-            out.bytes.resize(most, 0);
-        }
-        let first = offset / UNIT as u64;
-        let mut at = 0;
-        for (i, unit) in data.chunks(UNIT).enumerate() {
-            if is_zero(unit) {
-                continue;
+    fn append(&mut self, index: u64, unit: &[u8], out: &mut Encoded) -> Result<()> {
+        let unit = filled(unit, &mut self.padded);
+        let room = out.room(UNIT);
+        match self.packer.pack(unit, &mut room[..UNIT - 1])? {
+            Some(len) => out.take(index, len, true),
+            None => {
+                room.copy_from_slice(unit);
+                out.take(index, UNIT, false);
             }
-            let unit = if unit.len() == UNIT {
-                unit
-            } else {
-                self.padded.clear();
-                self.padded.extend_from_slice(unit);
-                self.padded.resize(UNIT, 0);
-                &self.padded
-            };
-            let index = first + i as u64;
-            let room = &mut out.bytes[at..at + UNIT];
-            let unit = match self.packer.pack(unit, &mut room[..UNIT - 1])? {
-                Some(len) => Unit { index, start: at, len, compressed: true },
-                None => {
-                    room.copy_from_slice(unit);
-                    Unit { index, start: at, len: UNIT, compressed: false }
-                }
-            };
-            out.units.push(unit);
-            at += unit.len;
         }
         Ok(())
     }

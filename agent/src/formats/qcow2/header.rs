@@ -1,7 +1,7 @@
 //! The qcow2 header: parsed, and held against what QEMU allows and what we do.
 //!
-//! Owns: every refusal that can be made without reading a table.
-//! Never: reads more than 112 bytes. A crash here costs nothing.
+//! Owns: every refusal that can be made without reading a table, and the name of a backing file.
+//! Never: reads past the first cluster, nor more than 112 bytes where no backing file may be followed. A crash here costs nothing.
 
 use super::super::disk::{FormatError, Result, Window};
 use super::{MAX_L1_BYTES, MAX_REFTABLE_BYTES, corrupt, refused};
@@ -22,8 +22,26 @@ const DATA_FILE: u64 = 1 << 2;
 pub(super) const COMPRESSION: u64 = 1 << 3;
 const EXTENDED_L2: u64 = 1 << 4;
 
+/// Header extension: the backing file's format.
+const BACKING_FORMAT: u32 = 0xe279_2aca;
+
+/// QEMU's limit of a backing file's name, in bytes.
+const MAX_BACKING_NAME: u64 = 1023;
+
+/// Header extensions that are looked at; QEMU writes four kinds, each once.
+const MAX_EXTENSIONS: usize = 64;
+
 /// QEMU's limit on internal snapshots.
 const MAX_SNAPSHOTS: u32 = 65_536;
+
+/// What an image says of the file beneath it, as it stands there: a name from anywhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Backing {
+    /// The file's name.
+    pub name: String,
+    /// Its declared format, `None` where it is left to be guessed.
+    pub format: Option<String>,
+}
 
 /// A header that passed. Lengths and offsets in bytes.
 #[derive(Clone, Debug)]
@@ -38,8 +56,15 @@ pub struct Header {
     pub zstd: bool,
     /// Whether the image was not closed properly: its reference counts may be stale, which does not matter to a reader.
     pub dirty: bool,
-    /// Internal snapshots, which are not read.
+    /// Number of internal snapshots.
     pub snapshots: u32,
+    /// The file beneath; only [`super::Reader::open_layer`] lets an image with one in.
+    pub backing: Option<Backing>,
+    pub(super) snapshots_offset: u64,
+    /// Length of the snapshot table: what its entries take at least, or, once it was read, what they do take.
+    pub(super) snapshots_bytes: u64,
+    /// Place and length of the L1 table of the disk's present state, where the header was switched to a snapshot's.
+    pub(super) active_l1: Option<(u64, u64)>,
     pub(super) l1_entries: u64,
     pub(super) l1_offset: u64,
     pub(super) reftable_offset: u64,
@@ -47,9 +72,14 @@ pub struct Header {
 }
 
 impl Header {
-    /// Reads and checks the header. [`FormatError::Refused`] for what we never follow, [`FormatError::Unsupported`] for valid kinds
+    /// Reads and checks the header of an image that is complete in itself. [`FormatError::Refused`] for what we never follow, [`FormatError::Unsupported`] for valid kinds
     /// that are not built, [`FormatError::Corrupt`] for what contradicts the file's length.
     pub fn read(window: &Window) -> Result<Self> {
+        Self::parse(window, false)
+    }
+
+    /// As [`Header::read`], but with `follow` a backing file is noted and not refused.
+    pub(super) fn parse(window: &Window, follow: bool) -> Result<Self> {
         if window.len() < V2_LEN as u64 {
             return Err(corrupt("header", 0, 0, format!("the file has {} bytes, a header has at least {V2_LEN}", window.len())));
         }
@@ -67,7 +97,7 @@ impl Header {
         if !(9..=21).contains(&cluster_bits) {
             return Err(refused(format!("cluster_bits {cluster_bits}; 9 to 21 are allowed")));
         }
-        refuse_references(&bytes)?;
+        refuse_references(&bytes, follow)?;
         let v3 = if version == 3 { V3::read(&bytes, have, cluster_bits)? } else { V3::default() };
         let snapshots = check_snapshots(&bytes, cluster_bits, window.len())?;
 
@@ -76,6 +106,7 @@ impl Header {
             .checked_next_multiple_of(512)
             .filter(|c| *c <= i64::MAX as u64)
             .ok_or_else(|| refused(format!("a size of {size} bytes")))?;
+        let backing = if follow { read_backing(window, &bytes, v3.header_len, cluster_bits)? } else { None };
         let header = Self {
             version,
             capacity,
@@ -83,6 +114,10 @@ impl Header {
             zstd: v3.zstd,
             dirty: v3.dirty,
             snapshots,
+            backing,
+            snapshots_offset: u64_at(&bytes, 64),
+            snapshots_bytes: u64::from(snapshots) * super::snapshots::MIN_ENTRY,
+            active_l1: None,
             l1_entries: u64::from(u32_at(&bytes, 36)),
             l1_offset: u64_at(&bytes, 40),
             reftable_offset: u64_at(&bytes, 48),
@@ -108,15 +143,7 @@ impl Header {
     }
 
     fn check_tables(&self, file_len: u64) -> Result<()> {
-        let l1_bytes = self.l1_entries * 8;
-        if l1_bytes > MAX_L1_BYTES {
-            return Err(refused(format!("an L1 table of {l1_bytes} bytes; at most {MAX_L1_BYTES} are allowed")));
-        }
-        if self.l1_entries < self.l1_needed() {
-            let reason = format!("{} entries for a disk of {} bytes, which needs {}", self.l1_entries, self.capacity, self.l1_needed());
-            return Err(corrupt("L1 table", 0, self.l1_offset, reason));
-        }
-        check_table("L1 table", self.l1_offset, l1_bytes, self.cluster(), file_len)?;
+        self.check_l1(file_len)?;
         if self.reftable_bytes > MAX_REFTABLE_BYTES {
             return Err(refused(format!("a refcount table of {} bytes; at most {MAX_REFTABLE_BYTES} are allowed", self.reftable_bytes)));
         }
@@ -125,10 +152,23 @@ impl Header {
         }
         check_table("refcount table", self.reftable_offset, self.reftable_bytes, self.cluster(), file_len)
     }
+
+    /// Holds the L1 table against the capacity, the limit and the file's length.
+    pub(super) fn check_l1(&self, file_len: u64) -> Result<()> {
+        let l1_bytes = self.l1_entries * 8;
+        if l1_bytes > MAX_L1_BYTES {
+            return Err(refused(format!("an L1 table of {l1_bytes} bytes; at most {MAX_L1_BYTES} are allowed")));
+        }
+        if self.l1_entries < self.l1_needed() {
+            let reason = format!("{} entries for a disk of {} bytes, which needs {}", self.l1_entries, self.capacity, self.l1_needed());
+            return Err(corrupt("L1 table", 0, self.l1_offset, reason));
+        }
+        check_table("L1 table", self.l1_offset, l1_bytes, self.cluster(), file_len)
+    }
 }
 
 /// A table that is not empty starts at a cluster, behind the header, and ends inside the file.
-fn check_table(what: &'static str, offset: u64, bytes: u64, cluster: u64, file_len: u64) -> Result<()> {
+pub(super) fn check_table(what: &'static str, offset: u64, bytes: u64, cluster: u64, file_len: u64) -> Result<()> {
     if bytes == 0 {
         return Ok(());
     }
@@ -141,9 +181,12 @@ fn check_table(what: &'static str, offset: u64, bytes: u64, cluster: u64, file_l
     }
 }
 
-fn refuse_references(bytes: &[u8; V3_LEN]) -> Result<()> {
-    if u64_at(bytes, 8) != 0 || u32_at(bytes, 16) != 0 {
-        return Err(refused("it names a backing file; flatten it first (qemu-img convert), an image must be complete in itself"));
+fn refuse_references(bytes: &[u8; V3_LEN], follow: bool) -> Result<()> {
+    if !follow && (u64_at(bytes, 8) != 0 || u32_at(bytes, 16) != 0) {
+        return Err(refused(
+            "it names a backing file; flatten it first (qemu-img convert), or allow its chain to be followed: \
+             else an image must be complete in itself",
+        ));
     }
     match u32_at(bytes, 32) {
         0 => Ok(()),
@@ -153,22 +196,78 @@ fn refuse_references(bytes: &[u8; V3_LEN]) -> Result<()> {
     }
 }
 
-/// Internal snapshots are not read; a table that cannot be one still shows a damaged header.
+/// Reads name and declared format of the backing file; both lie in the first cluster, the name behind the header extensions.
+fn read_backing(window: &Window, bytes: &[u8; V3_LEN], header_len: u64, cluster_bits: u32) -> Result<Option<Backing>> {
+    let (offset, len) = (u64_at(bytes, 8), u64::from(u32_at(bytes, 16)));
+    if offset == 0 && len == 0 {
+        return Ok(None);
+    }
+    let bad = |reason: String| corrupt("backing file name", 0, offset, reason);
+    if len == 0 || len > MAX_BACKING_NAME {
+        return Err(bad(format!("{len} bytes long; 1 to {MAX_BACKING_NAME} are allowed")));
+    }
+    let room = window.len().min(1 << cluster_bits);
+    if offset < header_len || offset.checked_add(len).is_none_or(|end| end > room) {
+        return Err(bad(format!("its {len} bytes do not lie behind the header and inside the first cluster")));
+    }
+    let mut name = vec![0u8; len as usize];
+    window.read_exact_at(&mut name, offset)?;
+    let name = String::from_utf8(name).map_err(|_| bad("it is not UTF-8".to_owned()))?;
+    Ok(Some(Backing { name, format: backing_format(window, header_len, offset)? }))
+}
+
+/// Looks through the header extensions, which end with type 0 or where the backing file's name starts.
+fn backing_format(window: &Window, header_len: u64, end: u64) -> Result<Option<String>> {
+    let mut at = header_len;
+    for index in 0..MAX_EXTENSIONS as u64 {
+        if end - at < 8 {
+            return Ok(None);
+        }
+        let mut head = [0u8; 8];
+        window.read_exact_at(&mut head, at)?;
+        let [a, b, c, d, e, f, g, h] = head;
+        let (kind, len) = (u32::from_be_bytes([a, b, c, d]), u64::from(u32::from_be_bytes([e, f, g, h])));
+        at += 8;
+        if kind == 0 {
+            return Ok(None);
+        }
+        if len > end - at {
+            return Err(corrupt("header extension", index, at - 8, format!("its {len} bytes run into the backing file's name")));
+        }
+        if kind == BACKING_FORMAT {
+            if len > 16 {
+                return Err(corrupt("header extension", index, at - 8, format!("a format's name of {len} bytes; at most 16 are allowed")));
+            }
+            let mut format = vec![0u8; len as usize];
+            window.read_exact_at(&mut format, at)?;
+            return Ok(Some(String::from_utf8_lossy(&format).into_owned()));
+        }
+        at += len.next_multiple_of(8).min(end - at);
+    }
+    Err(corrupt("header extension", MAX_EXTENSIONS as u64, at, format!("over {MAX_EXTENSIONS} extensions")))
+}
+
+/// A snapshot table that cannot be one shows a damaged header, whether it is read or not.
 fn check_snapshots(bytes: &[u8; V3_LEN], cluster_bits: u32, file_len: u64) -> Result<u32> {
     let count = u32_at(bytes, 60);
     if count > MAX_SNAPSHOTS {
         return Err(refused(format!("{count} internal snapshots; at most {MAX_SNAPSHOTS} are allowed")));
     }
-    // 40 bytes is the shortest entry of the snapshot table.
-    check_table("snapshot table", u64_at(bytes, 64), u64::from(count) * 40, 1 << cluster_bits, file_len)?;
+    check_table("snapshot table", u64_at(bytes, 64), u64::from(count) * super::snapshots::MIN_ENTRY, 1 << cluster_bits, file_len)?;
     Ok(count)
 }
 
-/// What only version 3 has.
-#[derive(Default)]
+/// What only version 3 has; the default is what version 2 means.
 struct V3 {
+    header_len: u64,
     zstd: bool,
     dirty: bool,
+}
+
+impl Default for V3 {
+    fn default() -> Self {
+        Self { header_len: V2_LEN as u64, zstd: false, dirty: false }
+    }
 }
 
 impl V3 {
@@ -198,9 +297,10 @@ impl V3 {
             return Err(refused(format!("refcount_order {refcount_order}; 0 to 6 are allowed")));
         }
         let method = if header_len > 104 { bytes[104] } else { 0 };
+        let made = |zstd| Ok(Self { header_len: u64::from(header_len), zstd, dirty: incompatible & DIRTY != 0 });
         match (method, incompatible & COMPRESSION != 0) {
-            (0, false) => Ok(Self { zstd: false, dirty: incompatible & DIRTY != 0 }),
-            (1, true) => Ok(Self { zstd: true, dirty: incompatible & DIRTY != 0 }),
+            (0, false) => made(false),
+            (1, true) => made(true),
             (0 | 1, _) => Err(corrupt("header", 0, 104, format!("compression type {method} contradicts incompatible feature bit 3"))),
             _ => Err(refused(format!("compression type {method}; 0 (zlib) and 1 (zstd) are allowed"))),
         }

@@ -1,9 +1,10 @@
 //! qcow2: read versions 2 and 3 as QEMU writes them, write version 3, plain or compressed with deflate or zstd.
 //!
 //! Owns: the structures of the format. `header` parses and refuses, `audit` proves that no two clusters share a place, `reader` reads,
-//! `encode` compresses, `refcounts` counts, `writer` lays the image out,
+//! `snapshots` lists and picks internal snapshots, `encode` compresses, `refcounts` counts, `writer` lays the image out,
 //! `piece` is what its checkpoints remember.
-//! Never: follows a backing file or a data file, opens a path, trusts a number of the image before it is held against the file's length
+//! Never: follows a backing file (an image with one is refused, or by [`Reader::open_layer`] given to `chain` as the layer that it is) or
+//! a data file, opens a path, trusts a number of the image before it is held against the file's length
 //! and QEMU's own limits.
 //! A crash here costs what was written since the last checkpoint.
 //!
@@ -15,13 +16,15 @@ mod header;
 mod piece;
 mod reader;
 mod refcounts;
+mod snapshots;
 #[cfg(test)]
 mod tests;
 mod writer;
 
 pub use encode::Encoder;
-pub use header::Header;
+pub use header::{Backing, Header};
 pub use reader::Reader;
+pub use snapshots::Snapshot;
 pub use writer::{MAX_CAPACITY, Placed, Tracer, Writer};
 
 use super::disk::FormatError;

@@ -8,7 +8,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::super::disk::{Disk, Extent, FormatError, Result, Scratch, Window};
 use super::super::raw::check_range;
-use super::{COMPRESSED, FORMAT, OFFSET_MASK, SECTOR, audit, corrupt, header::Header};
+use super::snapshots::{self, Snapshot};
+use super::{COMPRESSED, FORMAT, OFFSET_MASK, SECTOR, audit, corrupt, header::Header, refused};
 
 /// L2 entries in one slice of the cache, at most: 64 KiB.
 const SLICE: u64 = 8_192;
@@ -16,14 +17,19 @@ const SLICE: u64 = 8_192;
 /// Slices in the cache.
 const SLICES: usize = 64;
 
+/// Slices in the cache of an image with a backing file: a chain has one cache a layer.
+const LAYER_SLICES: usize = 8;
+
 /// Data runs of the host file that are remembered; a file with more is taken as full of data.
 const MAX_HOST_RUNS: usize = 256 << 10;
 
 /// Where one cluster lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Mapping {
-    /// Nowhere: it reads as zeros.
+    /// Nowhere: it reads as the backing file does, as zeros without one.
     Hole,
+    /// As zeros, whatever a backing file has there.
+    Zero,
     /// As it is, at this host offset.
     Plain(u64),
     /// Compressed: the stream starts at `host` and ends within `len` bytes.
@@ -55,7 +61,36 @@ impl Reader {
     /// Opens an image and walks its tables once: every reference must lie inside the file and no two may share a place
     /// (see [`FormatError`] for the kinds of refusal). Costs the reading of all L2 tables, 128 MiB for a full TiB.
     pub fn open(window: Window) -> Result<Self> {
-        let mut reader = Self::load(window)?;
+        let header = Header::read(&window)?;
+        Self::audited(window, header)
+    }
+
+    /// Opens the disk as it was at an internal snapshot, named by its id or else by its name, with the same proofs. The capacity is the
+    /// one that the disk had then.
+    pub fn open_snapshot(window: Window, id_or_name: &str) -> Result<Self> {
+        let header = Header::read(&window)?;
+        let header = snapshots::switch(&window, header, id_or_name)?;
+        Self::audited(window, header)
+    }
+
+    /// Opens an image that may have a backing file ([`Header::backing`]), at a snapshot or at its present state. Where it has one, what
+    /// it does not say itself reads as zeros: such an image is a layer for `chain::Chain` and no disk of its own. Refused before anything
+    /// is loaded where its L1 table takes over `room` bytes.
+    pub fn open_layer(window: Window, snapshot: Option<&str>, room: u64) -> Result<Self> {
+        let mut header = Header::parse(&window, true)?;
+        if let Some(id_or_name) = snapshot {
+            header = snapshots::switch(&window, header, id_or_name)?;
+        }
+        if header.l1_needed() * 8 > room {
+            return Err(refused(format!(
+                "its L1 table takes over the {room} bytes that are left for its chain; consolidate the snapshots first"
+            )));
+        }
+        Self::audited(window, header)
+    }
+
+    fn audited(window: Window, header: Header) -> Result<Self> {
+        let mut reader = Self::load(window, header)?;
         audit::run(&mut reader)?;
         Ok(reader)
     }
@@ -63,15 +98,15 @@ impl Reader {
     /// Opens an image whose damage is to be named block by block (`verify`): only the header and the L1 table's place must be right,
     /// a bad reference fails the reads that need it. Not for images of others that are to be converted.
     pub fn open_damaged(window: Window) -> Result<Self> {
-        let mut reader = Self::load(window)?;
+        let header = Header::read(&window)?;
+        let mut reader = Self::load(window, header)?;
         if let Err(FormatError::Io(e)) = audit::run(&mut reader) {
             return Err(e.into());
         }
         Ok(reader)
     }
 
-    fn load(window: Window) -> Result<Self> {
-        let header = Header::read(&window)?;
+    fn load(window: Window, header: Header) -> Result<Self> {
         let mut reader = Self { window, header, l1: Vec::new(), host_runs: None, cache: Mutex::default() };
         let mut l1 = Vec::new();
         reader.read_entries(reader.header.l1_offset, reader.header.l1_needed(), &mut l1)?;
@@ -83,6 +118,17 @@ impl Reader {
     /// The header as it was read.
     pub fn header(&self) -> &Header {
         &self.header
+    }
+
+    /// The internal snapshots in the order of their table. Refused where the table contradicts itself, the file's length or QEMU's limits.
+    pub fn snapshots(&self) -> Result<Vec<Snapshot>> {
+        Ok(snapshots::read(&self.window, &self.header)?.into_iter().map(|entry| entry.snapshot).collect())
+    }
+
+    /// Bytes of tables that it holds in memory all the time, without the cache.
+    pub fn table_bytes(&self) -> u64 {
+        let runs = self.host_runs.as_ref().map_or(0, Vec::len);
+        self.l1.len() as u64 * 8 + (runs * size_of::<Extent>()) as u64
     }
 
     pub(super) fn file_len(&self) -> u64 {
@@ -147,7 +193,7 @@ impl Reader {
             return Err(corrupt("cluster", index, host, "has the zero flag, which version 2 does not know"));
         }
         if host == 0 {
-            return Ok(Mapping::Hole);
+            return Ok(if zero { Mapping::Zero } else { Mapping::Hole });
         }
         if !host.is_multiple_of(self.header.cluster()) {
             return Err(corrupt("cluster", index, host, "does not start at a cluster of the host file"));
@@ -156,7 +202,7 @@ impl Reader {
         if host >= self.window.len() {
             return Err(corrupt("cluster", index, host, format!("lies past the file's end at {}", self.window.len())));
         }
-        Ok(if zero { Mapping::Hole } else { Mapping::Plain(host) })
+        Ok(if zero { Mapping::Zero } else { Mapping::Plain(host) })
     }
 
     fn packed(&self, index: u64, entry: u64) -> Result<Mapping> {
@@ -202,7 +248,7 @@ impl Reader {
             Some(old) => *old = slice.clone(),
             None => cache.slices.push(slice.clone()),
         }
-        cache.next = (next + 1) % SLICES;
+        cache.next = (next + 1) % if self.header.backing.is_some() { LAYER_SLICES } else { SLICES };
         Ok(Some(slice))
     }
 
@@ -334,7 +380,7 @@ impl Disk for Reader {
                 }
                 // A bad entry is data here, so that the read of it fails and names it.
                 match self.mapping(index, entry) {
-                    Ok(Mapping::Hole) => {}
+                    Ok(Mapping::Hole | Mapping::Zero) => {}
                     Ok(Mapping::Plain(host)) => {
                         let host = host + (at - (index << bits));
                         if run_len > 0 && run_guest + run_len == at && run_host + run_len == host {
@@ -369,7 +415,7 @@ impl Disk for Reader {
             let mapping = self.lookup(index, &mut slice)?;
             let mut end = ((index + 1) << bits).min(offset + buf.len() as u64);
             match mapping {
-                Mapping::Hole => buf[done..(end - offset) as usize].fill(0),
+                Mapping::Hole | Mapping::Zero => buf[done..(end - offset) as usize].fill(0),
                 Mapping::Packed { host, len } => {
                     let out = &mut buf[done..(end - offset) as usize];
                     self.read_packed(index, host, len, at - (index << bits), out, scratch)?;
@@ -392,6 +438,32 @@ impl Disk for Reader {
 }
 
 impl Reader {
+    /// The runs of `[from, to)` that this image itself answers for, with data or with zeros (see `chain::Layer`).
+    pub fn covered(&self, from: u64, to: u64) -> Result<Vec<Extent>> {
+        let to = to.min(self.header.capacity);
+        let bits = self.header.cluster_bits;
+        let table = self.header.l2_entries() << bits;
+        let mut out = Vec::new();
+        let mut at = from;
+        while at < to {
+            let Some((first, entries)) = self.slice(at >> bits)? else {
+                at = (at / table + 1).saturating_mul(table);
+                continue;
+            };
+            let end = ((first + entries.len() as u64) << bits).min(to);
+            while at < end {
+                let index = at >> bits;
+                let next = ((index + 1) << bits).min(end);
+                // A bad entry is this image's, so that the read of it fails and names it.
+                if self.mapping(index, entries[(index - first) as usize]).ok() != Some(Mapping::Hole) {
+                    push(&mut out, at, next - at);
+                }
+                at = next;
+            }
+        }
+        Ok(out)
+    }
+
     /// Where cluster `index` lies; `slice` keeps the last slice, so that a run of clusters asks the cache once.
     fn lookup(&self, index: u64, slice: &mut Option<Slice>) -> Result<Mapping> {
         let inside = |slice: &Slice| index >= slice.0 && index - slice.0 < slice.1.len() as u64;

@@ -15,7 +15,7 @@
 
 use std::io;
 
-use super::super::disk::{DiskWriter, Encoded, FormatError, Method, Output, Result, UNIT};
+use super::super::disk::{DiskWriter, Encoded, FormatError, Method, Output, Result, Run, UNIT};
 use super::super::raw;
 use super::piece::{Piece, bad_piece, read_varint};
 use super::refcounts::{PER_BLOCK, Refcounts};
@@ -69,6 +69,13 @@ impl Appender {
         self.at = to;
     }
 
+    /// Moves on over bytes that somebody else writes.
+    fn skip(&mut self, len: usize) -> io::Result<()> {
+        self.flush()?;
+        self.at += len as u64;
+        Ok(())
+    }
+
     fn flush(&mut self) -> io::Result<()> {
         if !self.buffer.is_empty() {
             self.output.write_all_at(&self.buffer, self.at - self.buffer.len() as u64)?;
@@ -117,6 +124,16 @@ impl Tracer {
         self.0.replay(piece)?;
         Ok((self.0.trace.replace(Vec::new()).unwrap_or_default(), self.0.out.at))
     }
+}
+
+/// The bytes of units that get their places.
+enum Body<'a> {
+    /// Here they are.
+    Bytes(&'a [u8]),
+    /// The caller writes them; they start there in its block.
+    Later(&'a mut Vec<Run>, usize),
+    /// They were written before.
+    Replayed,
 }
 
 /// Writer of one image.
@@ -207,8 +224,8 @@ impl Writer {
         Ok(writer)
     }
 
-    /// Gives `count` adjacent plain units their places; `bytes` are theirs, or nothing in a replay.
-    fn place_plain(&mut self, index: u64, count: u64, bytes: Option<&[u8]>) -> Result<()> {
+    /// Gives `count` adjacent plain units their places.
+    fn place_plain(&mut self, index: u64, count: u64, mut body: Body<'_>) -> Result<()> {
         self.check_order(index, count)?;
         let (mut at, mut done) = (index, 0);
         while at < index + count {
@@ -220,9 +237,13 @@ impl Writer {
             let part = (index + count - at).min(PER_L2 - at % PER_L2).min(until_block);
             let host = self.out.at;
             let len = (part * CLUSTER) as usize;
-            match bytes {
-                Some(bytes) => self.out.append(&bytes[done..done + len])?,
-                None => self.out.at += len as u64,
+            match &mut body {
+                Body::Bytes(bytes) => self.out.append(&bytes[done..done + len])?,
+                Body::Later(runs, start) => {
+                    runs.push(Run { start: *start + done, len, offset: host });
+                    self.out.skip(len)?;
+                }
+                Body::Replayed => self.out.at += len as u64,
             }
             if let Some(trace) = &mut self.trace {
                 trace.push(Placed::Units { index: at, count: part, host });
@@ -271,7 +292,7 @@ impl Writer {
             let number = read_varint(&mut piece)?;
             match (number & 3, number >> 2) {
                 (0, count) => {
-                    self.place_plain(next, count, None)?;
+                    self.place_plain(next, count, Body::Replayed)?;
                     next += count;
                 }
                 (1, len) => {
@@ -395,9 +416,10 @@ fn big_endian(entries: &[u64], bytes: &mut [u8]) {
 impl DiskWriter for Writer {
     fn write_block(&mut self, block: &Encoded) -> Result<()> {
         if self.method.is_none() {
-            for (index, count, bytes) in raw::runs(block) {
-                self.place_plain(index, count as u64, Some(bytes))?;
-                self.piece.plain(index, count as u64);
+            for (index, _, bytes) in raw::runs(block) {
+                let count = (bytes.len() / UNIT) as u64;
+                self.place_plain(index, count, Body::Bytes(bytes))?;
+                self.piece.plain(index, count);
             }
             return Ok(());
         }
@@ -408,11 +430,24 @@ impl DiskWriter for Writer {
                 self.place_packed(unit.index, unit.len, Some(bytes))?;
                 self.piece.packed(unit.index, unit.len);
             } else {
-                self.place_plain(unit.index, 1, Some(bytes))?;
+                self.place_plain(unit.index, 1, Body::Bytes(bytes))?;
                 self.piece.plain(unit.index, 1);
             }
         }
         Ok(())
+    }
+
+    fn place_block(&mut self, block: &Encoded, out: &mut Vec<Run>) -> Result<bool> {
+        if self.method.is_some() {
+            return Ok(false);
+        }
+        out.clear();
+        for (index, start, bytes) in raw::runs(block) {
+            let count = (bytes.len() / UNIT) as u64;
+            self.place_plain(index, count, Body::Later(out, start))?;
+            self.piece.plain(index, count);
+        }
+        Ok(true)
     }
 
     fn position(&self) -> u64 {

@@ -28,16 +28,19 @@ pub enum Kind {
     TwoGbMaxExtentFlat,
     /// What lies on an ESXi datastore: a descriptor beside one flat file.
     Vmfs,
+    /// A snapshot's delta on an ESXi datastore before VMFS 6: a descriptor beside one `COWD` file.
+    VmfsSparse,
 }
 
 impl Kind {
-    const ALL: [(&'static str, Kind); 6] = [
+    const ALL: [(&'static str, Kind); 7] = [
         ("monolithicSparse", Kind::MonolithicSparse),
         ("streamOptimized", Kind::StreamOptimized),
         ("monolithicFlat", Kind::MonolithicFlat),
         ("twoGbMaxExtentSparse", Kind::TwoGbMaxExtentSparse),
         ("twoGbMaxExtentFlat", Kind::TwoGbMaxExtentFlat),
         ("vmfs", Kind::Vmfs),
+        ("vmfsSparse", Kind::VmfsSparse),
     ];
 
     /// The name as the descriptor spells it.
@@ -56,6 +59,8 @@ impl Kind {
 pub enum Body {
     /// A hosted sparse file of this bare name.
     Sparse(String),
+    /// A vmfsSparse file of this bare name.
+    Cowd(String),
     /// A flat file of this bare name, from this byte on.
     Flat(String, u64),
     /// No file: zeros.
@@ -71,6 +76,46 @@ pub struct Line {
     pub body: Body,
 }
 
+impl Body {
+    /// The file's name; `None` for zeros.
+    pub fn file(&self) -> Option<&str> {
+        match self {
+            Body::Sparse(name) | Body::Cowd(name) | Body::Flat(name, _) => Some(name),
+            Body::Zero => None,
+        }
+    }
+}
+
+/// What a delta says of the disk beneath it, as it stands there: nothing of it is checked before somebody may follow it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Parent {
+    cid: String,
+    hint: String,
+}
+
+impl Parent {
+    /// Its content identifier and its file name, both of which must be there. The name is the image's word: a path from anywhere.
+    pub fn named(&self) -> Result<(u32, &str)> {
+        if self.hint.is_empty() {
+            return Err(refused(format!("its parent (parentCID {}) has no name (parentFileNameHint)", shown(&self.cid))));
+        }
+        let cid = Some(self.cid.as_str()).filter(|cid| !cid.is_empty() && !cid.eq_ignore_ascii_case(NO_PARENT));
+        let Some(cid) = cid else {
+            return Err(refused(format!("it names the parent {} and has no parentCID to prove it by", shown(&self.hint))));
+        };
+        let number = hexadecimal(cid).ok_or_else(|| corrupt(0, format!("the parentCID {} is not a hexadecimal number", shown(cid))))?;
+        Ok((number, &self.hint))
+    }
+}
+
+/// `parentCID` of a disk that has none.
+const NO_PARENT: &str = "ffffffff";
+
+/// A number of at most eight hexadecimal digits.
+fn hexadecimal(text: &str) -> Option<u32> {
+    text.bytes().all(|b| b.is_ascii_hexdigit()).then(|| u32::from_str_radix(text, 16).ok()).flatten()
+}
+
 /// A checked descriptor.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Descriptor {
@@ -80,6 +125,19 @@ pub struct Descriptor {
     pub extents: Vec<Line>,
     /// Sum of the extents in sectors.
     pub sectors: u64,
+    /// Its content identifier, which a child's `parentCID` must equal; `None` where it has none or no number.
+    pub cid: Option<u32>,
+    /// The disk beneath, where it says that there is one.
+    pub parent: Option<Parent>,
+}
+
+impl Descriptor {
+    /// Refuses a delta: what is to be read on its own must be complete in itself.
+    pub fn complete(&self) -> Result<()> {
+        let Some(parent) = &self.parent else { return Ok(()) };
+        let named = if parent.hint.is_empty() { format!("parentCID {}", shown(&parent.cid)) } else { shown(&parent.hint) };
+        Err(refused(format!("it has a parent ({named}); consolidate the snapshots first, or allow its chain to be followed")))
+    }
 }
 
 fn refused(reason: impl Into<String>) -> FormatError {
@@ -90,7 +148,8 @@ fn corrupt(line: usize, reason: impl Into<String>) -> FormatError {
     FormatError::Corrupt { format: NAME, what: "descriptor line", index: line as u64, offset: 0, reason: reason.into() }
 }
 
-/// Reads a descriptor. Bytes after the first NUL are padding. A parent, a foreign path or an unknown `createType` is refused by name.
+/// Reads a descriptor. Bytes after the first NUL are padding. A foreign path or an unknown `createType` is refused by name.
+/// A parent is noted: [`Descriptor::complete`] refuses it.
 pub fn parse(bytes: &[u8]) -> Result<Descriptor> {
     if bytes.len() as u64 > MAX_BYTES {
         return Err(refused(format!("its descriptor is over {MAX_BYTES} bytes")));
@@ -123,15 +182,11 @@ pub fn parse(bytes: &[u8]) -> Result<Descriptor> {
 fn header_key(number: usize, key: &str, value: &str, keys: &mut Vec<(String, String)>) -> Result<()> {
     let key = key.to_ascii_lowercase();
     match key.as_str() {
-        "parentfilenamehint" => return Err(refused(format!("it has a parent ({}); consolidate the snapshots first", shown(value)))),
-        "parentcid" if !value.eq_ignore_ascii_case("ffffffff") => {
-            return Err(refused(format!("it has a parent (parentCID {}); consolidate the snapshots first", shown(value))));
-        }
         "encryptionkeys" | "encryption.keysafe" | "keysafe" => return Err(refused("it is encrypted; decrypt the VM first")),
         "ddb.iofilters" if value.to_ascii_lowercase().contains("crypt") => {
             return Err(refused("it is encrypted (ddb.iofilters); decrypt the VM first"));
         }
-        "createtype" | "version" | "parentcid" => {
+        "createtype" | "version" | "cid" | "parentcid" | "parentfilenamehint" => {
             if keys.iter().any(|(known, _)| *known == key) {
                 return Err(corrupt(number, format!("{key} stands there twice")));
             }
@@ -141,6 +196,10 @@ fn header_key(number: usize, key: &str, value: &str, keys: &mut Vec<(String, Str
     }
     Ok(())
 }
+
+/// Why the delta of VMFS 6 is not read; its layout is not published.
+const SE_SPARSE: &str =
+    "vmdk: seSparse, a snapshot's delta on VMFS 6, is not built yet; consolidate the snapshots, or clone the disk with vmkfstools -i";
 
 /// Checks that kind and extents belong together.
 fn finish(keys: &[(String, String)], extents: Vec<Line>) -> Result<Descriptor> {
@@ -153,6 +212,9 @@ fn finish(keys: &[(String, String)], extents: Vec<Line>) -> Result<Descriptor> {
     let Some(named) = get("createtype") else {
         return Err(corrupt(0, "no createType"));
     };
+    if named.eq_ignore_ascii_case("seSparse") {
+        return Err(FormatError::Unsupported(SE_SPARSE.to_owned()));
+    }
     let known = Kind::ALL.iter().find(|(name, _)| name.eq_ignore_ascii_case(named));
     let Some((name, kind)) = known.copied() else {
         let names: Vec<&str> = Kind::ALL.iter().map(|(name, _)| *name).collect();
@@ -165,7 +227,7 @@ fn finish(keys: &[(String, String)], extents: Vec<Line>) -> Result<Descriptor> {
     if extents.is_empty() {
         return Err(corrupt(0, "no extent"));
     }
-    let single = !matches!(kind, Kind::TwoGbMaxExtentFlat | Kind::TwoGbMaxExtentSparse | Kind::Vmfs);
+    let single = !matches!(kind, Kind::TwoGbMaxExtentFlat | Kind::TwoGbMaxExtentSparse | Kind::Vmfs | Kind::VmfsSparse);
     if single && extents.len() != 1 {
         return Err(corrupt(0, format!("{name} has {} extents, 1 would be right", extents.len())));
     }
@@ -173,13 +235,16 @@ fn finish(keys: &[(String, String)], extents: Vec<Line>) -> Result<Descriptor> {
     let mut sectors = 0u64;
     let mut names: Vec<&str> = Vec::new();
     for line in &extents {
-        let file = match &line.body {
-            Body::Flat(file, _) if flat => Some(file),
-            Body::Sparse(file) if !flat => Some(file),
-            Body::Zero if !kind.embedded() => None,
-            other => return Err(corrupt(0, format!("an extent {other:?} does not belong into {name}"))),
+        let belongs = match &line.body {
+            Body::Flat(..) => flat,
+            Body::Sparse(_) => !flat && kind != Kind::VmfsSparse,
+            Body::Cowd(_) => kind == Kind::VmfsSparse,
+            Body::Zero => !kind.embedded(),
         };
-        names.extend(file.map(String::as_str));
+        if !belongs {
+            return Err(corrupt(0, format!("an extent {:?} does not belong into {name}", line.body)));
+        }
+        names.extend(line.body.file());
         sectors = sectors.checked_add(line.sectors).ok_or_else(|| corrupt(0, "the extents' sizes overflow"))?;
     }
     if sectors.checked_mul(SECTOR).is_none_or(|bytes| bytes > i64::MAX as u64) {
@@ -189,7 +254,11 @@ fn finish(keys: &[(String, String)], extents: Vec<Line>) -> Result<Descriptor> {
     if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
         return Err(refused(format!("two extents name the file {}", shown(pair[0]))));
     }
-    Ok(Descriptor { kind, extents, sectors })
+    let hint = get("parentfilenamehint").unwrap_or_default().to_owned();
+    let parent_cid = get("parentcid").unwrap_or_default().to_owned();
+    let alone = hint.is_empty() && (parent_cid.is_empty() || parent_cid.eq_ignore_ascii_case(NO_PARENT));
+    let parent = (!alone).then_some(Parent { cid: parent_cid, hint });
+    Ok(Descriptor { kind, sectors, cid: get("cid").and_then(hexadecimal), parent, extents })
 }
 
 /// `ACCESS SECTORS TYPE ["NAME" [OFFSET …]]`, or `None` when the line is none.
@@ -210,9 +279,12 @@ fn extent_line(number: usize, line: &str) -> Result<Option<Line>> {
     if kind == "ZERO" {
         return Ok(Some(Line { sectors, body: Body::Zero }));
     }
-    if !["FLAT", "VMFS", "SPARSE"].contains(&kind) {
+    if kind == "SESPARSE" {
+        return Err(FormatError::Unsupported(SE_SPARSE.to_owned()));
+    }
+    if !["FLAT", "VMFS", "SPARSE", "VMFSSPARSE"].contains(&kind) {
         return Err(FormatError::Unsupported(format!(
-            "vmdk: extents of type {} are not built yet; FLAT, VMFS, SPARSE and ZERO are",
+            "vmdk: extents of type {} are not built yet; FLAT, VMFS, SPARSE, VMFSSPARSE and ZERO are",
             shown(kind)
         )));
     }
@@ -222,8 +294,10 @@ fn extent_line(number: usize, line: &str) -> Result<Option<Line>> {
     };
     bare(name)?;
     rest = tail.trim_start();
-    if kind == "SPARSE" {
-        return Ok(Some(Line { sectors, body: Body::Sparse(name.to_owned()) }));
+    match kind {
+        "SPARSE" => return Ok(Some(Line { sectors, body: Body::Sparse(name.to_owned()) })),
+        "VMFSSPARSE" => return Ok(Some(Line { sectors, body: Body::Cowd(name.to_owned()) })),
+        _ => {}
     }
     let start: u64 = match word(&mut rest) {
         "" => 0,

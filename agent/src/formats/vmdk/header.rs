@@ -1,6 +1,7 @@
-//! The hosted sparse extent's header and the markers of a stream, as bytes.
+//! The headers of sparse extents and the markers of a stream, as bytes.
 //!
-//! Owns: the layout of one 512-byte header (Virtual Disk Format 5.0, "Hosted Sparse Extent Header") and of the marker sectors.
+//! Owns: the layout of a hosted extent's 512-byte header (Virtual Disk Format 5.0, "Hosted Sparse Extent Header"), of an ESXi delta's
+//! ("ESX Server Sparse Extents") and of the marker sectors.
 //! Never: reads a table or follows an offset. A crash here costs nothing: pure functions over bytes.
 
 use super::super::disk::{FormatError, Result};
@@ -10,11 +11,17 @@ use super::NAME;
 pub const SECTOR: u64 = 512;
 /// `KDMV`, the first four bytes of a hosted sparse extent.
 pub const MAGIC: [u8; 4] = *b"KDMV";
+/// `COWD`, the first four bytes of a vmfsSparse extent, the delta that ESXi writes on VMFS 5 and before.
+pub const COWD: [u8; 4] = *b"COWD";
 /// `gdOffset` of a stream whose grain directory stands in the footer.
 pub const GD_AT_END: u64 = u64::MAX;
-/// Entries in one grain table; the specification knows no other number.
+/// Entries in one grain table of a hosted extent; the specification knows no other number.
 pub const GTES: u32 = 512;
-/// Sectors that one grain table takes.
+/// Entries in one grain table of a vmfsSparse extent.
+const COWD_GTES: u32 = 4096;
+/// Sectors that a vmfsSparse extent's header takes: no grain lies below.
+const COWD_SECTORS: u32 = 4;
+/// Sectors that [`GTES`] entries take.
 pub const GT_SECTORS: u64 = GTES as u64 * 4 / SECTOR;
 
 const FLAG_NEWLINE: u32 = 1;
@@ -83,6 +90,10 @@ pub struct Header {
     pub zeroed: bool,
     /// Grains are deflated and carry a marker.
     pub compressed: bool,
+    /// Entries in one grain table: [`GTES`], or 4096 in a vmfsSparse extent.
+    pub gtes: u32,
+    /// The first sector that a grain may lie on.
+    pub first: u32,
 }
 
 impl Header {
@@ -132,6 +143,42 @@ impl Header {
             directory: le64(sector, 56),
             zeroed: flags & FLAG_ZEROED != 0,
             compressed,
+            gtes: GTES,
+            first: 1,
+        })
+    }
+
+    /// Reads the header of a vmfsSparse extent: all fields are 32 bits wide, grains are mostly one sector, nothing is compressed.
+    pub fn parse_cowd(sector: &[u8; 512]) -> Result<Self> {
+        let bad = |reason: String| FormatError::Corrupt { format: NAME, what: "header", index: 0, offset: 0, reason };
+        if sector[..4] != COWD {
+            return Err(bad("does not start with COWD".to_owned()));
+        }
+        let version = le32(sector, 4);
+        if version != 1 {
+            return Err(FormatError::Unsupported(format!("vmdk: vmfsSparse version {version} is not built yet; 1 is")));
+        }
+        let capacity = u64::from(le32(sector, 12));
+        let grain = u64::from(le32(sector, 16));
+        if !grain.is_power_of_two() || grain > 2048 {
+            return Err(bad(format!("a grain of {grain} sectors is not a power of two from 1 to 2048")));
+        }
+        let needed = capacity.div_ceil(grain * u64::from(COWD_GTES));
+        let entries = u64::from(le32(sector, 24));
+        if entries < needed {
+            return Err(bad(format!("a grain directory of {entries} entries; {capacity} sectors need {needed}")));
+        }
+        Ok(Self {
+            capacity,
+            grain,
+            descriptor: 0,
+            descriptor_size: 0,
+            redundant: None,
+            directory: u64::from(le32(sector, 20)),
+            zeroed: false,
+            compressed: false,
+            gtes: COWD_GTES,
+            first: COWD_SECTORS,
         })
     }
 

@@ -1,7 +1,8 @@
 //! VMDK: VMware's disk format, read in every kind that exports and datastores carry, written as streamOptimized.
 //!
-//! Owns: descriptors, hosted sparse extents, flat extents, the stream writer (VMware "Virtual Disk Format 5.0").
-//! Never: opens a path: extents come through a callback that takes bare names. Never follows a parent.
+//! Owns: descriptors, hosted sparse extents, ESXi's vmfsSparse deltas, flat extents, the stream writer (VMware "Virtual Disk Format 5.0").
+//! Never: opens a path: extents come through a callback that takes bare names. Never follows a parent: a delta is refused, or by
+//! [`open_layer`] given to `chain` as the layer that it is.
 //! A crash here costs nothing on the reading side; the writer is resumed from its checkpoints.
 
 mod descriptor;
@@ -14,12 +15,12 @@ mod writer;
 
 use std::io;
 
-use super::disk::{Disk, Extent, FormatError, Result, Scratch, Window};
+use super::disk::{Disk, Extent, FormatError, Packing, Result, Scratch, UNIT, Window};
 use descriptor::{Body, Descriptor, MAX_BYTES};
-pub use descriptor::{Kind, MAX_EXTENTS};
+pub use descriptor::{Kind, MAX_EXTENTS, Parent};
 pub use encode::StreamEncoder;
-use header::{MAGIC, SECTOR};
-use sparse::{MAX_DIRECTORY, Sparse};
+use header::{COWD, MAGIC, SECTOR};
+use sparse::{MAX_DIRECTORY, Place, Sparse};
 pub use writer::{FILE_LIMIT, MAX_CAPACITY, StreamWriter, worst_case};
 
 /// The format's name as the API spells it.
@@ -48,6 +49,8 @@ pub struct Image {
     capacity: u64,
     /// Ascending, without gaps, from 0 to the capacity.
     parts: Vec<Part>,
+    cid: Option<u32>,
+    parent: Option<Parent>,
 }
 
 impl std::fmt::Debug for Image {
@@ -56,22 +59,19 @@ impl std::fmt::Debug for Image {
     }
 }
 
-/// Opens a VMDK: a sparse file with its descriptor inside, or a descriptor whose extents `opener` opens.
+/// Opens a VMDK: a sparse file with its descriptor inside, or a descriptor whose extents `opener` opens. A delta is refused.
 /// Everything but grain tables and grains is checked here; those when they are read.
 pub fn open(window: Window, opener: Opener<'_>) -> Result<Image> {
-    let mut magic = [0u8; 4];
-    if window.len() >= 4 {
-        window.read_exact_at(&mut magic, 0)?;
-    }
-    if magic == MAGIC {
-        return open_embedded(window);
-    }
-    if window.len() > MAX_BYTES {
-        return Err(refused(format!("it starts neither with KDMV nor is it a descriptor of at most {MAX_BYTES} bytes")));
-    }
-    let mut text = vec![0u8; window.len() as usize];
-    window.read_exact_at(&mut text, 0)?;
-    open_described(&descriptor::parse(&text)?, opener)
+    let text = described(&window)?;
+    text.descriptor().complete()?;
+    assemble(window, text, opener)
+}
+
+/// Opens a VMDK that may be a delta ([`Image::parent`]). Where it is one, what it does not say itself reads as zeros: such an image is a
+/// layer for `chain::Chain` and no disk of its own.
+pub fn open_layer(window: Window, opener: Opener<'_>) -> Result<Image> {
+    let text = described(&window)?;
+    assemble(window, text, opener)
 }
 
 /// Opens a VMDK that must be a single file, as the members of an OVA are.
@@ -79,25 +79,85 @@ pub fn open_single(window: Window) -> Result<Image> {
     open(window, &|name| Err(io::Error::new(io::ErrorKind::NotFound, format!("extent {name:?}: only a disk of one file is accepted here"))))
 }
 
+/// The bare names of the files that a VMDK has its bytes in beside itself; none for a disk of one file.
+pub fn extent_names(window: &Window) -> Result<Vec<String>> {
+    Ok(match described(window)? {
+        Text::Embedded(..) => Vec::new(),
+        Text::Beside(text) => text.extents.iter().filter_map(|line| line.body.file()).map(str::to_owned).collect(),
+    })
+}
+
 fn refused(reason: impl Into<String>) -> FormatError {
     FormatError::Refused { format: NAME, reason: reason.into() }
 }
 
-/// A sparse file that carries its own descriptor.
-fn open_embedded(window: Window) -> Result<Image> {
-    let header = Sparse::header(&window)?;
-    let bytes = embedded_text(&window, header.descriptor, header.descriptor_size)?;
-    let Some(bytes) = bytes else {
-        return Err(refused("it is one extent of a split disk; give the descriptor file instead"));
-    };
-    let text = descriptor::parse(&bytes)?;
-    if !text.kind.embedded() || (text.kind == Kind::StreamOptimized) != header.compressed {
-        return Err(refused(format!("its descriptor says createType {}, its header says otherwise", text.kind.name())));
+/// A descriptor, and where it stood.
+enum Text {
+    /// Inside the sparse file with this header.
+    Embedded(header::Header, Descriptor),
+    /// In a file of its own.
+    Beside(Descriptor),
+}
+
+impl Text {
+    fn descriptor(&self) -> &Descriptor {
+        match self {
+            Text::Embedded(_, text) | Text::Beside(text) => text,
+        }
     }
+}
+
+/// Reads and checks the descriptor. Opens no extent.
+fn described(window: &Window) -> Result<Text> {
+    const EXTENT: &str = "it is one extent of a split disk; give the descriptor file instead";
+    let magic = magic(window)?;
+    if magic == COWD {
+        return Err(refused(EXTENT));
+    }
+    if magic == MAGIC {
+        let header = Sparse::header(window)?;
+        let bytes = embedded_text(window, header.descriptor, header.descriptor_size)?.ok_or_else(|| refused(EXTENT))?;
+        let text = descriptor::parse(&bytes)?;
+        if !text.kind.embedded() || (text.kind == Kind::StreamOptimized) != header.compressed {
+            return Err(refused(format!("its descriptor says createType {}, its header says otherwise", text.kind.name())));
+        }
+        return Ok(Text::Embedded(header, text));
+    }
+    if window.len() > MAX_BYTES {
+        return Err(refused(format!("it starts neither with KDMV nor is it a descriptor of at most {MAX_BYTES} bytes")));
+    }
+    let mut bytes = vec![0u8; window.len() as usize];
+    window.read_exact_at(&mut bytes, 0)?;
+    let text = descriptor::parse(&bytes)?;
+    if text.kind.embedded() {
+        return Err(refused(format!("createType {} keeps its descriptor inside the disk file; give that file instead", text.kind.name())));
+    }
+    Ok(Text::Beside(text))
+}
+
+/// The first four bytes; zeros where there are fewer.
+fn magic(window: &Window) -> Result<[u8; 4]> {
+    let mut magic = [0u8; 4];
+    if window.len() >= 4 {
+        window.read_exact_at(&mut magic, 0)?;
+    }
+    Ok(magic)
+}
+
+fn assemble(window: Window, text: Text, opener: Opener<'_>) -> Result<Image> {
     let mut budget = MAX_DIRECTORY;
-    let sparse = Sparse::open(window, "", header, text.sectors, &mut budget)?;
-    let capacity = text.sectors * SECTOR;
-    Ok(Image { kind: text.kind, capacity, parts: vec![Part { start: 0, len: capacity, data: Data::Sparse(sparse) }] })
+    let (text, parts) = match text {
+        Text::Embedded(header, text) => {
+            let sparse = Sparse::open(window, "", header, text.sectors, &mut budget)?;
+            let part = Part { start: 0, len: text.sectors * SECTOR, data: Data::Sparse(sparse) };
+            (text, vec![part])
+        }
+        Text::Beside(text) => {
+            let parts = parts(&text, opener, &mut budget)?;
+            (text, parts)
+        }
+    };
+    Ok(Image { kind: text.kind, capacity: text.sectors * SECTOR, parts, cid: text.cid, parent: text.parent })
 }
 
 /// The embedded descriptor's bytes; `None` where there is none or its room is empty.
@@ -117,12 +177,8 @@ fn embedded_text(window: &Window, sector: u64, sectors: u64) -> Result<Option<Ve
     Ok(bytes.first().is_some_and(|b| *b != 0).then_some(bytes))
 }
 
-/// A disk whose descriptor stands beside its extents.
-fn open_described(text: &Descriptor, opener: Opener<'_>) -> Result<Image> {
-    if text.kind.embedded() {
-        return Err(refused(format!("createType {} keeps its descriptor inside the disk file; give that file instead", text.kind.name())));
-    }
-    let mut budget = MAX_DIRECTORY;
+/// The parts of a disk whose descriptor stands beside its extents.
+fn parts(text: &Descriptor, opener: Opener<'_>, budget: &mut u64) -> Result<Vec<Part>> {
     let mut parts = Vec::with_capacity(text.extents.len());
     let mut start = 0u64;
     for line in &text.extents {
@@ -130,12 +186,13 @@ fn open_described(text: &Descriptor, opener: Opener<'_>) -> Result<Image> {
         let data = match &line.body {
             Body::Zero => Data::Zero,
             Body::Flat(name, from) => Data::Flat(flat(opener(name)?, name, *from, len)?),
-            Body::Sparse(name) => Data::Sparse(part(opener(name)?, name, line.sectors, &mut budget)?),
+            Body::Sparse(name) => Data::Sparse(part(opener(name)?, name, MAGIC, line.sectors, budget)?),
+            Body::Cowd(name) => Data::Sparse(part(opener(name)?, name, COWD, line.sectors, budget)?),
         };
         parts.push(Part { start, len, data });
         start += len;
     }
-    Ok(Image { kind: text.kind, capacity: start, parts })
+    Ok(parts)
 }
 
 fn flat(window: Window, name: &str, from: u64, len: u64) -> Result<Window> {
@@ -145,18 +202,14 @@ fn flat(window: Window, name: &str, from: u64, len: u64) -> Result<Window> {
     })
 }
 
-fn part(window: Window, name: &str, sectors: u64, budget: &mut u64) -> Result<Sparse> {
-    let mut magic = [0u8; 4];
-    if window.len() >= SECTOR {
-        window.read_exact_at(&mut magic, 0)?;
-    }
-    if magic != MAGIC {
+fn part(window: Window, name: &str, wanted: [u8; 4], sectors: u64, budget: &mut u64) -> Result<Sparse> {
+    if window.len() < SECTOR || magic(&window)? != wanted {
         return Err(FormatError::Corrupt {
             format: NAME,
             what: "header",
             index: 0,
             offset: 0,
-            reason: format!("the extent {name:?} does not start with KDMV"),
+            reason: format!("the extent {name:?} does not start with {}", wanted.escape_ascii()),
         });
     }
     let header = Sparse::header(&window)?;
@@ -175,6 +228,36 @@ impl Image {
     /// The `createType`.
     pub fn kind(&self) -> Kind {
         self.kind
+    }
+
+    /// The disk beneath that its descriptor names; only [`open_layer`] lets one in.
+    pub fn parent(&self) -> Option<&Parent> {
+        self.parent.as_ref()
+    }
+
+    /// The content identifier that a child names as its `parentCID`; `None` where the descriptor has none.
+    pub fn cid(&self) -> Option<u32> {
+        self.cid
+    }
+
+    /// The runs of `[from, to)` that this image itself answers for, with data or with zeros (see `chain::Layer`).
+    pub fn covered(&self, from: u64, to: u64) -> Result<Vec<Extent>> {
+        let to = to.min(self.capacity);
+        let mut out = Vec::new();
+        for part in self.parts[self.at(from)..].iter().take_while(|part| part.start < to) {
+            let (first, last) = (from.max(part.start) - part.start, to.min(part.start + part.len) - part.start);
+            match &part.data {
+                Data::Sparse(sparse) => sparse.runs(first, last, part.start, |place| place != Place::Hole, &mut out)?,
+                Data::Flat(_) | Data::Zero => push(&mut out, Extent { offset: part.start + first, len: last - first }),
+            }
+        }
+        Ok(out)
+    }
+
+    /// Bytes of grain directories that it holds in memory.
+    pub fn table_bytes(&self) -> u64 {
+        let sparse = |part: &Part| if let Data::Sparse(sparse) = &part.data { sparse.directory_bytes() } else { 0 };
+        self.parts.iter().map(sparse).sum()
     }
 
     /// Index of the part that holds `offset`.
@@ -206,7 +289,7 @@ impl Disk for Image {
             let (first, last) = (from.max(part.start) - part.start, to.min(part.start + part.len) - part.start);
             match &part.data {
                 Data::Zero => {}
-                Data::Sparse(sparse) => sparse.extents(first, last, part.start, &mut out)?,
+                Data::Sparse(sparse) => sparse.runs(first, last, part.start, |place| matches!(place, Place::Sector(_)), &mut out)?,
                 Data::Flat(window) => {
                     for run in window.data_runs(first, last)? {
                         push(&mut out, Extent { offset: run.offset + part.start, len: run.len });
@@ -236,5 +319,28 @@ impl Disk for Image {
             buf = rest;
         }
         Ok(())
+    }
+
+    fn packs(&self, _: Packing) -> bool {
+        self.parts.iter().any(|part| matches!(&part.data, Data::Sparse(sparse) if sparse.is_compressed()))
+    }
+
+    fn packed<'s>(&self, unit: u64, want: Packing, plain: &mut [u8], scratch: &'s mut Scratch) -> Result<Option<&'s [u8]>> {
+        let offset = unit.saturating_mul(UNIT as u64);
+        if offset.checked_add(UNIT as u64).is_none_or(|end| end > self.capacity) {
+            return Ok(None);
+        }
+        let part = &self.parts[self.at(offset)];
+        let within = offset - part.start;
+        let Data::Sparse(sparse) = &part.data else { return Ok(None) };
+        if !within.is_multiple_of(UNIT as u64) {
+            return Ok(None);
+        }
+        let stream = sparse.packed(within / UNIT as u64, plain, scratch)?;
+        Ok(match want {
+            Packing::Zlib => stream,
+            // Behind the header's two bytes and before the Adler-32, both of which the inflating has checked.
+            Packing::Deflate => stream.and_then(|stream| stream.get(2..stream.len().checked_sub(4)?)),
+        })
     }
 }

@@ -37,7 +37,13 @@ fn an_empty_disk_of_four_tebibytes_takes_seconds_in_every_format() {
         folder.clear();
         let disk: Arc<dyn Disk> = Arc::new(Made { capacity: 4 << 40, data: None, pause: Duration::ZERO });
         let started = Instant::now();
-        let outcome = folder.run(&job(&[disk], format, compression), &Listener::default()).unwrap();
+        let outcome = folder.run(&job(&[disk], format, compression), &Listener::default());
+        if format == Format::Vhd {
+            let said = outcome.unwrap_err().to_string();
+            assert!(said.contains("limit of 2040 GiB") && said.contains("vhdx"), "{said}");
+            continue;
+        }
+        let outcome = outcome.unwrap();
         assert!(started.elapsed() < Duration::from_secs(3), "{format:?} took {:?}", started.elapsed());
         assert!(outcome.disks[0].blocks.0.is_empty());
         if format == Format::Qcow2 {

@@ -28,7 +28,8 @@ fn sources(folder: &Folder, data: &[u8]) -> Vec<(String, Arc<dyn Disk>)> {
 /// QEMU's name of a file, or of a member inside of it.
 fn for_qemu(path: &Path, format: Format) -> (String, &'static str) {
     if format != Format::Ova {
-        return (text(path).to_owned(), format.disk_format());
+        let driver = if format == Format::Vhd { "vpc" } else { format.disk_format() };
+        return (text(path).to_owned(), driver);
     }
     let entries = ova::tar::entries(&Window::whole(File::open(path).unwrap()).unwrap()).unwrap();
     let disk = entries.iter().find(|entry| entry.name.ends_with(".vmdk")).unwrap();

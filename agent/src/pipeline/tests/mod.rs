@@ -181,11 +181,13 @@ pub(super) fn job(disks: &[Arc<dyn Disk>], format: Format, compression: Option<C
         disks: disks.iter().enumerate().map(source).collect(),
         format,
         compression,
+        pass_on: true,
+        sha256: true,
         verify: true,
         bandwidth: None,
         cid: 0x1234_5678,
         created: 1_700_000_000,
-        tuning: Tuning { checkpoint_bytes: BLOCK, checkpoint_every: Duration::from_secs(5), workers: Some(2) },
+        tuning: Tuning { checkpoint_bytes: BLOCK, checkpoint_every: Duration::from_secs(5), workers: Some(2), resumable: true },
     }
 }
 
@@ -199,6 +201,9 @@ pub(super) fn targets() -> Vec<(Format, Option<Compression>)> {
         (Format::Vmdk, None),
         (Format::Ovf, None),
         (Format::Ova, level(Method::Deflate, 2)),
+        (Format::Vhdx, None),
+        (Format::Vhd, None),
+        (Format::Vdi, None),
     ]
 }
 

@@ -45,7 +45,14 @@ fn fill(file: &Arc<File>, vm: &Vm, layout: &Layout) -> Vec<Finished> {
         let mut state = StreamEncoder::new(1).unwrap().state().unwrap();
         state.encode(0, &content(vm, k), &mut block).unwrap();
         writer.write_block(&block).unwrap();
-        out.push(Finished { name: layout.disk_name(k), capacity, base, size: writer.finish().unwrap(), populated: (1 << 20) + 512 });
+        out.push(Finished {
+            name: layout.disk_name(k),
+            capacity,
+            base,
+            size: writer.finish().unwrap(),
+            populated: (1 << 20) + 512,
+            sha256: None,
+        });
     }
     out
 }
@@ -141,7 +148,7 @@ fn wrong_disks_are_refused() {
     let vm = sample(1);
     let layout = Layout::new(&vm, 0).unwrap();
     let file = create(&dir, "a.ova");
-    let good = Finished { name: "a.vmdk".into(), capacity: 512, base: layout.disk_base(0, 0), size: 10, populated: 0 };
+    let good = Finished { name: "a.vmdk".into(), capacity: 512, base: layout.disk_base(0, 0), size: 10, populated: 0, sha256: None };
     file.set_len(good.base + good.size).unwrap();
     assert!(layout.finish(&file, &vm, &[], &mut quiet).is_err());
     assert!(layout.finish(&file, &vm, &[Finished { base: 0, ..good.clone() }], &mut quiet).is_err());

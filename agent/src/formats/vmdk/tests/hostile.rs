@@ -31,7 +31,10 @@ fn parents_unknown_kinds_and_contradictions_are_refused_by_name() {
     for (text, expected) in [
         ("createType=\"monolithicFlat\"\nparentFileNameHint=\"base.vmdk\"\n".to_owned() + flat, "parent"),
         ("createType=\"fullDevice\"\n".to_owned() + flat, "fullDevice"),
-        ("createType=\"vmfsSparse\"\nRW 8 VMFSSPARSE \"a\"".to_owned(), "VMFSSPARSE"),
+        ("createType=\"vmfsSparse\"\nRW 8 SPARSE \"a\"".to_owned(), "does not belong into vmfsSparse"),
+        ("createType=\"twoGbMaxExtentSparse\"\nRW 8 VMFSSPARSE \"a\"".to_owned(), "does not belong into twoGbMaxExtentSparse"),
+        ("createType=\"seSparse\"\nRW 8 ZERO".to_owned(), "seSparse, a snapshot's delta on VMFS 6"),
+        ("createType=\"vmfsSparse\"\nRW 8 SESPARSE \"a\"".to_owned(), "consolidate the snapshots, or clone the disk"),
         ("createType=\"vmfsRawDeviceMap\"\nRW 8 VMFSRDM \"a\"".to_owned(), "VMFSRDM"),
         ("createType=\"custom\"\n".to_owned() + flat, "custom"),
         ("createType=\"monolithicFlat\"\nRW 8 SPARSE \"a\"".to_owned(), "does not belong"),
@@ -54,7 +57,7 @@ fn parents_unknown_kinds_and_contradictions_are_refused_by_name() {
         let said = refusal(&descriptor(&text));
         assert!(said.contains(expected), "{text}: {said}");
     }
-    let parent = descriptor("createType=\"monolithicFlat\"").replace("ffffffff", "12345678");
+    let parent = descriptor(&("createType=\"monolithicFlat\"\n".to_owned() + flat)).replace("ffffffff", "12345678");
     assert!(refusal(&parent).contains("parentCID"));
     assert!(refusal(&" ".repeat((1 << 20) + 1)).contains("1048576"));
     assert!(refusal("").contains("createType"));
@@ -252,7 +255,14 @@ fn a_huge_directory_costs_neither_time_nor_memory() {
     let entries: Vec<u8> = (0..MAX_DIRECTORY as u32).flat_map(|k| (20_000 + k * 4).to_le_bytes()).collect();
     OpenOptions::new().write(true).open(dir.path("h.vmdk")).unwrap().write_all_at(&entries, 64 * 512).unwrap();
     let disk = open_single(window.clone()).unwrap();
-    assert_eq!(disk.extents(0, 1 << 30).unwrap(), vec![]);
+    assert_eq!(disk.extents(0, u64::MAX).unwrap(), vec![]);
+    // One table of all that holds something, in the middle: it is not forgotten.
+    let grain = 8u64 << 30;
+    let file = OpenOptions::new().write(true).open(dir.path("h.vmdk")).unwrap();
+    file.write_all_at(&((grain / 512) as u32).to_le_bytes(), (20_000 + 777_777 * 4) * 512 + 5 * 4).unwrap();
+    file.write_all_at(&[9; 4096], grain).unwrap();
+    let at = (777_777 * 512 + 5) * 4096;
+    assert_eq!(open_single(window.clone()).unwrap().extents(0, u64::MAX).unwrap(), vec![Extent { offset: at, len: 4096 }]);
     let doubled: Vec<u8> = (0..MAX_DIRECTORY as u32).flat_map(|_| 20_000u32.to_le_bytes()).collect();
     OpenOptions::new().write(true).open(dir.path("h.vmdk")).unwrap().write_all_at(&doubled, 64 * 512).unwrap();
     let refused = open_single(window).unwrap_err().to_string();

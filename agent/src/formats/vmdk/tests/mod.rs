@@ -1,6 +1,8 @@
 //! Tests of the VMDK code, with qemu-img as the oracle. They fail where qemu-img is missing: a skipped oracle proves nothing.
 #![allow(clippy::unwrap_used, clippy::disallowed_methods)]
 
+mod delta;
+mod esxi;
 mod hostile;
 mod read;
 mod write;
