@@ -80,6 +80,9 @@ fn convert_is_equal_to_qemu_img_for_every_pair() {
         ("in-2.qcow2", "qcow2", "compat=0.10"),
         ("in-512.qcow2", "qcow2", "cluster_size=512"),
         ("in-2m.qcow2", "qcow2", "cluster_size=2M"),
+        ("in.vhdx", "vhdx", "subformat=dynamic"),
+        ("in.vhd", "vpc", "subformat=dynamic,force_size=on"),
+        ("in.vdi", "vdi", "static=off"),
     ] {
         convert(("raw", &raw), (format, &scratch.join(name)), &["-o", options]);
     }
@@ -96,15 +99,22 @@ fn convert_is_equal_to_qemu_img_for_every_pair() {
         "in-2m.qcow2",
         "in-zlib.qcow2",
         "in-zstd.qcow2",
+        "in.vhdx",
+        "in.vhd",
+        "in.vdi",
         "in.ova",
     ];
-    let outputs: [(&str, &[&str]); 6] = [
+    let outputs: [(&str, &[&str]); 10] = [
         ("out.raw", &[]),
         ("out.qcow2", &[]),
+        ("out.qcow2", &["--compression", "deflate"]),
         ("out.qcow2", &["--compression", "deflate", "--level", "6"]),
         ("out.qcow2", &["--compression", "zstd", "--level", "3"]),
         ("out.vmdk", &["--verify"]),
         ("out.ova", &[]),
+        ("out.vhdx", &["--verify"]),
+        ("out.vhd", &["--verify"]),
+        ("out.vdi", &["--verify"]),
     ];
     for input in inputs {
         for (name, more) in outputs {
@@ -119,6 +129,8 @@ fn convert_is_equal_to_qemu_img_for_every_pair() {
                     let disk = members.iter().find(|member| member.ends_with(".vmdk")).unwrap();
                     identical(("raw", &raw), ("vmdk", &folder.join("opened").join(disk)));
                 }
+                // qemu-img has no check for it.
+                "out.vhd" => identical(("raw", &raw), ("vpc", &to)),
                 _ => {
                     let format = name.rsplit('.').next().unwrap();
                     identical(("raw", &raw), (format, &to));

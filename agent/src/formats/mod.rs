@@ -14,4 +14,9 @@ pub mod vhd;
 pub mod vhdx;
 pub mod vmdk;
 
+#[cfg(test)]
+mod differential;
+#[cfg(test)]
+mod refused;
+
 pub use disk::*;

@@ -1,0 +1,4 @@
+//! Feeds the fuzzer's bytes to `entry::qcow2`. Owns nothing. A crash here is a finding.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| hypersdk_fuzz::entry::qcow2(bytes));
