@@ -70,7 +70,7 @@ struct State {
     next: u64,
     end: Option<u64>,
     halted: bool,
-    /// A thread panicked, and what it had taken will not come back.
+    /// The output is not sound: something failed that was not the source, or a thread panicked. What was placed may never be written.
     broken: bool,
     failure: Option<Error>,
 }
@@ -143,8 +143,7 @@ impl Queue {
     pub(super) fn wait_written(&self, seq: u64) -> bool {
         let mut state = self.lock();
         while state.unwritten.first().is_some_and(|first| *first < seq) {
-            // A source that fails leaves what is in order sound.
-            if state.broken || state.failure.as_ref().is_some_and(|error| !matches!(error, Error::Source { .. })) {
+            if state.broken {
                 return false;
             }
             state = self.dry.wait(state).unwrap_or_else(PoisonError::into_inner);
@@ -207,7 +206,12 @@ impl Queue {
 
     /// Stops everybody because of `error`; the first one is kept.
     pub(super) fn fail(&self, error: Error) {
-        self.lock().failure.get_or_insert(error);
+        {
+            let mut state = self.lock();
+            // A source that fails leaves what is in order sound, but not when a write fails beside it.
+            state.broken |= !matches!(error, Error::Source { .. });
+            state.failure.get_or_insert(error);
+        }
         self.halt();
     }
 
@@ -222,7 +226,7 @@ impl Queue {
 
     /// Whether what went wrong left the output sound: a source that failed, or nothing.
     pub(super) fn output_is_sound(&self) -> bool {
-        self.lock().failure.as_ref().is_none_or(|error| matches!(error, Error::Source { .. }))
+        !self.lock().broken
     }
 }
 
