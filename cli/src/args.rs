@@ -151,13 +151,13 @@ pub struct Convert {
     /// Read OUT back and compare it with what was read from IN
     #[arg(long)]
     pub verify: bool,
-    /// Read IN over the parents that it names (qcow2 backing files, VMDK deltas), which must lie beside it; refused without
+    /// Read IN over the parents that it names; they must lie beside it
     #[arg(long)]
     pub follow_chain: bool,
-    /// Read this snapshot (id or name) inside of a qcow2 instead of the disk as it is
+    /// Read this snapshot (id or name) inside of a qcow2
     #[arg(long, value_name = "NAME")]
     pub snapshot: Option<String>,
-    /// Have OUT's SHA-256 in the manifest beside the digests of the disks' blocks, for other tools
+    /// Have OUT's SHA-256 in the manifest, for other tools
     #[arg(long)]
     pub sha256: bool,
     /// Print errors only
