@@ -1,8 +1,8 @@
 //! Where the time of a conversion goes, stage by stage: read, inflate, hash, deflate, write. `tests/bench` measures the whole against its rival.
 //!
-//! Run: `cargo bench -p hypersdk-agent --features isal`. One thread, 4 MiB blocks of text-like data, files on tmpfs.
+//! Run: `cargo bench -p hypersdk-agent --features isal`. One thread, 4 MiB blocks of text-like data, files in memory.
 
-#![allow(missing_docs, clippy::unwrap_used, clippy::disallowed_methods)]
+#![allow(missing_docs, clippy::unwrap_used)]
 
 use std::fs::File;
 use std::hint::black_box;
@@ -28,10 +28,7 @@ fn sample(len: usize) -> Vec<u8> {
 }
 
 fn file() -> Arc<File> {
-    let path = format!("/dev/shm/hypersdk-bench-{}", std::process::id());
-    let file = File::options().read(true).write(true).create(true).truncate(true).open(&path).unwrap();
-    std::fs::remove_file(&path).unwrap();
-    Arc::new(file)
+    Arc::new(File::from(rustix::fs::memfd_create("hypersdk-bench", rustix::fs::MemfdFlags::CLOEXEC).unwrap()))
 }
 
 /// One block, written by `writer` after `encoder`; the file.
