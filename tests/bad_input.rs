@@ -52,7 +52,7 @@ async fn what_a_request_gets_wrong_is_named() {
         (json!({"vm_name": "twin"}), 409, "ambiguous", vec!["/twin.qcow2", "/twin.raw"]),
         (json!({"vm_name": null}), 400, "bad_request", vec!["vm_name"]),
         (json!({"format": "vhdz"}), 400, "bad_request", vec!["vhdz", "qcow2", "ova"]),
-        (json!({"format": "vhdx", "compression": "deflate"}), 422, "unprocessable", vec!["vhdx has no compression", "qcow2"]),
+        (json!({"format": "vhdx", "options": {"compression": "deflate"}}), 422, "unprocessable", vec!["vhdx has no compression", "qcow2"]),
         (json!({"type": "exprot"}), 400, "bad_request", vec!["exprot", "export"]),
         (json!({"type": "migrate"}), 422, "not_built", vec!["migrate", "not built yet"]),
         (json!({"provider": "vsphere"}), 400, "bad_request", vec!["vsphere", "local"]),
