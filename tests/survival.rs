@@ -187,7 +187,7 @@ async fn round(victim: &mut Victim, source: &Path, random: &mut StdRng, tally: &
     }
     let mut finished = BTreeMap::new();
     for (id, format) in &jobs {
-        let job = client.completed(id, seconds(120)).await;
+        let job = client.completed(id, seconds(300)).await;
         judge(&job, format, source);
         if !victim.moves_bytes() {
             assert_eq!(job["attempt"], 1, "a controller's restart does not restart a copy: {job:#}\n{}", client.log(id).await);
@@ -214,7 +214,7 @@ async fn round(victim: &mut Victim, source: &Path, random: &mut StdRng, tally: &
 /// Waits for a random moment of the copies; now and then for one inside the short stages.
 async fn aim(client: &Client, ids: &[String], random: &mut StdRng) {
     let in_any = async |stages: &[&str], pause: u64| {
-        wait_for(&format!("a job to be {stages:?}"), seconds(60), async || {
+        wait_for(&format!("a job to be {stages:?}"), seconds(180), async || {
             let jobs = look(client, ids).await?;
             let hit = jobs.iter().any(|job| stages.iter().any(|stage| job["stage"] == *stage));
             // The short stages are looked for more often than the harness's 50 ms.
@@ -399,7 +399,7 @@ async fn sigterm_drains_and_the_next_process_goes_on() {
     let (mut fleet, source) = fleet("drain", Database::Sqlite).await;
     let client = fleet.client.clone();
     let id = client.export("disk", "qcow2", json!({"bandwidth_limit": RATE})).await;
-    wait_for("a checkpoint", seconds(30), async || {
+    wait_for("a checkpoint", seconds(120), async || {
         let job = client.job(&id).await;
         if number(&job, "bytes_done") >= 64 * MIB { Ok(()) } else { Err(brief(&job)) }
     })
@@ -416,7 +416,7 @@ async fn sigterm_drains_and_the_next_process_goes_on() {
     assert!(status.success(), "a drained controller ends with 0: {status}");
     fleet.controller.start();
     ready(&mut fleet.controller, &client).await;
-    let job = client.completed(&id, seconds(60)).await;
+    let job = client.completed(&id, seconds(300)).await;
     assert_eq!(job["attempt"], 2, "a drain costs no strike, a controller's restart no attempt: {job:#}");
     judge(&job, "qcow2", &source);
 }

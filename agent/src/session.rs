@@ -173,8 +173,10 @@ async fn session(agent: &Arc<Agent>, identity: &Identity, mut shutdown: watch::R
     }
 }
 
-/// SIGTERM: workers seal what is in order and park; the process goes when the controller has their ends in its store.
+/// SIGTERM: no new work comes from here on; workers seal what is in order and park; the process goes when the controller has their ends in its store.
 async fn drain(agent: &Arc<Agent>, tell: &mpsc::Sender<v1::AgentMessage>, stream: &mut tonic::Streaming<v1::ControllerMessage>) {
+    // A stream that does not take it will not take the ends either; the jobs are parked all the same.
+    let _ = timeout(Duration::from_secs(1), tell.send(message(agent_message::Kind::Leaving(v1::Leaving {})))).await;
     agent.table.stop_all(Stop::Park);
     let patience = Instant::now() + Duration::from_secs(15);
     while agent.table.any_running() && Instant::now() < patience {

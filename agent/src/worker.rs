@@ -134,6 +134,8 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
     })?;
 
     if let Some(result) = published_before(&agent.ledger, &folder, &held.job)? {
+        // What the earlier attempt did is what this one found, so that the last figures of the job are true ones.
+        agent.table.progress(held, "publishing", counters_of(&result));
         agent.table.log(held, "info", "publishing", "the output was published before the connection or the process was lost".to_owned());
         return commit(agent, held, || Ok(())).map(|()| End::Completed(result));
     }
@@ -263,6 +265,14 @@ fn published_before(ledger: &Ledger, folder: &Dir, job: &str) -> Result<Option<S
         Some(result) => Ok(Some(result)),
         None => Err(Failure::fatal(Code::Conflict, format!("{job} exists at the destination and was not made by this agent"))),
     }
+}
+
+/// What a kept result says was done, as an attempt shows it that found all of it.
+fn counters_of(result: &str) -> Progress {
+    let result: serde_json::Value = serde_json::from_str(result).unwrap_or_default();
+    let number = |pointer: &str| result.pointer(pointer).and_then(serde_json::Value::as_u64).unwrap_or_default();
+    let data = number("/counters/data_bytes");
+    Progress { data, read: 0, durable: data, verified: number("/receipt/bytes_verified").min(data), resumed: data }
 }
 
 fn source_of(agent: &Agent, assign: &v1::Assign) -> Result<Arc<dyn Source>, Failure> {

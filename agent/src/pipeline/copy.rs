@@ -7,7 +7,8 @@
 //!  caller's thread: polls stop, reports progress
 //! ```
 //! Never: holds more than the slots of the queue and one block a worker, goes on after a failed write or sync.
-//! A crash here costs what was not sealed: at most [`super::Tuning`]'s checkpoint and the one being sealed.
+//! A crash here costs what was not sealed: the slots, one checkpoint being sealed and one that waits for it. With an agent's checkpoints of
+//! 8 MiB that is at most 64 MiB, however slowly the disk syncs and however many cores read.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -75,20 +76,24 @@ pub(super) struct Copied {
     pub(super) data: u64,
 }
 
-/// Threads that read and encode: all cores, but no more than the memory promise allows (a block and a slot each).
+/// Most slots of 4 MiB: what is read and not sealed.
+const SLOTS: usize = 12;
+
+/// Threads that read and encode: all cores, but no more than there are slots for, with two for the writer.
 pub(super) fn workers(tuning: &Tuning) -> usize {
     let cores = thread::available_parallelism().map_or(2, |cores| cores.get());
-    tuning.workers.unwrap_or(cores).clamp(1, 12)
+    tuning.workers.unwrap_or(cores).clamp(1, SLOTS - 2)
 }
 
 impl DiskCopy<'_> {
     /// Copies from `start` to the end of the disk, finishes the output and syncs it.
     pub(super) fn run(&self, start: Start, journal: &mut Journal) -> Result<Copied, Error> {
         let workers = workers(self.tuning);
-        let queue = Queue::new((workers * 2).min(14).max(workers + 2));
+        let queue = Queue::new((workers * 2).clamp(workers + 2, SLOTS));
         let crew = Crew::new(workers + 2);
         let plan = Mutex::new((Plan::new(self.disk, start.next_block), 0u64));
-        let (send, receive) = sync_channel(1);
+        // No room: a checkpoint waits in the writer, which then takes no further block.
+        let (send, receive) = sync_channel(0);
         let written = thread::scope(|scope| {
             let sealer = scope.spawn(|| {
                 let (_member, _alarm) = (crew.member(), Alarm(&queue));

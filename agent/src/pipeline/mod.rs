@@ -103,7 +103,7 @@ pub struct Tuning {
     pub checkpoint_bytes: u64,
     /// Time between two checkpoints while there is something new.
     pub checkpoint_every: Duration,
-    /// Threads that read and encode, 1 to 12; all cores when absent.
+    /// Threads that read and encode, 1 to 10; all cores when absent.
     pub workers: Option<usize>,
     /// Whether a later attempt is to go on from a checkpoint. If not, checkpoints only say how far the output is, and nothing but its end is
     /// synced.

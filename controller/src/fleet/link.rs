@@ -97,6 +97,7 @@ impl Handler<Deliver> for Link {
                 let (store, agent) = (self.store.clone(), self.agent.clone());
                 return AtomicResponse::new(Box::pin(async move { take_inventory(store, agent, inventory).await }.into_actor(self)));
             }
+            FromAgent::Leaving(_) => None,
             FromAgent::Hello(_) => {
                 tracing::warn!(agent = self.agent, "a second hello in one session is ignored");
                 None

@@ -131,6 +131,14 @@ impl Session {
                     Err(_) => break Status::deadline_exceeded("no heartbeat in 40 s"),
                 };
                 self.registry.heard(id);
+                // Before whatever it says after this, so that what it parks is not given to it again.
+                if let Some(FromAgent::Leaving(_)) = message.kind {
+                    tracing::info!(agent = id, name = self.agent.name, "agent is leaving");
+                    if let Err(error) = self.queue.agent_leaving(id.clone(), session).await {
+                        break Status::unavailable(error.to_string());
+                    }
+                    continue;
+                }
                 if let Err(status) = self.take(&link, message).await {
                     break status;
                 }

@@ -263,9 +263,16 @@ impl Core {
         after.updated_at = now;
         if matches!(event, Event::Assign { .. }) {
             after.started_at.get_or_insert(now);
-            // What is on the disk already, the agent says again with its first report.
-            after.counters = shared::progress::Progress { data: after.counters.data, ..Default::default() };
-            (after.shown, after.speed) = (0, super::record::Speed::default());
+            let data = after.counters.data;
+            if job.state.is_granted() {
+                // All of it is synced and proven, else it would not have been granted; only the rename is open.
+                after.counters = shared::progress::Progress { read: 0, resumed: data, ..after.counters };
+            } else {
+                // What is on the disk already, the agent says again with its first report.
+                after.counters = shared::progress::Progress { data, ..Default::default() };
+                after.shown = 0;
+            }
+            after.speed = super::record::Speed::default();
         }
         if next.status.is_final() && !job.state.status.is_final() {
             after.finished_at = Some(now);

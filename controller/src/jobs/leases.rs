@@ -130,6 +130,13 @@ impl Core {
         self.settle(agent).await
     }
 
+    /// An agent's process is about to end: as drained, for as long as this session lasts.
+    pub async fn agent_leaving(&mut self, agent: &str, session: u64) -> Result<(), StoreError> {
+        let Some(known) = self.agents.get_mut(agent).filter(|known| known.session == session) else { return Ok(()) };
+        known.draining = true;
+        self.settle(agent).await
+    }
+
     /// An agent takes no new work, or does again.
     pub async fn agent_draining(&mut self, agent: &str, draining: bool) -> Result<(), StoreError> {
         self.agents.entry(agent.to_owned()).or_default().draining = draining;

@@ -192,6 +192,11 @@ impl Handle {
         self.ask(work!(|core| core.agent_down(&agent, session).await.map_err(Error::from))).await?
     }
 
+    /// An agent's process is about to end; its next session begins anew.
+    pub async fn agent_leaving(&self, agent: String, session: u64) -> Result<(), Error> {
+        self.ask(work!(|core| core.agent_leaving(&agent, session).await.map_err(Error::from))).await?
+    }
+
     /// An agent takes no new work, or does again.
     pub async fn agent_draining(&self, agent: String, draining: bool) -> Result<(), Error> {
         self.ask(work!(|core| core.agent_draining(&agent, draining).await.map_err(Error::from))).await?

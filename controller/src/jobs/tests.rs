@@ -190,6 +190,23 @@ async fn a_job_waits_for_its_agent_runs_is_granted_and_completes_once() {
 }
 
 #[actix_web::test]
+async fn what_was_granted_stays_shown_as_done_when_its_agent_comes_back_without_it() {
+    let mut bench = Bench::new().await;
+    bench.hello(&[]).await;
+    let id = bench.submit(50).await.id;
+    bench.progress(&id, 1, "verifying", 100, 100).await;
+    assert_eq!(granted(&bench.commit(&id, 1).await), Some(true));
+    let mut after = Bench::over(bench.store.clone()).await;
+    after.hello(&[]).await;
+    assert_eq!(after.take_assigned(), [(id.clone(), 2)]);
+    let nothing_yet = wire::Progress { job: id.clone(), epoch: 2, stage: "preparing".into(), ..Default::default() };
+    after.report(Report::Progress(nothing_yet)).await;
+    let shown = super::view::View::of(&after.core.find(&id).await.unwrap().unwrap(), str::to_owned);
+    assert_eq!((shown.stage, shown.attempt, shown.progress), ("publishing", 2, 99));
+    assert_eq!((shown.bytes_done, shown.bytes_total, shown.bytes_verified, shown.bytes_resumed), (100, Some(100), 100, 100));
+}
+
+#[actix_web::test]
 async fn the_better_priority_goes_first_and_an_agent_gets_four() {
     let mut bench = Bench::new().await;
     let mut jobs = Vec::new();
@@ -294,6 +311,32 @@ async fn a_silent_agent_loses_its_jobs_at_forty_seconds_and_not_before() {
     // The end of an older session says nothing about the new one.
     bench.core.agent_down("agent-a", bench.session - 1).await.unwrap();
     assert_eq!(bench.stored(&id).await.state.status, Status::Running);
+}
+
+#[actix_web::test]
+async fn a_leaving_agent_gets_nothing_more_and_what_it_parks_waits_for_the_next_one() {
+    let mut bench = Bench::new().await;
+    bench.hello(&[]).await;
+    let id = bench.submit(50).await.id;
+    bench.take_sent();
+    // What an older session says last is of no account.
+    bench.core.agent_leaving("agent-a", bench.session - 1).await.unwrap();
+    let other = bench.submit(50).await.id;
+    assert_eq!(bench.take_assigned(), [(other.clone(), 1)]);
+    bench.core.agent_leaving("agent-a", bench.session).await.unwrap();
+    let late = bench.submit(50).await.id;
+    for job in [&id, &other] {
+        assert!(acknowledged(&bench.finish(job, 1, Outcome::Parked(true)).await));
+    }
+    bench.core.tick(Instant::now() + Duration::from_secs(30)).await;
+    assert_eq!(bench.take_assigned(), []);
+    for (job, attempt) in [(&id, 1), (&other, 1), (&late, 0)] {
+        let state = bench.stored(job).await.state;
+        assert_eq!((state.status, state.hold, state.attempt), (Status::Queued, Hold::Agent, attempt));
+    }
+    bench.core.agent_down("agent-a", bench.session).await.unwrap();
+    bench.hello(&[]).await;
+    assert_eq!(bench.take_assigned().len(), 3);
 }
 
 #[actix_web::test]
