@@ -22,6 +22,8 @@ PAIRS = [
     ("raw → streamOptimized, level 6", STREAM, "disk.raw", "--level 6", "vmdk"),
     ("raw → streamOptimized, level 1", STREAM, "disk.raw", "--level 1", "vmdk"),
     ("raw → streamOptimized, fast", STREAM, "disk.raw", "", "vmdk"),
+    # With the whole window level 1 makes what qemu-img makes at its level in 4 KiB of window.
+    ("raw → qcow2 zlib, same size", DEFLATE, "disk.raw", "--compression deflate --level 1", "qcow2"),
     ("raw → qcow2 zlib, level 6", DEFLATE, "disk.raw", "--compression deflate --level 6", "qcow2"),
     ("raw → qcow2 zlib, fast", DEFLATE, "disk.raw", "--compression deflate", "qcow2"),
     ("raw → qcow2 zstd, level 3", ZSTD, "disk.raw", "--compression zstd --level 3", "qcow2"),
@@ -103,12 +105,14 @@ def measure(pair, folder, hypersdk, rounds):
     ours = f"{hypersdk} convert -q {source} out.{ours_extension} {flags}"
     walls, cpus, sizes = [], [], []
     for turn in range(rounds + 1):
-        best = None
+        runs = []
         for rival in rivals:
             clear(folder)
-            taken = timed(rival, folder)
-            best = taken if best is None or taken[0] < best[0] else best
+            runs.append((timed(rival, folder), rival))
             rival_size = allocated(os.path.join(folder, f"out.{extension}"))
+        best, winner = min(runs)
+        if turn == 0 and max(runs)[0][0] > 1.2 * best[0]:
+            rivals = [winner]  # Not close: the other one is left out from here on.
         clear(folder)
         taken = timed(ours, folder)
         if turn == 0:  # The first round warms caches.

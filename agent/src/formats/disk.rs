@@ -326,6 +326,12 @@ pub trait DiskWriter: Send {
         Ok(false)
     }
 
+    /// Takes note of units whose bytes the caller has written at their own offsets. Only for raw, where they have such; others refuse.
+    fn took_block(&mut self, block: &Encoded) -> Result<()> {
+        let text = format!("{} units were written past a writer that places them itself", block.units.len());
+        Err(io::Error::new(io::ErrorKind::InvalidInput, text).into())
+    }
+
     /// Bytes of output so far, counted from the base (for raw: the end of the last block written).
     fn position(&self) -> u64;
 

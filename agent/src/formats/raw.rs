@@ -182,6 +182,13 @@ impl DiskWriter for Writer {
         Ok(true)
     }
 
+    fn took_block(&mut self, block: &Encoded) -> Result<()> {
+        for unit in &block.units {
+            self.place(unit.index, unit.len)?;
+        }
+        Ok(())
+    }
+
     fn position(&self) -> u64 {
         self.position
     }

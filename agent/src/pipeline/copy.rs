@@ -3,7 +3,7 @@
 //! Owns: the threads of one disk's copy and what flows between them.
 //! ```text
 //!  plan ─► worker × N ─► queue (in order, bounded) ─► writer ─► sealer (hash, fdatasync, journal)
-//!             ▲ bytes of plain blocks, placed by the writer, go to the file from here
+//!             ▲ raw units, and plain blocks that the writer has placed, go to the file from here
 //!  caller's thread: polls stop, reports progress
 //! ```
 //! Never: holds more than the slots of the queue and one block a worker, goes on after a failed write or sync.
@@ -27,9 +27,9 @@ use super::queue::{Alarm, Done, Next, Placed, Queue, Turn};
 use super::seal::{hash_region, seal};
 use super::target::{Evidence, Target};
 use super::throttle::Throttle;
-use super::work::{Form, Worker};
+use super::work::{Fault, Form, Worker};
 use super::{Error, Stop, Tuning, output_error};
-use crate::formats::{Disk, DiskWriter, Encoded, FormatError};
+use crate::formats::{Disk, DiskWriter, Encoded, FormatError, Output};
 use crate::journal::{Checkpoint, Journal, MAX_DIGESTS, Record};
 
 /// One disk and where it goes.
@@ -166,13 +166,19 @@ impl DiskCopy<'_> {
                 queue.halt();
                 continue;
             }
-            let digest = worker.block(&task, &mut encoded).map_err(|e| self.source(e))?;
+            let digest = worker.block(&task, &mut encoded).map_err(|fault| match fault {
+                Fault::Source(e) => self.source(e),
+                Fault::Output(e) => output_error(e.into(), self.file_name),
+            })?;
             self.control.counters.read.fetch_add(task.data, Ordering::Relaxed);
             queue.deliver(seq, Done { block: task.block, data: task.data, digest, encoded });
         }
     }
 
     fn form(&self) -> Result<Form, Error> {
+        if self.target.is_raw() {
+            return Ok(Form::Direct(Output { file: self.file.clone(), base: self.base }));
+        }
         if self.target.plain() {
             return Ok(Form::Plain);
         }
@@ -191,9 +197,14 @@ impl DiskCopy<'_> {
         Ok(())
     }
 
-    /// Lays a block down, or gives it its place and leaves the writing to the workers. Under a bandwidth limit they sleep, so that it is done here.
+    /// Lays a block down, takes note of one that its worker has written, or gives it its place and leaves the writing to the workers. Under a bandwidth limit they sleep, so that it is done here.
     fn lay(&self, queue: &Queue, seq: u64, encoded: Encoded, writer: &mut dyn DiskWriter) -> Result<(), Error> {
         let fail = |e| output_error(e, self.file_name);
+        if self.target.is_raw() {
+            writer.took_block(&encoded).map_err(fail)?;
+            queue.give_back(encoded);
+            return Ok(());
+        }
         let mut runs = Vec::new();
         if !self.throttle.limits() && writer.place_block(&encoded, &mut runs).map_err(fail)? {
             queue.place(Placed { seq, encoded, runs });

@@ -1,13 +1,15 @@
-//! One worker of a copy: reads a block, hashes it, encodes it.
+//! One worker of a copy: reads a block, hashes it, encodes it, and writes it where it lies in the output as on the disk.
 //!
-//! Owns: a thread's buffers, and the order in which a block's bytes are touched: read, hashed and encoded a piece at a time, while the piece
-//! is still in the core's cache.
-//! Never: knows of other blocks or of the file. A crash here costs the block.
+//! Owns: a thread's buffers, and the order in which a block's bytes are touched: read, hashed, encoded and, for raw, written a piece at a
+//! time, while the piece is still in the core's cache.
+//! Never: knows of other blocks. A crash here costs the block.
+
+use std::io;
 
 use shared::manifest::Digest;
 
 use super::plan::{Task, block_len};
-use crate::formats::{Disk, EncodeState, Encoded, Extent, Packing, Result, Scratch, UNIT, is_zero, raw};
+use crate::formats::{Disk, EncodeState, Encoded, Extent, FormatError, Output, Packing, Result, Scratch, UNIT, Unit, is_zero, raw};
 
 /// Bytes of a plain block that are read and hashed at a time: they fit the second-level cache of a core.
 const STEP: usize = 256 << 10;
@@ -18,8 +20,22 @@ static ZEROS: [u8; UNIT] = [0; UNIT];
 pub(super) enum Form {
     /// Units as they are.
     Plain,
+    /// Written at their own offsets here and now; only which they are is left.
+    Direct(Output),
     /// Encoded; units that are stored in the given packing at the source are passed on.
     Encoded(Box<dyn EncodeState>, Option<Packing>),
+}
+
+/// Which side of a block failed.
+pub(super) enum Fault {
+    Source(FormatError),
+    Output(io::Error),
+}
+
+impl From<FormatError> for Fault {
+    fn from(error: FormatError) -> Self {
+        Self::Source(error)
+    }
 }
 
 /// A thread's state.
@@ -36,14 +52,44 @@ impl<'a> Worker<'a> {
     }
 
     /// Reads the block and leaves its units in `out`; answers its digest, `None` when it is all zeros.
-    pub(super) fn block(&mut self, task: &Task, out: &mut Encoded) -> Result<Option<Digest>> {
+    pub(super) fn block(&mut self, task: &Task, out: &mut Encoded) -> Result<Option<Digest>, Fault> {
         out.clear();
         let Self { disk, form, scratch, data } = self;
         match form {
-            Form::Plain => plain(*disk, task, data, out, scratch),
-            Form::Encoded(state, want) => encoded(*disk, task, state.as_mut(), *want, data, out, scratch),
+            Form::Plain => Ok(plain(*disk, task, data, out, scratch)?),
+            Form::Direct(output) => direct(*disk, task, output, data, out, scratch),
+            Form::Encoded(state, want) => Ok(encoded(*disk, task, state.as_mut(), *want, data, out, scratch)?),
         }
     }
+}
+
+fn direct(
+    disk: &dyn Disk,
+    task: &Task,
+    output: &Output,
+    data: &mut Vec<u8>,
+    out: &mut Encoded,
+    scratch: &mut Scratch,
+) -> Result<Option<Digest>, Fault> {
+    data.resize(STEP, 0);
+    let mut hasher = blake3::Hasher::new();
+    let end = task.offset() + block_len(task.block, disk.capacity()) as u64;
+    let mut at = task.offset();
+    while at < end {
+        let step = &mut data[..(end - at).min(STEP as u64) as usize];
+        fill(disk, &task.extents, at, step, scratch)?;
+        hasher.update(step);
+        let first = out.units.len();
+        for (i, _) in step.chunks(UNIT).enumerate().filter(|(_, unit)| !is_zero(unit)) {
+            out.units.push(Unit { index: at / UNIT as u64 + i as u64, start: i * UNIT, len: UNIT, compressed: false });
+        }
+        for units in out.units[first..].chunk_by(|a, b| a.index + 1 == b.index) {
+            let (from, to) = (units[0].start, (units[units.len() - 1].start + UNIT).min(step.len()));
+            output.write_all_at(&step[from..to], at + from as u64).map_err(Fault::Output)?;
+        }
+        at += step.len() as u64;
+    }
+    Ok((!out.units.is_empty()).then(|| *hasher.finalize().as_bytes()))
 }
 
 fn plain(disk: &dyn Disk, task: &Task, data: &mut Vec<u8>, out: &mut Encoded, scratch: &mut Scratch) -> Result<Option<Digest>> {

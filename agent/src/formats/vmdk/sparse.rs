@@ -270,7 +270,11 @@ impl Sparse {
         let Place::Sector(at) = self.place(le32(&table, 0)) else { return Ok(None) };
         let end = self.fetch(number, at, (count > 1).then(|| le32(&table, 4)), scratch)?;
         self.inflate(number, at, end, plain, scratch)?;
-        Ok(Some(&scratch.packed[MARKER..end]))
+        let stream = &scratch.packed[MARKER..end];
+        // The inflater stops at the stream's own end. What lies behind it is nobody's data and is not passed on, so the stream must end
+        // with its checksum.
+        let whole = stream.last_chunk::<4>().is_some_and(|told| u32::from_be_bytes(*told) == libdeflater::adler32(plain));
+        Ok(whole.then_some(stream))
     }
 
     /// Inflates the grain at sector `at` and copies `[within, within + dst.len())` of it; straight into `dst` when that is all of it.

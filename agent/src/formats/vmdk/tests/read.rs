@@ -96,3 +96,29 @@ fn an_esxi_descriptor_with_foreign_letters_and_zero_extents() {
     assert_equal(&disk, &dir.window("caf\u{e9}-flat.vmdk"));
     drop(before);
 }
+
+#[test]
+fn a_stream_with_something_behind_its_checksum_is_read_but_not_passed_on() {
+    let dir = Dir::new();
+    patterned(&dir.path("a.raw"), 4 << 20, 40, 15);
+    stream(&dir.window("a.raw"), &dir.path("a.vmdk"), 6);
+    let passes = |name: &str| {
+        let disk = dir.open(name).unwrap();
+        let mut plain = vec![0u8; UNIT];
+        let units = 0..(4 << 20) / UNIT as u64;
+        units.filter(|unit| disk.packed(*unit, Packing::Zlib, &mut plain, &mut Scratch::default()).unwrap().is_some()).collect::<Vec<_>>()
+    };
+    let all = passes("a.vmdk");
+    assert!(all.len() > 10);
+    // The first grain: behind header and descriptor, with four bytes to spare before its sector ends.
+    let mut bytes = std::fs::read(dir.path("a.vmdk")).unwrap();
+    let size = |bytes: &[u8], at: usize| u32::from_le_bytes(bytes[at + 8..at + 12].try_into().unwrap());
+    let is_grain = |at: usize| bytes[at + 12] == 0x78 && size(&bytes, at) > 0 && (12 + size(&bytes, at) as usize) % 512 < 509;
+    let at = (0..bytes.len() - 512).step_by(512).skip(64).find(|at| is_grain(*at)).unwrap();
+    let (unit, more) = (bytes[at..at + 8].to_owned(), size(&bytes, at) + 4);
+    bytes[at + 8..at + 12].copy_from_slice(&more.to_le_bytes());
+    dir.put("b.vmdk", &bytes);
+    assert_equal(&dir.open("b.vmdk").unwrap(), &dir.window("a.raw"));
+    let unit = u64::from_le_bytes(unit.try_into().unwrap()) * 512 / UNIT as u64;
+    assert_eq!(passes("b.vmdk"), all.into_iter().filter(|one| *one != unit).collect::<Vec<_>>());
+}
