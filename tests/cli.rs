@@ -104,11 +104,12 @@ fn convert_is_equal_to_qemu_img_for_every_pair() {
         "in.vdi",
         "in.ova",
     ];
-    let outputs: [(&str, &[&str]); 10] = [
+    let outputs: [(&str, &[&str]); 11] = [
         ("out.raw", &[]),
         ("out.qcow2", &[]),
         ("out.qcow2", &["--compression", "deflate"]),
         ("out.qcow2", &["--compression", "deflate", "--level", "6"]),
+        ("out.qcow2", &["--narrow-window", "--verify"]),
         ("out.qcow2", &["--compression", "zstd", "--level", "3"]),
         ("out.vmdk", &["--verify"]),
         ("out.ova", &[]),

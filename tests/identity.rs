@@ -211,6 +211,65 @@ async fn a_machine_of_several_disks_and_a_disk_of_several_extents_arrive_whole()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_snapshots_inside_a_qcow2_come_along_as_disks_of_their_own() {
+    let mut states = Vec::new();
+    let fleet = Fleet::start("snapshots", Plan::plain(), |vms| {
+        std::fs::create_dir(vms.join("kept")).unwrap();
+        let (disk, kept) = (vms.join("kept/system.qcow2"), vms.parent().unwrap().join("states"));
+        std::fs::create_dir(&kept).unwrap();
+        pattern(&kept.join("first"), 48 * MIB, &[(0, 9 * MIB), (40 * MIB, MIB)], 11);
+        convert(("raw", &kept.join("first")), ("qcow2", &disk), &[]);
+        pattern(&vms.join("kept/zdata.raw"), 8 * MIB, &[(0, MIB)], 12);
+        let path = disk.to_str().unwrap();
+        for (name, write) in [("before the update", "write -P 171 4M 7M"), ("../odd\u{e9}", "write -z 0 2M"), ("", "")] {
+            let state = kept.join(states.len().to_string());
+            convert(("qcow2", &disk), ("raw", &state), &[]);
+            states.push((name, state));
+            if !write.is_empty() {
+                qemu_img(&["snapshot", "-c", name, path]);
+                run(Command::new("qemu-io").args(["-f", "qcow2", "-c", write, path]));
+            }
+        }
+    })
+    .await;
+    let vms = fleet.refresh().await;
+    assert_eq!((vms.len(), &vms[0]["snapshots"]), (1, &json!(2)), "{vms:#?}");
+    for format in ["raw", "qcow2", "vmdk"] {
+        let id = fleet.client.export("kept", format, json!({"include_snapshots": true})).await;
+        let job = fleet.client.completed(&id, seconds(60)).await;
+        let disks = job["result"]["disks"].as_array().unwrap();
+        let found: Vec<_> = disks
+            .iter()
+            .map(|disk| (disk["name"].as_str().unwrap(), disk["snapshot"]["name"].as_str(), disk["file"].as_str().unwrap()))
+            .collect();
+        let file = |ending: &str| format!("kept-disk-{ending}.{format}");
+        assert_eq!(
+            found.iter().map(|(name, snapshot, file)| (*name, *snapshot, (*file).to_owned())).collect::<Vec<_>>(),
+            [
+                ("disk-0", None, file("0")),
+                ("disk-1", None, file("1")),
+                ("disk-0-snapshot-1", Some(states[0].0), file("0-snapshot-1")),
+                ("disk-0-snapshot-2", Some(states[1].0), file("0-snapshot-2")),
+            ],
+            "{job:#}"
+        );
+        assert!(
+            disks[2]["snapshot"]["created_at"].as_str().is_some_and(|at| at.ends_with('Z')) && disks[2]["snapshot"]["id"] == "1",
+            "{job:#}"
+        );
+        for (of, state) in [(0, 2), (2, 0), (3, 1)] {
+            identical(("raw", &states[state].1), (format, &fleet.exports().join(&id).join(found[of].2)));
+        }
+    }
+    // Without the wish there is the present state alone, and a package holds no other.
+    let job = fleet.client.completed(&fleet.client.export("kept", "raw", json!({})).await, seconds(60)).await;
+    assert_eq!(job["result"]["disks"].as_array().unwrap().len(), 2, "{job:#}");
+    let body = json!({"type": "export", "provider": "local", "vm_name": "kept", "format": "ova", "options": {"include_snapshots": true}});
+    let said = fleet.client.post("/jobs", body).await.refused(422, "unprocessable");
+    assert!(said.contains("one state") && said.contains("qcow2"), "{said}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flipped_block_is_caught_and_named() {
     let areas = [(8 * MIB, 16 * MIB)];
     let fleet = Fleet::start("flipped", Plan::plain(), |vms| pattern(&vms.join("marked.raw"), 64 * MIB, &areas, 3)).await;

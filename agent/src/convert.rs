@@ -14,7 +14,7 @@ use shared::progress::Progress;
 use shared::vault::{self, Dir};
 
 use crate::journal::Journal;
-use crate::pipeline::{self, PartDir, Snapshot, SourceDisk, Stage, Watch};
+use crate::pipeline::{self, PartDir, Snapshot, Stage, Watch};
 use crate::sources::local::{Local, OpenOptions};
 use crate::{identity, proof, worker};
 
@@ -30,6 +30,8 @@ pub struct Request {
     pub compression: Option<Algorithm>,
     /// The algorithm's level; the fast one without.
     pub level: Option<i32>,
+    /// Deflate with distances of at most 4 KiB; qcow2 only.
+    pub narrow_window: bool,
     /// Read the output back and compare.
     pub verify: bool,
     /// Read an image over the parents that it names (qcow2 backing files, VMDK deltas) instead of refusing it; they must lie beside it.
@@ -112,11 +114,12 @@ pub fn convert(request: &Request, progress: &(dyn Fn(&Progress, &str) + Sync)) -
     if folder.try_exists(&name).map_err(place)? {
         return Err(Error::new(Code::Conflict, format!("{} exists; remove it or choose another name", request.output.display())));
     }
-    let options = Options { compression: request.compression, level: request.level, ..Options::default() };
+    let narrow_window = request.narrow_window.then_some(true);
+    let options = Options { compression: request.compression, level: request.level, narrow_window, ..Options::default() };
     let job = pipeline::Job {
         id: "convert".to_owned(),
         vm,
-        disks: disks.into_iter().map(|d| SourceDisk { name: d.name, identity: d.identity, disk: d.disk }).collect(),
+        disks: disks.into_iter().map(worker::source_disk).collect(),
         format,
         compression: worker::compression(format, &options),
         pass_on: request.level.is_none(),
@@ -214,6 +217,9 @@ fn output_format(request: &Request) -> Result<pipeline::Format, Error> {
     }
     if request.compression == Some(Algorithm::Zstd) && format != Format::Qcow2 {
         return Err(Error::new(Code::Unprocessable, format!("zstd is for qcow2 only; {format} uses deflate or nothing")));
+    }
+    if request.narrow_window && (format != Format::Qcow2 || request.compression == Some(Algorithm::Zstd)) {
+        return Err(Error::new(Code::Unprocessable, "--narrow-window is for qcow2 with deflate; leave it out, or choose these"));
     }
     worker::output_format(format.word()).map_err(|e| Error::new(e.code, e.message))
 }

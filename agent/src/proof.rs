@@ -73,7 +73,7 @@ pub fn result_json(folder: &std::path::Path, manifests: &[String], key: &Signing
     let disks: Vec<_> = outcome
         .disks
         .iter()
-        .map(|disk| json!({"name": disk.name, "file": disk.file, "capacity": disk.capacity, "root": hex::encode(disk.root)}))
+        .map(|disk| json!({"name": disk.name, "snapshot": disk.snapshot, "file": disk.file, "capacity": disk.capacity, "root": hex::encode(disk.root)}))
         .collect();
     let manifests: Vec<_> = manifests.iter().map(|name| absolute(name)).collect();
     json!({

@@ -22,7 +22,7 @@ use crate::held::{Assignment, Grant, Stop};
 use crate::journal::{Journal, Record};
 use crate::ledger::{Entry, Ledger};
 use crate::pipeline::{self, PartDir, Snapshot, SourceDisk, Stage, Watch};
-use crate::sources::{Opened, Source};
+use crate::sources::{self, Opened, Source};
 use crate::{Agent, proof};
 
 /// Data bytes between two checkpoints. A crash costs what is open, what waits or is being sealed and what is in the pipeline's slots: all
@@ -142,7 +142,11 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
 
     let source = source_of(agent, assign)?;
     agent.table.progress(held, "preparing", held.progress());
-    let (vm, disks) = source.open(&assign.vm_id).map_err(|e| Failure { code: e.code, message: e.message, retryable: e.retryable })?;
+    let refused = |e: sources::Error| Failure { code: e.code, message: e.message, retryable: e.retryable };
+    let (vm, mut disks) = source.open(&assign.vm_id).map_err(refused)?;
+    if options.include_snapshots == Some(true) {
+        disks.extend(source.open_snapshots(&assign.vm_id).map_err(refused)?);
+    }
     let created = match agent.ledger.read(&held.job).map_err(|e| Failure::io("the ledger", &e))? {
         Some(entry) if entry.destination == destination => entry.created,
         Some(_) => return Err(Failure::fatal(Code::Conflict, "the job began with another destination").into()),
@@ -154,7 +158,7 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
     let job = pipeline::Job {
         id: held.job.clone(),
         vm,
-        disks: disks.into_iter().map(|Opened { name, disk, identity }| SourceDisk { name, identity, disk }).collect(),
+        disks: disks.into_iter().map(source_disk).collect(),
         format,
         compression: compression(format, &options),
         // Who asks for a level wants that level.
@@ -275,6 +279,12 @@ fn counters_of(result: &str) -> Progress {
     Progress { data, read: 0, durable: data, verified: number("/receipt/bytes_verified").min(data), resumed: data }
 }
 
+/// An opened disk, for the pipeline.
+pub fn source_disk(opened: Opened) -> SourceDisk {
+    let Opened { name, snapshot, disk, identity } = opened;
+    SourceDisk { name, snapshot, identity, disk }
+}
+
 fn source_of(agent: &Agent, assign: &v1::Assign) -> Result<Arc<dyn Source>, Failure> {
     let Some(connection) = &assign.connection else { return Err(Failure::fatal(Code::Internal, "the assignment names no connection")) };
     agent.source(connection).map_err(|e| Failure { code: e.code, message: e.message, retryable: e.retryable })
@@ -297,7 +307,8 @@ pub fn output_format(word: &str) -> Result<pipeline::Format, Failure> {
 
 /// What the options mean for a format. VMDK is always deflate; raw never compresses; the fast level is the default.
 pub fn compression(format: pipeline::Format, options: &Options) -> Option<Compression> {
-    let asked = options.compress == Some(true) || options.compression.is_some() || options.level.is_some();
+    let narrow = options.narrow_window == Some(true);
+    let asked = options.compress == Some(true) || options.compression.is_some() || options.level.is_some() || narrow;
     let method = match (format, options.compression) {
         (pipeline::Format::Raw | pipeline::Format::Vhdx | pipeline::Format::Vhd | pipeline::Format::Vdi, _) => return None,
         (pipeline::Format::Qcow2, _) if !asked || options.compress == Some(false) => return None,
@@ -305,7 +316,7 @@ pub fn compression(format: pipeline::Format, options: &Options) -> Option<Compre
         _ => Method::Deflate,
     };
     let fast = if method == Method::Zstd { 1 } else { deflate::FAST };
-    Some(Compression { method, level: options.level.unwrap_or(fast) })
+    Some(Compression { method, level: options.level.unwrap_or(fast), narrow })
 }
 
 /// The pipeline's ear and hand: counters to the table, stops from it, and the space check once the data is counted.

@@ -148,6 +148,9 @@ pub struct Convert {
     /// Compression level; default: the fast one
     #[arg(long, allow_negative_numbers = true)]
     pub level: Option<i32>,
+    /// Deflate in qcow2 with a window of 4 KiB, as qemu-img does; slower
+    #[arg(long)]
+    pub narrow_window: bool,
     /// Read OUT back and compare it with what was read from IN
     #[arg(long)]
     pub verify: bool,

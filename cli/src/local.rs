@@ -21,6 +21,7 @@ pub fn convert(args: &Convert, style: Style) -> Outcome {
         format: args.format,
         compression: args.compression,
         level: args.level,
+        narrow_window: args.narrow_window,
         verify: args.verify,
         sha256: args.sha256,
         follow_chain: args.follow_chain,

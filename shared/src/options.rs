@@ -94,6 +94,9 @@ pub struct Options {
     /// The algorithm's level; absent: the fast one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub level: Option<i32>,
+    /// Deflate of qcow2 with distances of at most 4 KiB, as qemu-img writes it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub narrow_window: Option<bool>,
     /// Whether snapshots go along.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub include_snapshots: Option<bool>,

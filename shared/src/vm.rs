@@ -54,6 +54,17 @@ pub struct Disk {
     pub thin_provisioned: bool,
 }
 
+/// An earlier state of a VM's disk.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// The provider's own id, unique for the disk.
+    pub id: String,
+    /// The name that its maker gave; may be empty.
+    pub name: String,
+    /// RFC 3339, by the clock of who took it.
+    pub created_at: String,
+}
+
 /// One network card.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]

@@ -5,6 +5,7 @@
 
 use std::io;
 
+use flate2::{Compress, FlushCompress, Status};
 use libdeflater::{CompressionError, CompressionLvl, Compressor};
 
 use super::disk::{FormatError, Result, UNIT};
@@ -23,7 +24,12 @@ enum Coder {
     Libdeflate(Box<Compressor>),
     #[cfg(feature = "isal")]
     Isal,
+    /// zlib with a window of 4 KiB; bare streams only.
+    Narrow(Compress),
 }
+
+/// Base-2 logarithm of the window that qemu-img gives zlib for qcow2.
+const NARROW: u8 = 12;
 
 /// How the stream is wrapped.
 #[derive(Clone, Copy)]
@@ -46,6 +52,18 @@ impl Deflate {
         let mut compressor = Box::new(Compressor::new(level));
         let bound = compressor.zlib_compress_bound(UNIT);
         Ok(Self { coder: Coder::Libdeflate(compressor), bound })
+    }
+
+    /// A compressor of bare streams whose distances are at most 4 KiB, at zlib's `level`, 1 to 9, or at [`FAST`].
+    pub fn narrow(level: i32) -> Result<Self> {
+        let level = if level == FAST { 1 } else { level };
+        let level = u32::try_from(level)
+            .ok()
+            .filter(|level| (1..=9).contains(level))
+            .ok_or_else(|| FormatError::Unsupported(format!("deflate level {level} with a narrow window; 1 to 9 are known")))?;
+        let compress = Compress::new_with_window_bits(flate2::Compression::new(level), false, NARROW);
+        // Stored blocks with five bytes each, however small they become.
+        Ok(Self { coder: Coder::Narrow(compress), bound: UNIT + UNIT / 16 + 64 })
     }
 
     /// Most bytes that one unit of [`UNIT`] bytes becomes.
@@ -74,6 +92,13 @@ impl Deflate {
                     Ok(len) => Ok(Some(len)),
                     Err(CompressionError::InsufficientSpace) => Ok(None),
                 }
+            }
+            Coder::Narrow(_) if matches!(wrap, Wrap::Zlib) => Err(FormatError::Unsupported("a narrow window is for qcow2 only".to_owned())),
+            Coder::Narrow(compress) => {
+                compress.reset();
+                let status = compress.compress(data, out, FlushCompress::Finish).map_err(io::Error::other)?;
+                let len = usize::try_from(compress.total_out()).unwrap_or(usize::MAX);
+                Ok((status == Status::StreamEnd).then_some(len))
             }
             #[cfg(feature = "isal")]
             Coder::Isal => {
@@ -108,7 +133,7 @@ pub fn over_bound(len: usize) -> FormatError {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+#[allow(clippy::unwrap_used, clippy::disallowed_methods)]
 mod tests {
     use super::*;
 
@@ -137,5 +162,51 @@ mod tests {
             assert!(deflate.raw(&noise, &mut out[..UNIT - 1]).unwrap().is_none(), "level {level}");
         }
         assert!(Deflate::new(13).is_err() && Deflate::new(-2).is_err());
+    }
+
+    /// What zlib makes of a stream when it is given a window of 4 KiB and no more: 1 KiB at a time, so that what is further back is gone.
+    fn inflate_in_4_kib(stream: &[u8]) -> Option<Vec<u8>> {
+        use std::io::Write;
+        const READER: &str = "import sys, zlib
+inflate, rest, out = zlib.decompressobj(-12), sys.stdin.buffer.read(), sys.stdout.buffer
+while not inflate.eof:
+    out.write(inflate.decompress(rest, 1024))
+    rest = inflate.unconsumed_tail";
+        let mut python = std::process::Command::new("python3");
+        let pipes = python.args(["-c", READER]).stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+        let mut child = pipes.stderr(std::process::Stdio::null()).spawn().expect("this test needs python3");
+        child.stdin.take().unwrap().write_all(stream).unwrap();
+        let said = child.wait_with_output().unwrap();
+        said.status.success().then_some(said.stdout)
+    }
+
+    #[test]
+    fn a_narrow_stream_needs_no_more_than_4_kib_and_a_wide_one_does() {
+        // Noise that comes again after 16 KiB: only a wide window sees it.
+        let mut state = 7u64;
+        let mut noise = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 56) as u8
+        };
+        let piece: Vec<u8> = (0..16 << 10).map(|_| noise()).collect();
+        let near: Vec<u8> = piece[..1000].to_vec();
+        let data: Vec<u8> = piece.iter().chain(&near).chain(&near).copied().cycle().take(UNIT).collect();
+        let mut out = vec![0u8; 2 * UNIT];
+        let wide = Deflate::new(6).unwrap().raw(&data, &mut out).unwrap().unwrap();
+        assert!(wide < UNIT / 2 && inflate_in_4_kib(&out[..wide]).is_none());
+        for level in [FAST, 1, 6, 9] {
+            let mut deflate = Deflate::narrow(level).unwrap();
+            for _ in 0..2 {
+                let len = deflate.raw(&data, &mut out).unwrap().unwrap();
+                assert!(len > wide && len < UNIT, "level {level}: {len}");
+                assert!(inflate_in_4_kib(&out[..len]).unwrap() == data, "level {level}");
+            }
+            let noise: Vec<u8> = (0..UNIT).map(|_| noise()).collect();
+            assert!(deflate.raw(&noise, &mut out[..UNIT - 1]).unwrap().is_none());
+            let bound = deflate.bound();
+            assert!(deflate.raw(&noise, &mut out[..bound]).unwrap().is_some());
+            assert!(deflate.zlib(&data, &mut out).is_err());
+        }
+        assert!(Deflate::narrow(0).is_err() && Deflate::narrow(10).is_err());
     }
 }

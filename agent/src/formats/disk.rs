@@ -193,6 +193,16 @@ pub struct Compression {
     pub method: Method,
     /// Its own level: deflate 0–12 (libdeflate), zstd 1–22.
     pub level: i32,
+    /// Deflate with distances of at most 4 KiB (levels 1–9 of zlib), as qemu-img writes qcow2: for readers that give inflate no more.
+    #[serde(default)]
+    pub narrow: bool,
+}
+
+impl Compression {
+    /// Compression with the method's whole window.
+    pub fn new(method: Method, level: i32) -> Self {
+        Self { method, level, narrow: false }
+    }
 }
 
 /// The two algorithms that disk formats know.

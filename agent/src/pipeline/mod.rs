@@ -88,8 +88,10 @@ impl Format {
 /// A disk to copy.
 #[derive(Clone)]
 pub struct SourceDisk {
-    /// `disk-0`.
+    /// `disk-0`; of a snapshot `disk-0-snapshot-1`.
     pub name: String,
+    /// Which earlier state it is; those come behind the present ones.
+    pub snapshot: Option<shared::vm::Snapshot>,
     /// What makes its content the same content in a later attempt: inode and change time, snapshot and change id, …
     pub identity: String,
     /// The open disk.
@@ -161,7 +163,11 @@ impl Job {
 
     /// Bare name of the file that holds disk `n`.
     pub fn disk_file(&self, n: usize) -> String {
-        part::disk_file(&self.vm.name, self.format, n, self.disks.len())
+        let (disk, present) = (&self.disks[n], self.disks.iter().filter(|disk| disk.snapshot.is_none()).count());
+        match &disk.snapshot {
+            None => part::disk_file(&self.vm.name, self.format, n, present),
+            Some(_) => part::snapshot_file(&self.vm.name, self.format, &disk.name),
+        }
     }
 }
 
@@ -215,8 +221,10 @@ pub trait Watch: Sync {
 /// One disk of a finished job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DiskOutcome {
-    /// `disk-0`.
+    /// `disk-0`, or `disk-0-snapshot-1`.
     pub name: String,
+    /// Which earlier state it is.
+    pub snapshot: Option<shared::vm::Snapshot>,
     /// File in the folder.
     pub file: String,
     /// Member of that file when it is an OVA.

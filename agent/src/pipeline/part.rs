@@ -86,6 +86,11 @@ pub(super) fn disk_file(vm: &str, format: Format, n: usize, count: usize) -> Str
     }
 }
 
+/// The file that holds a disk as it was at a snapshot.
+pub(super) fn snapshot_file(vm: &str, format: Format, disk: &str) -> String {
+    format!("{}-{disk}.{}", ova::stem(vm), format.disk_format())
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::disallowed_methods)]
 mod tests {

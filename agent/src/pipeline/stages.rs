@@ -284,6 +284,7 @@ impl<'a> Run<'a> {
             let capacity = source.disk.capacity();
             DiskOutcome {
                 name: source.name.clone(),
+                snapshot: source.snapshot.clone(),
                 file: job.disk_file(number),
                 member: package.member(number),
                 capacity,

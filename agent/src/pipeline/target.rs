@@ -62,7 +62,8 @@ impl Target {
     pub(super) fn packing(self) -> Option<Packing> {
         match self {
             Self::Stream(..) => Some(Packing::Zlib),
-            Self::Qcow2(Some(Compression { method: Method::Deflate, .. })) => Some(Packing::Deflate),
+            // Nobody says how far back the streams of a source reach.
+            Self::Qcow2(Some(Compression { method: Method::Deflate, narrow: false, .. })) => Some(Packing::Deflate),
             _ => None,
         }
     }

@@ -14,6 +14,7 @@
 //! | `web/` with images | `web`, its images sorted by name |
 
 mod chain;
+mod snapshots;
 #[cfg(test)]
 mod tests;
 
@@ -121,15 +122,15 @@ impl Local {
     /// The VM of this id with its disks, opened by other than the strict rules: see [`OpenOptions`].
     /// What cannot be followed is refused ([`Code::BadImage`]) with what would be right.
     pub fn open_with(&self, vm_id: &str, options: OpenOptions) -> Result<(Vm, Vec<Opened>), Error> {
+        self.open_at(vm_id, Depth::Digests, &options)
+    }
+
+    fn open_at(&self, vm_id: &str, depth: Depth, options: &OpenOptions) -> Result<(Vm, Vec<Opened>), Error> {
         let gone = |e: io::Error| Error::fatal(Code::NotFound, format!("the VM {vm_id:?} is not in the folder any more: {e}"));
         let is_dir = self.dir.metadata(vm_id).map_err(gone)?.is_dir();
-        match self.vm(vm_id, is_dir, Depth::Digests, &options) {
-            Ok(Some(opened)) => Ok(opened),
-            Ok(None) => Err(Error::fatal(Code::NotFound, format!("{vm_id:?} holds no disk image"))),
-            Err(FormatError::Io(e)) => {
-                Err(Error { code: Code::BadGateway, message: format!("{vm_id}: {e}"), retryable: e.kind() != io::ErrorKind::UnexpectedEof })
-            }
-            Err(e) => Err(Error::fatal(Code::BadImage, e.to_string())),
+        match self.vm(vm_id, is_dir, depth, options).map_err(|e| refusal(vm_id, e))? {
+            Some(opened) => Ok(opened),
+            None => Err(Error::fatal(Code::NotFound, format!("{vm_id:?} holds no disk image"))),
         }
     }
 
@@ -279,7 +280,7 @@ impl Local {
         for (n, (file, image)) in tops.into_iter().enumerate() {
             vm.snapshots = vm.snapshots.max(image.snapshots);
             vm.disks.push(describe(n, &file.display().to_string(), image.disk.as_ref()));
-            opened.push(Opened { name: format!("disk-{n}"), disk: image.disk, identity: image.identity });
+            opened.push(Opened { name: format!("disk-{n}"), snapshot: None, disk: image.disk, identity: image.identity });
         }
         Ok((vm, opened))
     }
@@ -326,7 +327,8 @@ impl Local {
                 return Err(FormatError::Refused { format: "ova", reason });
             }
             vm.disks.push(describe(n, &format!("{}:{}", path.display(), member.entry.file), disk.as_ref()));
-            opened.push(Opened { name: format!("disk-{n}"), disk, identity: format!("{identity}#{}", member.entry.file) });
+            let identity = format!("{identity}#{}", member.entry.file);
+            opened.push(Opened { name: format!("disk-{n}"), snapshot: None, disk, identity });
         }
         Ok((vm, opened))
     }
@@ -351,6 +353,16 @@ fn tops(images: Vec<(&PathBuf, Image)>) -> Result<Vec<(&PathBuf, Image)>, Format
         }
     }
     Ok(tops)
+}
+
+/// What a reader said, as the worker is told it.
+fn refusal(vm_id: &str, error: FormatError) -> Error {
+    match error {
+        FormatError::Io(e) => {
+            Error { code: Code::BadGateway, message: format!("{vm_id}: {e}"), retryable: e.kind() != io::ErrorKind::UnexpectedEof }
+        }
+        e => Error::fatal(Code::BadImage, e.to_string()),
+    }
 }
 
 fn inode(file: &File) -> io::Result<(u64, u64)> {
@@ -427,5 +439,9 @@ impl Source for Local {
 
     fn open(&self, vm_id: &str) -> Result<(Vm, Vec<Opened>), Error> {
         self.open_with(vm_id, OpenOptions::default())
+    }
+
+    fn open_snapshots(&self, vm_id: &str) -> Result<Vec<Opened>, Error> {
+        snapshots::open(self, vm_id)
     }
 }

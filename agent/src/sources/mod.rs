@@ -8,14 +8,16 @@ pub mod local;
 use std::sync::Arc;
 
 use shared::error::Code;
-use shared::vm::Vm;
+use shared::vm::{Snapshot, Vm};
 
 use crate::formats::Disk;
 
 /// One disk of a VM, opened.
 pub struct Opened {
-    /// `disk-0`, …
+    /// `disk-0`, …; of a snapshot `disk-0-snapshot-1`, …
     pub name: String,
+    /// Which earlier state it is; none: the present one.
+    pub snapshot: Option<Snapshot>,
     /// The disk.
     pub disk: Arc<dyn Disk>,
     /// What makes this content the same content at a resume: inode, size and change time of its files.
@@ -48,4 +50,7 @@ pub trait Source: Send + Sync {
 
     /// The VM of this id with its disks.
     fn open(&self, vm_id: &str) -> Result<(Vm, Vec<Opened>), Error>;
+
+    /// The snapshots of the VM's disks, disk by disk, the oldest first.
+    fn open_snapshots(&self, vm_id: &str) -> Result<Vec<Opened>, Error>;
 }

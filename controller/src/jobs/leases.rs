@@ -224,6 +224,7 @@ impl Core {
     pub async fn drain(&mut self) {
         self.draining = true;
         self.flush_logs().await;
+        self.logs.close();
         let jobs: Vec<_> = self.jobs.values().filter(|live| live.unsaved_since.is_some()).map(|live| live.job.clone()).collect();
         if !jobs.is_empty()
             && let Err(error) = store::save_counters(&self.ports.store, &jobs).await

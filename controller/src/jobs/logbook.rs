@@ -36,6 +36,7 @@ pub struct Logbook {
     waiting: Vec<Line>,
     ended: HashSet<String>,
     followers: HashMap<String, watch::Sender<Seen>>,
+    closed: bool,
 }
 
 impl Logbook {
@@ -86,7 +87,16 @@ impl Logbook {
         if ended {
             self.end(job);
         }
+        if self.closed {
+            return watch::channel(Seen::default()).1;
+        }
         self.followers.entry(job.to_owned()).or_insert_with(|| watch::channel(Seen::default()).0).subscribe()
+    }
+
+    /// The controller is about to end: lets the followers go, whose jobs go on. They come back to the next one.
+    pub fn close(&mut self) {
+        self.closed = true;
+        self.followers.clear();
     }
 
     /// Whether something waits to be stored or told.

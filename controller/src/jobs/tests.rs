@@ -1,6 +1,8 @@
 //! The queue against a real SQLite: what the store holds after each message, what agents are told, what a restart finds.
 #![allow(clippy::unwrap_used, clippy::disallowed_methods)]
 
+mod logs;
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
@@ -411,46 +413,6 @@ async fn jobs_are_listed_by_page_and_found_by_search() {
     assert_eq!(page(search("%"), 0, 1).await.unwrap().1, 0);
     let kind = store::Filter { provider: Some("local".into()), status: vec![Status::Completed], ..Default::default() };
     assert_eq!(page(kind, 0, 1).await.unwrap().1, 0);
-}
-
-#[actix_web::test]
-async fn a_log_is_followed_to_the_end_and_goes_on_after_a_line() {
-    use futures_util::StreamExt;
-    let mut bench = Bench::new().await;
-    bench.hello(&[]).await;
-    let id = bench.submit(50).await.id;
-    let follow = bench.core.follow(&id).await.unwrap();
-    let stream = super::logs::stream(bench.store.clone(), id.clone(), super::logs::Form::Lines, 0, Some(follow));
-    let reader =
-        actix_web::rt::spawn(
-            async move { stream.map(|chunk| String::from_utf8(chunk.unwrap().to_vec()).unwrap()).collect::<String>().await },
-        );
-    for n in 0..600 {
-        let log = wire::Log {
-            job: id.clone(),
-            epoch: 1,
-            level: "info".into(),
-            stage: "copying".into(),
-            message: format!("line {n}"),
-            ..Default::default()
-        };
-        bench.core.report("agent-a".into(), Report::Log(log)).await;
-        if n % 100 == 0 {
-            bench.core.flush_logs().await;
-        }
-    }
-    bench.commit(&id, 1).await;
-    bench.finish(&id, 1, Outcome::Completed("{}".into())).await;
-    bench.core.flush_logs().await;
-    let text = tokio::time::timeout(Duration::from_secs(10), reader).await.expect("the stream ends with the job").unwrap();
-    let lines: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
-    assert_eq!(lines.iter().map(|line| line["seq"].as_i64().unwrap()).collect::<Vec<_>>(), (1..=604).collect::<Vec<_>>());
-    assert_eq!((lines[603]["message"].as_str(), lines[10]["level"].as_str()), (Some("completed"), Some("info")));
-    // An event stream that begins after the end ends at once, after what the reader has not seen.
-    let follow = bench.core.follow(&id).await.unwrap();
-    let rest: Vec<_> = super::logs::stream(bench.store.clone(), id, super::logs::Form::Events, 603, Some(follow)).collect().await;
-    let rest: String = rest.into_iter().map(|chunk| String::from_utf8(chunk.unwrap().to_vec()).unwrap()).collect();
-    assert!(rest.starts_with("id: 604\nevent: log\ndata: {") && rest.ends_with("event: end\ndata: {}\n\n"), "{rest}");
 }
 
 #[actix_web::test]

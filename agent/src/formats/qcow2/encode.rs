@@ -41,6 +41,7 @@ impl Packer {
     fn new(compression: Compression) -> Result<Self> {
         let level = compression.level;
         match compression.method {
+            Method::Deflate if compression.narrow => Deflate::narrow(level).map(Self::Deflate),
             Method::Deflate => Deflate::new(level).map(Self::Deflate),
             Method::Zstd if !(1..=22).contains(&level) => Err(FormatError::Unsupported(format!("zstd level {level}; 1 to 22 are allowed"))),
             Method::Zstd => Ok(Self::Zstd(zstd::bulk::Compressor::new(level)?)),

@@ -112,7 +112,7 @@ fn write(file: File, data: &[u8], compression: Option<Compression>) {
 }
 
 fn compressions() -> [Option<Compression>; 4] {
-    let level = |method, level| Some(Compression { method, level });
+    let level = |method, level| Some(Compression::new(method, level));
     [None, level(Method::Deflate, 1), level(Method::Deflate, 6), level(Method::Zstd, 3)]
 }
 

@@ -137,7 +137,7 @@ fn survive(seed: u64, folder: &Folder, disks: &[Arc<dyn Disk>], contents: &[Vec<
     let (format, mut compression) = targets[seed as usize % targets.len()];
     if matches!(format, Format::Vmdk | Format::Ovf | Format::Ova) && !seed.is_multiple_of(4) {
         // Most of them stored: what is tested here is not deflate, which would take most of the time.
-        compression = Some(Compression { method: Method::Deflate, level: 0 });
+        compression = Some(Compression::new(Method::Deflate, 0));
     }
     let what = format!("seed {seed}, {format:?} {compression:?}");
     folder.clear();

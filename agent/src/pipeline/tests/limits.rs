@@ -109,9 +109,7 @@ fn memory_does_not_follow_the_disk() {
     }
     let folder = Folder::fast("memory");
     let before = peak();
-    for (format, compression) in
-        [(Format::Raw, None), (Format::Qcow2, Some(Compression { method: Method::Zstd, level: 1 })), (Format::Vmdk, None)]
-    {
+    for (format, compression) in [(Format::Raw, None), (Format::Qcow2, Some(Compression::new(Method::Zstd, 1))), (Format::Vmdk, None)] {
         folder.clear();
         let disk: Arc<dyn Disk> = Arc::new(Made { capacity: 320 << 20, data: Some(320 << 20), pause: Duration::ZERO });
         let mut large = job(&[disk], format, compression);

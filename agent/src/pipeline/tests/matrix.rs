@@ -131,12 +131,12 @@ fn what_a_format_does_not_know_is_said_before_a_byte_is_moved() {
     let folder = Folder::new("unknown");
     write_sparse(&folder.path("a.raw"), &[1; 4096]);
     let disk = open_raw(&folder.path("a.raw"));
-    let zstd = |level| Some(Compression { method: Method::Zstd, level });
+    let zstd = |level| Some(Compression::new(Method::Zstd, level));
     for (format, compression, words) in [
         (Format::Raw, zstd(1), "not compressed"),
         (Format::Vmdk, zstd(1), "only deflate"),
         (Format::Qcow2, zstd(23), "1 to 22"),
-        (Format::Qcow2, Some(Compression { method: Method::Deflate, level: 13 }), "0 to 12"),
+        (Format::Qcow2, Some(Compression::new(Method::Deflate, 13)), "0 to 12"),
     ] {
         let error = folder.run(&job(std::slice::from_ref(&disk), format, compression), &Listener::default()).unwrap_err().to_string();
         assert!(error.contains(words), "{error}");

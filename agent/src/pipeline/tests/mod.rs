@@ -173,7 +173,12 @@ pub(super) fn read_all(disk: &dyn Disk) -> Vec<u8> {
 
 /// A job with checkpoints at each block.
 pub(super) fn job(disks: &[Arc<dyn Disk>], format: Format, compression: Option<Compression>) -> Job {
-    let source = |(n, disk): (usize, &Arc<dyn Disk>)| SourceDisk { name: format!("disk-{n}"), identity: "1".into(), disk: disk.clone() };
+    let source = |(n, disk): (usize, &Arc<dyn Disk>)| SourceDisk {
+        name: format!("disk-{n}"),
+        snapshot: None,
+        identity: "1".into(),
+        disk: disk.clone(),
+    };
     let described = |n: usize| vm::Disk { name: format!("disk-{n}"), capacity: disks[n].capacity(), ..vm::Disk::default() };
     Job {
         id: "job-1".into(),
@@ -192,7 +197,7 @@ pub(super) fn job(disks: &[Arc<dyn Disk>], format: Format, compression: Option<C
 }
 
 pub(super) fn targets() -> Vec<(Format, Option<Compression>)> {
-    let level = |method, level| Some(Compression { method, level });
+    let level = |method, level| Some(Compression::new(method, level));
     vec![
         (Format::Raw, None),
         (Format::Qcow2, None),
