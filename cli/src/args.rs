@@ -100,7 +100,7 @@ pub enum Verb {
 pub struct Demo {
     /// A disk image or OVA; default: a sample of 256 MiB is made
     pub image: Option<PathBuf>,
-    /// Format of the export: ova, ovf, vmdk, qcow2, raw
+    /// Format: ova, ovf, vmdk, qcow2, vhdx, vhd, vdi or raw
     #[arg(long, default_value = "ova", hide_possible_values = true, value_parser = format_parser())]
     pub format: Format,
     /// Keep the folder with the export
@@ -139,7 +139,7 @@ pub struct Convert {
     /// The file that is written; it must not exist
     #[arg(value_name = "OUT")]
     pub output_file: PathBuf,
-    /// ova, ovf, vmdk, qcow2 or raw; default: what OUT's extension says
+    /// ova, ovf, vmdk, qcow2, vhdx, vhd, vdi or raw; default: by OUT's ending
     #[arg(long, hide_possible_values = true, value_parser = format_parser())]
     pub format: Option<Format>,
     /// Compress (vmdk, ova: always deflate)
@@ -238,6 +238,9 @@ pub struct Export {
     /// Compression level; default: the fast one
     #[arg(long, allow_negative_numbers = true)]
     pub level: Option<i32>,
+    /// Bring the snapshots along, each as a disk of its own
+    #[arg(long)]
+    pub include_snapshots: bool,
     /// Folder inside a root of the agent, as ROOT/…; default: exports
     #[arg(long, value_name = "ROOT/DIR")]
     pub destination: Option<String>,

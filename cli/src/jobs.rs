@@ -27,6 +27,7 @@ pub async fn export(client: &Client, export: &Export, style: Style) -> Outcome {
     // To name an algorithm or a level is to ask for compression.
     let compress = export.compress || export.compression.is_some() || export.level.is_some();
     set("compress", compress.then_some(Value::Bool(true)));
+    set("include_snapshots", export.include_snapshots.then_some(Value::Bool(true)));
     set("compression", export.compression.map(|algorithm| json!(algorithm)));
     set("level", export.level.map(Value::from));
     set("destination", export.destination.clone().map(Value::from));
