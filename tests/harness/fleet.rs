@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::client::Client;
 use super::postgres::Db;
 use super::process::{Process, mortal};
-use super::{Scratch, binary, seconds, wait_for};
+use super::{Scratch, binary, lab, seconds, wait_for};
 
 /// The admin's password in every installation of the tests.
 pub const PASSWORD: &str = "correct horse battery";
@@ -114,6 +114,16 @@ fn no_limits() -> Env {
     ])
 }
 
+/// What makes every sync slow by so many milliseconds; nothing for none.
+fn slow_disk(ms: u64) -> Env {
+    if ms == 0 {
+        return Env::new();
+    }
+    let shim = lab().join("slow-sync.so");
+    assert!(shim.is_file(), "{} is not built: tests/run builds it", shim.display());
+    Env::from([("LD_PRELOAD".into(), shim.display().to_string()), ("HYPER_SLOW_SYNC_MS".into(), ms.to_string())])
+}
+
 /// How an installation differs from the plain one.
 #[derive(Clone)]
 pub struct Plan {
@@ -125,12 +135,14 @@ pub struct Plan {
     pub limited: bool,
     /// Where the first agent's exports go, instead of into its folder.
     pub exports: Option<PathBuf>,
+    /// Milliseconds that every sync of the controller and of the agents takes longer.
+    pub slow_sync: u64,
 }
 
 impl Plan {
     /// SQLite, one agent, no limits.
     pub fn plain() -> Self {
-        Self { database: Database::Sqlite, agents: 1, limited: false, exports: None }
+        Self { database: Database::Sqlite, agents: 1, limited: false, exports: None, slow_sync: 0 }
     }
 }
 
@@ -167,6 +179,7 @@ impl Fleet {
         if !plan.limited {
             settings.extend(no_limits());
         }
+        settings.extend(slow_disk(plan.slow_sync));
         if let Some(db) = &db {
             settings.insert("HYPERSDK_DATABASE_URL".into(), db.url.clone());
         }
@@ -180,12 +193,12 @@ impl Fleet {
         let mut fleet = Self { client, endpoints, controller, agents: Vec::new(), _db: db, scratch };
         for number in 0..plan.agents {
             let exports = plan.exports.clone().filter(|_| number == 0);
-            fleet.add_agent(number, exports).await;
+            fleet.add_agent(number, exports, slow_disk(plan.slow_sync)).await;
         }
         fleet
     }
 
-    async fn add_agent(&mut self, number: usize, exports: Option<PathBuf>) {
+    async fn add_agent(&mut self, number: usize, exports: Option<PathBuf>, more: Env) {
         let name = format!("agent-{number}");
         let home = self.scratch.dir(&name);
         let vms = self.scratch.dir(&format!("{name}/vms"));
@@ -194,6 +207,7 @@ impl Fleet {
         let mut agent = Service::agent(&name, &home, &self.endpoints.grpc, &token);
         agent.set("EXPORTS_DIR", &exports.display().to_string());
         agent.set("LOCAL_ROOT", &vms.display().to_string());
+        agent.env.extend(more);
         agent.start();
         self.agents.push(agent);
         let client = self.client.clone();
