@@ -411,7 +411,9 @@ async fn sigterm_drains_and_the_next_process_goes_on() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_disk_that_syncs_slowly_costs_time_and_nothing_else() {
     let plan = Plan { slow_sync: 250, ..Plan::plain() };
-    let (fleet, source) = fleet_as("slow-drain", plan.clone()).await;
+    let (mut fleet, source) = fleet_as("slow-drain", plan.clone()).await;
+    let maps = std::fs::read_to_string(format!("/proc/{}/maps", fleet.agents[0].process().pid())).unwrap();
+    assert!(maps.contains("slow-sync.so"), "nothing slows the agent's syncs:\n{maps}");
     drain(fleet, &source).await;
     let (fleet, source) = fleet_as("slow-kill", plan).await;
     campaign(Victim::Agent(fleet), &source, "kill -9 of the agent on a slow disk", 5).await;

@@ -170,8 +170,11 @@ mod tests {
         const READER: &str = "import sys, zlib
 inflate, rest, out = zlib.decompressobj(-12), sys.stdin.buffer.read(), sys.stdout.buffer
 while not inflate.eof:
-    out.write(inflate.decompress(rest, 1024))
-    rest = inflate.unconsumed_tail";
+    piece = inflate.decompress(rest, 1024)
+    rest = inflate.unconsumed_tail
+    if not piece and not rest and not inflate.eof:
+        sys.exit('the stream is cut')
+    out.write(piece)";
         let mut python = std::process::Command::new("python3");
         let pipes = python.args(["-c", READER]).stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
         let mut child = pipes.stderr(std::process::Stdio::null()).spawn().expect("this test needs python3");

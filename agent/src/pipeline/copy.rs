@@ -250,7 +250,8 @@ impl DiskCopy<'_> {
                     return written;
                 }
             }
-            let full = pending.data >= self.tuning.checkpoint_bytes || pending.digests.len() >= MAX_DIGESTS;
+            // Before the next block would make it more.
+            let full = pending.data + BLOCK > self.tuning.checkpoint_bytes || pending.digests.len() >= MAX_DIGESTS;
             if pending.dirty && (ended || full || until.is_some_and(|until| Instant::now() >= until)) {
                 match self.checkpoint(&mut written, &mut pending) {
                     Ok(checkpoint) => {

@@ -175,3 +175,15 @@ pub(super) fn open_output(format: &str, window: Window) -> Result<Arc<dyn Disk>>
         other => return Err(FormatError::Unsupported(format!("disks of format {other:?} are not read back"))),
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_is_passed_on_into_a_narrow_window() {
+        let wide = Compression::new(Method::Deflate, 1);
+        assert_eq!(Target::Qcow2(Some(wide)).packing(), Some(Packing::Deflate));
+        assert_eq!(Target::Qcow2(Some(Compression { narrow: true, ..wide })).packing(), None);
+    }
+}

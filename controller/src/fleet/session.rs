@@ -134,8 +134,9 @@ impl Session {
                 // Before whatever it says after this, so that what it parks is not given to it again.
                 if let Some(FromAgent::Leaving(_)) = message.kind {
                     tracing::info!(agent = id, name = self.agent.name, "agent is leaving");
+                    // Where the store is away it counts as leaving all the same, and what it parks must still be heard.
                     if let Err(error) = self.queue.agent_leaving(id.clone(), session).await {
-                        break Status::unavailable(error.to_string());
+                        tracing::warn!(%error, agent = id, "what waits for a leaving agent could not be stored");
                     }
                     continue;
                 }

@@ -80,9 +80,9 @@ impl Reader {
                 return None;
             }
             // Looked at before reading: what is stored after it is found at the next round.
-            let ended = self.follow.as_mut().is_none_or(|follow| follow.borrow_and_update().ended);
-            // Nobody wakes us any more: this controller is ending, the job is not.
+            // Nobody wakes us any more: this controller is ending, or the job did, which is the last thing that was said.
             let left = self.follow.as_ref().is_some_and(|follow| follow.has_changed().is_err());
+            let ended = self.follow.as_mut().is_none_or(|follow| follow.borrow_and_update().ended);
             let lines = match store::logs_after(&self.store, &self.job, self.seq, PAGE).await {
                 Ok(lines) => lines,
                 Err(error) => return Some(Err(error.into())),

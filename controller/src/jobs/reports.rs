@@ -213,7 +213,12 @@ impl Core {
 
     /// Learns how fast this agent makes this format, from a job that ran through in one attempt.
     async fn measure(&mut self, agent: &str, job: &Job, assigned: Instant) {
-        if job.counters.resumed > 0 || job.options.bandwidth_limit.is_some() || job.counters.data == 0 {
+        // The capacity is that of the present disks alone.
+        if job.options.include_snapshots == Some(true)
+            || job.counters.resumed > 0
+            || job.options.bandwidth_limit.is_some()
+            || job.counters.data == 0
+        {
             return;
         }
         let seconds = assigned.elapsed().as_secs_f64();
@@ -242,10 +247,14 @@ fn outcome_of(outcome: &wire::finished::Outcome) -> Outcome {
 
 /// Puts what the report says into the job, and a line into its log.
 fn describe(mut change: Change, finished: &wire::Finished, outcome: &wire::finished::Outcome) -> Change {
+    // An attempt at what was granted that ended before it looked says nothing against that.
+    let said = finished.data > 0 || !change.before.is_granted();
     let job = &mut change.after;
-    job.counters.data = finished.data;
-    job.counters.durable = finished.durable.min(finished.data);
-    job.counters.verified = finished.verified.min(finished.data);
+    if said {
+        job.counters.data = finished.data;
+        job.counters.durable = finished.durable.min(finished.data);
+        job.counters.verified = finished.verified.min(finished.data);
+    }
     if job.state.status != Status::Completed {
         job.note_progress(job.counters, Instant::now());
     }

@@ -206,6 +206,10 @@ async fn what_was_granted_stays_shown_as_done_when_its_agent_comes_back_without_
     let shown = super::view::View::of(&after.core.find(&id).await.unwrap().unwrap(), str::to_owned);
     assert_eq!((shown.stage, shown.attempt, shown.progress), ("publishing", 2, 99));
     assert_eq!((shown.bytes_done, shown.bytes_total, shown.bytes_verified, shown.bytes_resumed), (100, Some(100), 100, 100));
+    let parked = wire::Finished { job: id.clone(), epoch: 2, outcome: Some(Outcome::Parked(true)), ..Default::default() };
+    after.report(Report::Finished(parked)).await;
+    let shown = super::view::View::of(&after.core.find(&id).await.unwrap().unwrap(), str::to_owned);
+    assert_eq!((shown.bytes_done, shown.bytes_total, shown.bytes_verified, shown.bytes_resumed), (100, Some(100), 100, 100));
 }
 
 #[actix_web::test]

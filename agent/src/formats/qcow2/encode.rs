@@ -83,3 +83,29 @@ impl EncodeState for State {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_narrow_encoder_packs_narrow() {
+        // A thousand bytes that come again after 16 KiB.
+        let unit: Vec<u8> = (0..UNIT as u32).map(|i| (i % (16 << 10)).wrapping_mul(2_654_435_761).to_be_bytes()[0]).collect();
+        let mut out = vec![0u8; 2 * UNIT];
+        let mut packed = |mut deflate: Deflate| {
+            let len = deflate.raw(&unit, &mut out).unwrap().unwrap();
+            out[..len].to_vec()
+        };
+        let (narrow, wide) = (packed(Deflate::narrow(6).unwrap()), packed(Deflate::new(6).unwrap()));
+        assert_ne!(narrow, wide);
+        for (expected, compression) in
+            [(&narrow, Compression { narrow: true, ..Compression::new(Method::Deflate, 6) }), (&wide, Compression::new(Method::Deflate, 6))]
+        {
+            let mut encoded = Encoded::default();
+            Encoder::new(Some(compression)).unwrap().state().unwrap().append(0, &unit, &mut encoded).unwrap();
+            assert!(encoded.bytes[..encoded.units[0].len] == **expected, "{compression:?}");
+        }
+    }
+}

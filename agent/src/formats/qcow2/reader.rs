@@ -83,7 +83,7 @@ impl Reader {
         }
         if header.l1_needed() * 8 > room {
             return Err(refused(format!(
-                "its L1 table takes over the {room} bytes that are left for its chain; consolidate the snapshots first"
+                "its L1 table takes over the {room} bytes that are left for it and what belongs to it; consolidate the snapshots first"
             )));
         }
         Self::audited(window, header)
