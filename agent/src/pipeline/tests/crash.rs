@@ -229,7 +229,8 @@ fn be_killed(folder: &str) {
     let target: usize = std::env::var("HYPERSDK_TEST_TARGET").unwrap().parse().unwrap();
     let (format, compression) = targets()[target];
     let mut job = job(&disks, format, compression);
-    job.bandwidth = Some(200 << 20);
+    let rate: u64 = std::env::var("HYPERSDK_TEST_RATE").unwrap().parse().unwrap();
+    job.bandwidth = Some(rate << 20);
     println!("started");
     folder.run(&job, &Listener::default()).unwrap();
 }
@@ -246,6 +247,8 @@ fn processes_killed_at_random_moments_leave_what_the_next_one_ends_right() {
     let mut kills = 0;
     for round in 0..targets().len() * 2 {
         let target = round % targets().len();
+        // MiB a second: slow, so that the kills meet the copy on any machine, then faster, so that they meet what follows it.
+        let rate = if round < targets().len() { 50 } else { 200 };
         folder.clear();
         for _ in 0..4 {
             let mut child = Command::new(std::env::current_exe().unwrap());
@@ -254,7 +257,8 @@ fn processes_killed_at_random_moments_leave_what_the_next_one_ends_right() {
                 "--nocapture",
                 "pipeline::tests::crash::processes_killed_at_random_moments_leave_what_the_next_one_ends_right",
             ]);
-            child.env("HYPERSDK_TEST_KILL", &folder.0).env("HYPERSDK_TEST_TARGET", target.to_string()).stdout(Stdio::piped());
+            child.env("HYPERSDK_TEST_KILL", &folder.0).env("HYPERSDK_TEST_TARGET", target.to_string());
+            child.env("HYPERSDK_TEST_RATE", rate.to_string()).stdout(Stdio::piped());
             let mut child = child.spawn().unwrap();
             let mut told = [0u8; 64];
             // The test's own banner comes first; after "started" the job runs.
@@ -276,6 +280,7 @@ fn processes_killed_at_random_moments_leave_what_the_next_one_ends_right() {
             assert_same_as_uninterrupted(&folder, &disks, &last, &outcome, &format!("round {round} {format:?}"));
         }
     }
+    println!("{kills} kills hit a running job");
     assert!(kills > 20, "only {kills} kills hit a running job");
 }
 
