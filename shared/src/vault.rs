@@ -169,6 +169,9 @@ impl Vault {
     }
 }
 
+/// Where the packages put these roots. Clients are written with these paths, so they stay good where the settings put a root elsewhere.
+const INSTALLED: &[(&str, &str)] = &[("exports", "/var/lib/hypersdk/exports"), ("images", "/var/lib/libvirt/images")];
+
 /// The same decision without opened roots, for the controller, which knows an agent's roots by name and path only.
 pub fn locate(roots: impl IntoIterator<Item = (String, PathBuf)>, path: &str) -> Option<(String, PathBuf)> {
     let given = Path::new(path);
@@ -176,10 +179,18 @@ pub fn locate(roots: impl IntoIterator<Item = (String, PathBuf)>, path: &str) ->
         return None;
     }
     let clean = |below: &Path| below.components().filter(|part| matches!(part, Component::Normal(_))).collect::<PathBuf>();
-    roots.into_iter().find_map(|(name, root)| {
+    let mut by_default = None;
+    for (name, root) in roots {
         let below = if given.is_absolute() { given.strip_prefix(&root).ok() } else { given.strip_prefix(&name).ok() };
-        below.map(|below| (name, clean(below)))
-    })
+        if let Some(below) = below {
+            return Some((name, clean(below)));
+        }
+        let installed = INSTALLED.iter().find(|(root, _)| *root == name);
+        if let Some(below) = installed.and_then(|(_, folder)| given.strip_prefix(folder).ok()) {
+            by_default = Some((name, clean(below)));
+        }
+    }
+    by_default
 }
 
 /// Options for opening below a [`Dir`].
@@ -344,6 +355,20 @@ mod tests {
         assert!(matches!(vault.open_file("vms/none"), Err(Error::Io { .. })));
         assert!(vault.open_output_dir("vms/new").is_err(), "a root that is only read was written");
         std::fs::remove_dir_all(base).unwrap();
+    }
+
+    #[test]
+    fn the_packages_paths_lead_to_the_roots_wherever_these_lie() {
+        let roots = || [("exports".to_owned(), PathBuf::from("/srv/out")), ("vms".to_owned(), PathBuf::from("/srv/vms"))];
+        let found = |path: &str| locate(roots(), path).map(|(name, below)| format!("{name}:{}", below.display()));
+        assert_eq!(found("/var/lib/hypersdk/exports/night/").as_deref(), Some("exports:night"));
+        assert_eq!(found("/srv/out/night").as_deref(), Some("exports:night"));
+        assert_eq!(found("/var/lib/hypersdk/exports/../x"), None);
+        assert_eq!(found("/var/lib/hypersdk"), None);
+        assert_eq!(found("/var/lib/libvirt/images/a"), None, "no such root here");
+        // A root that really lies there wins.
+        let both = [("exports".to_owned(), PathBuf::from("/srv/out")), ("vms".to_owned(), PathBuf::from("/var/lib/hypersdk/exports"))];
+        assert_eq!(locate(both, "/var/lib/hypersdk/exports/a").map(|(name, _)| name).as_deref(), Some("vms"));
     }
 
     #[test]

@@ -17,6 +17,7 @@ pub mod query;
 pub mod reply;
 mod span;
 pub mod tls;
+pub mod unbuilt;
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::disallowed_methods)]
@@ -66,11 +67,11 @@ fn table(at: &mut dyn FnMut(&str, Vec<Operation>)) {
     at("/vms/list", vec![get(vms::routes::list)]);
     at("/vms/browse", vec![post(vms::routes::browse)]);
     at("/vms/compare", vec![post(not_built)]);
-    at("/vms/deploy", vec![post(not_built)]);
+    at("/vms/deploy", vec![post(unbuilt::deploy)]);
     at("/vms/{provider}/{id}", vec![get(vms::routes::get)]);
-    at("/vms/{provider}/{id}/power", vec![post(not_built)]);
-    at("/vms/{provider}/{id}/snapshots", vec![get(not_built), post(not_built)]);
-    at("/vms/{provider}/{id}/snapshots/{snapshot}", vec![delete(not_built)]);
+    at("/vms/{provider}/{id}/power", vec![post(unbuilt::power)]);
+    at("/vms/{provider}/{id}/snapshots", vec![get(unbuilt::snapshots), post(unbuilt::snapshot)]);
+    at("/vms/{provider}/{id}/snapshots/{snapshot}", vec![delete(unbuilt::snapshot_remove)]);
 
     at("/providers", vec![get(providers::routes::list)]);
     at("/providers/connect", vec![post(providers::routes::connect)]);

@@ -7,6 +7,7 @@ use utoipa::openapi::{ContentBuilder, PathItem, Ref, RefOr, ResponseBuilder, pat
 use utoipa::{Modify, OpenApi};
 
 use super::reply::ErrorBody;
+use super::unbuilt;
 use crate::{access, fleet, jobs, live, providers, system, vms};
 
 /// The document.
@@ -27,6 +28,7 @@ use crate::{access, fleet, jobs, live, providers, system, vms};
         fleet::routes::list, fleet::routes::get, fleet::routes::remove, fleet::routes::drain, fleet::routes::resume,
         fleet::routes::token_create,
         system::routes::health, system::routes::livez, system::routes::readyz, system::routes::metrics, system::routes::audit_list,
+        unbuilt::deploy, unbuilt::power, unbuilt::snapshots, unbuilt::snapshot, unbuilt::snapshot_remove,
         live::routes::open, live::routes::ticket,
     )
 )]

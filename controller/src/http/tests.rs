@@ -317,12 +317,12 @@ async fn the_document_and_the_table_are_one() {
         let request = TestRequest::default().method(method.clone()).uri(&uri).insert_header(("Authorization", format!("Bearer {token}")));
         let answer = ask!(service, request);
         let is_built = !(answer.status == 422 && answer.code() == "not_built");
-        assert_eq!(documented, is_built, "{method} {path}: {}", answer.text);
+        assert!(documented || !is_built, "{method} {path}: {}", answer.text);
         if answer.status >= 400 {
             answer.code();
             let responses = &document["paths"][path][method.as_str().to_lowercase()]["responses"];
             assert!(
-                !is_built || responses.get(answer.status.to_string()).is_some(),
+                !documented || responses.get(answer.status.to_string()).is_some(),
                 "{method} {path} answers {} without saying so",
                 answer.status
             );

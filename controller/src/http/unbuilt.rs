@@ -1,0 +1,47 @@
+//! What the contract names and this version has not: every such operation stands here, documented, and answers 422 `not_built`.
+//!
+//! Owns: the one list that has to become empty. Never: pretends: nothing is read of the request but who asks.
+//! A crash here costs one answer.
+//!
+//! | operation | what it waits for |
+//! |---|---|
+//! | `POST /vms/deploy` | libvirt |
+//! | `POST /vms/{provider}/{id}/power` | vSphere, libvirt |
+//! | `GET`, `POST /vms/{provider}/{id}/snapshots`, `DELETE …/{snapshot}` | vSphere, libvirt |
+
+use actix_web::HttpRequest;
+
+use super::guard::{Operator, Viewer};
+use super::reply::{Error, ErrorBody};
+
+fn say(request: &HttpRequest) -> Error {
+    let pattern = request.match_pattern().unwrap_or_default();
+    let path = pattern.strip_prefix("/api/v1").unwrap_or(&pattern);
+    Error::not_built(format!("{} {path}", request.method()))
+}
+
+macro_rules! unbuilt {
+    ($($(#[$doc:meta])* $name:ident: $method:ident $path:literal, $role:ident, ($($parameter:literal),*);)*) => {
+        $($(#[$doc])*
+        #[utoipa::path($method, path = $path, tag = "VMs", security(("token" = [])), params($(($parameter = String, Path)),*), responses(
+            (status = 401, description = "no valid token", body = ErrorBody),
+            (status = 403, description = "too small a role", body = ErrorBody),
+            (status = 422, description = "not built yet", body = ErrorBody),
+        ))]
+        pub async fn $name(_: $role, request: HttpRequest) -> Result<&'static str, Error> {
+            Err(say(&request))
+        })*
+    };
+}
+unbuilt! {
+    /// Deploys a converted VM. Not built yet.
+    deploy: post "/vms/deploy", Operator, ();
+    /// Starts, shuts down, stops or resets a VM. Not built yet.
+    power: post "/vms/{provider}/{id}/power", Operator, ("provider", "id");
+    /// A VM's snapshots. Not built yet.
+    snapshots: get "/vms/{provider}/{id}/snapshots", Viewer, ("provider", "id");
+    /// Takes a snapshot. Not built yet.
+    snapshot: post "/vms/{provider}/{id}/snapshots", Operator, ("provider", "id");
+    /// Removes a snapshot. Not built yet.
+    snapshot_remove: delete "/vms/{provider}/{id}/snapshots/{snapshot}", Operator, ("provider", "id", "snapshot");
+}
