@@ -156,8 +156,8 @@ pub struct Fleet {
     pub controller: Service,
     /// The agents.
     pub agents: Vec<Service>,
-    /// Keeps its database on Postgres alive.
-    _db: Option<Db>,
+    /// Its database on Postgres.
+    db: Option<Db>,
     /// Everything of it.
     pub scratch: Scratch,
 }
@@ -190,7 +190,7 @@ impl Fleet {
         controller.set("LISTEN", endpoints.rest.trim_start_matches("https://"));
         controller.set("GRPC_LISTEN", &endpoints.grpc);
         let client = Client::new(&endpoints.rest).login("admin", PASSWORD).await;
-        let mut fleet = Self { client, endpoints, controller, agents: Vec::new(), _db: db, scratch };
+        let mut fleet = Self { client, endpoints, controller, agents: Vec::new(), db, scratch };
         for number in 0..plan.agents {
             let exports = plan.exports.clone().filter(|_| number == 0);
             fleet.add_agent(number, exports, slow_disk(plan.slow_sync)).await;
@@ -226,6 +226,11 @@ impl Fleet {
     pub async fn join_token(&self) -> String {
         let answer = self.client.post("/agents/tokens", json!({})).await.expect(201);
         answer.body["token"].as_str().expect("a join token").to_owned()
+    }
+
+    /// Takes the Postgres database away, or gives it back.
+    pub fn database_away(&self, away: bool) {
+        self.db.as_ref().expect("an installation on Postgres").away(away);
     }
 
     /// The first agent's folder of VMs.

@@ -24,8 +24,9 @@ static CURRENT: Mutex<Weak<Cluster>> = Mutex::new(Weak::new());
 pub struct Db {
     /// For `HYPERSDK_DATABASE_URL`.
     pub url: String,
+    name: String,
     /// Keeps the server alive.
-    _cluster: Arc<Cluster>,
+    cluster: Arc<Cluster>,
 }
 
 impl Db {
@@ -44,7 +45,16 @@ impl Db {
         };
         let name = format!("h{}", shared::ids::random_hex::<5>());
         cluster.sql("postgres", &format!("CREATE DATABASE {name}"));
-        Self { url: format!("postgres://hypersdk@127.0.0.1:{}/{name}", cluster.port), _cluster: cluster }
+        Self { url: format!("postgres://hypersdk@127.0.0.1:{}/{name}", cluster.port), name, cluster }
+    }
+
+    /// Throws everybody out and lets nobody in, or lets them in again.
+    pub fn away(&self, away: bool) {
+        self.cluster.sql("postgres", &format!("ALTER DATABASE {} ALLOW_CONNECTIONS {}", self.name, !away));
+        if away {
+            let out = format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{}'", self.name);
+            self.cluster.sql("postgres", &out);
+        }
     }
 }
 

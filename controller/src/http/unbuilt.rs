@@ -21,27 +21,35 @@ fn say(request: &HttpRequest) -> Error {
 }
 
 macro_rules! unbuilt {
-    ($($(#[$doc:meta])* $name:ident: $method:ident $path:literal, $role:ident, ($($parameter:literal),*);)*) => {
+    ($($(#[$doc:meta])* $name:ident: $method:ident $path:literal, ($($parameter:literal),*);)*) => {
         $($(#[$doc])*
         #[utoipa::path($method, path = $path, tag = "VMs", security(("token" = [])), params($(($parameter = String, Path)),*), responses(
             (status = 401, description = "no valid token", body = ErrorBody),
-            (status = 403, description = "too small a role", body = ErrorBody),
+            (status = 403, description = "not an operator", body = ErrorBody),
             (status = 422, description = "not built yet", body = ErrorBody),
         ))]
-        pub async fn $name(_: $role, request: HttpRequest) -> Result<&'static str, Error> {
+        pub async fn $name(_: Operator, request: HttpRequest) -> Result<&'static str, Error> {
             Err(say(&request))
         })*
     };
 }
 unbuilt! {
     /// Deploys a converted VM. Not built yet.
-    deploy: post "/vms/deploy", Operator, ();
+    deploy: post "/vms/deploy", ();
     /// Starts, shuts down, stops or resets a VM. Not built yet.
-    power: post "/vms/{provider}/{id}/power", Operator, ("provider", "id");
-    /// A VM's snapshots. Not built yet.
-    snapshots: get "/vms/{provider}/{id}/snapshots", Viewer, ("provider", "id");
+    power: post "/vms/{provider}/{id}/power", ("provider", "id");
     /// Takes a snapshot. Not built yet.
-    snapshot: post "/vms/{provider}/{id}/snapshots", Operator, ("provider", "id");
+    snapshot: post "/vms/{provider}/{id}/snapshots", ("provider", "id");
     /// Removes a snapshot. Not built yet.
-    snapshot_remove: delete "/vms/{provider}/{id}/snapshots/{snapshot}", Operator, ("provider", "id", "snapshot");
+    snapshot_remove: delete "/vms/{provider}/{id}/snapshots/{snapshot}", ("provider", "id", "snapshot");
+}
+
+/// A VM's snapshots. Not built yet.
+#[utoipa::path(get, path = "/vms/{provider}/{id}/snapshots", tag = "VMs", security(("token" = [])),
+    params(("provider" = String, Path), ("id" = String, Path)), responses(
+    (status = 401, description = "no valid token", body = ErrorBody),
+    (status = 422, description = "not built yet", body = ErrorBody),
+))]
+pub async fn snapshots(_: Viewer, request: HttpRequest) -> Result<&'static str, Error> {
+    Err(say(&request))
 }

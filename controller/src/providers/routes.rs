@@ -331,7 +331,12 @@ pub async fn test(_: Operator, name: web::Path<String>, app: web::Data<App>) -> 
 pub async fn refresh(_: Operator, name: web::Path<String>, app: web::Data<App>) -> Result<web::Json<Connection>, Error> {
     let row = service::by_name(&app.store, &name).await?;
     app.fleet.ask(&row.agent_id, Question::Refresh(row.name.clone())).await?;
-    Ok(web::Json(service::by_name(&app.store, &name).await?.into()))
+    // The inventory comes before the answer, with what kept the agent from reading it.
+    let row = service::by_name(&app.store, &name).await?;
+    match row.last_error {
+        Some(error) if row.status == "error" => Err(Error::new(Code::Unprocessable, error)),
+        _ => Ok(web::Json(row.into())),
+    }
 }
 
 /// Asks for fresh inventories of all connections, or of those of one kind or name. What cannot be refreshed keeps its old `last_seen`;

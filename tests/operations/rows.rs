@@ -1,0 +1,316 @@
+//! The rows: how each operation is asked so that it answers well, what it answers, and how its particular errors come about.
+//!
+//! Owns: paths, bodies, fields. Never: the rules for errors that all operations share. A crash here costs the test.
+
+use serde_json::{Value, json};
+
+use crate::harness::client::Client;
+use crate::harness::fleet::{Fleet, PASSWORD};
+use crate::harness::seconds;
+
+/// The smallest role that an operation wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Role {
+    /// It is public.
+    Nobody,
+    /// Reads.
+    Viewer,
+    /// Runs jobs.
+    Operator,
+    /// Manages.
+    Admin,
+}
+
+/// What is sent.
+#[derive(Clone, Debug)]
+pub enum Body {
+    /// Nothing.
+    None,
+    /// JSON.
+    Json(Value),
+    /// Bytes of a media type.
+    Bytes(&'static str, Vec<u8>),
+}
+
+/// A request.
+#[derive(Clone, Debug)]
+pub struct Ask {
+    /// Below the prefix, with its query.
+    pub path: String,
+    /// What goes with it.
+    pub body: Body,
+    /// Headers.
+    pub headers: Vec<(&'static str, String)>,
+}
+
+/// An operation.
+pub struct Row {
+    /// Its method.
+    pub method: &'static str,
+    /// Its path as the document writes it.
+    pub path: &'static str,
+    /// Who may call it.
+    pub role: Role,
+    /// The request that goes well.
+    pub happy: Ask,
+    /// What it answers: status, and an example whose fields must all be there; `None` where another test shows it.
+    pub answer: Option<(u16, Value)>,
+    /// Errors that no rule provokes: status, code, request.
+    pub errors: Vec<(u16, &'static str, Ask)>,
+}
+
+impl Row {
+    /// `METHOD /path`.
+    pub fn name(&self) -> String {
+        format!("{} {}", self.method, self.path)
+    }
+
+    fn json(mut self, body: Value) -> Self {
+        self.happy.body = Body::Json(body);
+        self
+    }
+
+    fn at(mut self, path: impl Into<String>) -> Self {
+        self.happy.path = path.into();
+        self
+    }
+
+    fn bytes(mut self, bytes: &[u8]) -> Self {
+        self.happy.body = Body::Bytes("application/octet-stream", bytes.to_vec());
+        self
+    }
+
+    fn header(mut self, name: &'static str, value: &str) -> Self {
+        self.happy.headers.push((name, value.to_owned()));
+        self
+    }
+
+    fn gives(mut self, status: u16, example: Value) -> Self {
+        self.answer = Some((status, example));
+        self
+    }
+
+    /// An error of the happy request at another path.
+    fn fails_at(mut self, status: u16, code: &'static str, path: impl Into<String>) -> Self {
+        let ask = Ask { path: path.into(), ..self.happy.clone() };
+        self.errors.push((status, code, ask));
+        self
+    }
+
+    /// An error of the happy path with another body.
+    fn fails_with(mut self, status: u16, code: &'static str, body: Value) -> Self {
+        let ask = Ask { body: Body::Json(body), ..self.happy.clone() };
+        self.errors.push((status, code, ask));
+        self
+    }
+
+    /// An error of the happy request with a header more.
+    fn fails_by(mut self, status: u16, code: &'static str, name: &'static str, value: &str) -> Self {
+        let mut ask = self.happy.clone();
+        ask.headers.push((name, value.to_owned()));
+        self.errors.push((status, code, ask));
+        self
+    }
+}
+
+fn row(method: &'static str, path: &'static str, role: Role) -> Row {
+    let happy = Ask { path: path.to_owned(), body: Body::None, headers: Vec::new() };
+    Row { method, path, role, happy, answer: None, errors: Vec::new() }
+}
+
+/// A page with rows like this one.
+fn page(row: Value) -> Value {
+    json!({"data": [row], "pagination": {"offset": 0, "limit": 50, "total": 1, "has_more": false}})
+}
+
+fn job() -> Value {
+    json!({
+        "id": "", "type": "", "status": "", "stage": "", "provider": "", "vm_name": "", "format": "", "progress": 0, "bytes_done": 0,
+        "bytes_total": null, "attempt": 0, "created_at": "", "updated_at": "", "options": {}
+    })
+}
+
+/// A finished job has all of the contract's fields.
+fn finished_job() -> Value {
+    let mut job = job();
+    for (name, value) in [
+        ("agent", json!("")),
+        ("started_at", json!("")),
+        ("finished_at", json!("")),
+        ("rate_bps", json!(0)),
+        ("result", json!({"files": [{"path": "", "size": 0, "sha256": "", "format": ""}], "verified": true})),
+    ] {
+        job[name] = value;
+    }
+    job
+}
+
+fn connection() -> Value {
+    json!({"name": "", "provider": "", "status": "", "agent": "", "created_at": "", "updated_at": ""})
+}
+
+fn agent() -> Value {
+    json!({
+        "id": "", "name": "", "status": "", "draining": false, "version": "", "hostname": "", "cpus": 0, "formats": [""], "signer": "",
+        "roots": [{"name": "", "path": "", "free_bytes": 0, "total_bytes": 0, "writable": true}], "enrolled_at": ""
+    })
+}
+
+fn vm() -> Value {
+    json!({
+        "id": "", "name": "", "path": "", "connection": "", "provider": "", "os": "", "os_version": "", "cpu": 0, "memory_mb": 0, "firmware": "",
+        "disks": [{"name": "", "size_gb": 0, "format": "", "thin_provisioned": true}],
+        "nics": [{"name": "", "type": "", "network": "", "mac": ""}], "power_state": "", "tools_status": "", "last_seen": "", "snapshots": 0
+    })
+}
+
+fn user() -> Value {
+    json!({"username": "", "role": "", "created_at": "", "updated_at": ""})
+}
+
+/// Every row. What they are about is made here; the order is the one in which they are asked.
+pub async fn rows(fleet: &Fleet, admin: &Client, operator: &Client) -> Vec<Row> {
+    let export = json!({"type": "export", "provider": "local", "vm_name": "db-server-01", "format": "qcow2"});
+    let slow = json!({"type": "export", "provider": "local", "vm_name": "db-server-01", "format": "qcow2",
+        "options": {"bandwidth_limit": 4096}});
+    let done = operator.create_job(export.clone()).await;
+    admin.completed(&done, seconds(30)).await;
+    let paused = operator.create_job(slow.clone()).await;
+    operator.post(&format!("/jobs/{paused}/pause"), json!({})).await.expect(200);
+    let [running, held, ended] =
+        [operator.create_job(slow.clone()).await, operator.create_job(slow.clone()).await, operator.create_job(slow).await];
+    operator.delete(&format!("/jobs/{ended}")).await.expect(202);
+    admin.ended(&ended, seconds(30)).await;
+    let spare = fleet.vms().join("spare");
+    std::fs::create_dir_all(&spare).unwrap();
+    let folder = spare.display().to_string();
+    admin.post("/providers/connect", json!({"provider": "local", "name": "gone", "path": folder})).await.expect(201);
+    let lost = fleet.vms().join("lost");
+    std::fs::create_dir_all(&lost).unwrap();
+    admin.post("/providers/connect", json!({"provider": "local", "name": "lost", "path": lost.display().to_string()})).await.expect(201);
+    std::fs::remove_dir_all(&lost).unwrap();
+    let agents = admin.get("/agents").await.expect(200).body["data"].clone();
+    let agent_id = agents[0]["id"].as_str().unwrap().to_owned();
+    for name in ["bob", "carol"] {
+        admin.post("/users", json!({"username": name, "password": "quite long enough", "role": "viewer"})).await.expect(201);
+    }
+    let key = |row: Row| row.fails_by(409, "idempotency_mismatch", "Idempotency-Key", "used-up");
+    let used = [("/jobs", json!({"type": "export", "provider": "local", "vm_name": "web-server-01", "format": "raw"}))];
+    for (path, body) in used {
+        let first = operator.request(reqwest::Method::POST, path).header("Idempotency-Key", "used-up").json(&body);
+        operator.send(first).await.unwrap().expect(201);
+    }
+    use Role::{Admin, Nobody, Operator, Viewer};
+    vec![
+        row("POST", "/auth/login", Nobody)
+            .json(json!({"username": "admin", "password": PASSWORD}))
+            .gives(200, json!({"token": "", "token_type": "Bearer", "expires_at": "", "user": {"username": "admin", "role": "admin"}}))
+            .fails_with(401, "bad_credentials", json!({"username": "admin", "password": "no"})),
+        row("GET", "/auth/me", Viewer).gives(200, json!({"username": "", "role": ""})),
+        row("GET", "/users", Admin).gives(200, page(user())),
+        row("POST", "/users", Admin)
+            .json(json!({"username": "alice", "password": "quite long enough", "role": "operator"}))
+            .fails_with(409, "conflict", json!({"username": "bob", "password": "quite long enough", "role": "viewer"}))
+            .gives(201, user()),
+        row("PATCH", "/users/{name}", Admin)
+            .at("/users/bob")
+            .json(json!({"role": "operator"}))
+            .fails_at(409, "conflict", "/users/admin")
+            .gives(200, user()),
+        row("DELETE", "/users/{name}", Admin).at("/users/carol").fails_at(409, "conflict", "/users/admin").gives(204, Value::Null),
+        key(row("POST", "/jobs", Operator).json(export))
+            .fails_with(
+                403,
+                "outside_roots",
+                json!({"type": "export", "provider": "local", "vm_name": "db-server-01", "format": "raw",
+                "options": {"destination": "/etc"}}),
+            )
+            .fails_with(404, "not_found", json!({"type": "export", "provider": "local", "vm_name": "nobody", "format": "raw"}))
+            .fails_with(422, "not_built", json!({"type": "migrate", "provider": "local", "vm_name": "db-server-01", "format": "raw"}))
+            .gives(201, job()),
+        row("GET", "/jobs", Viewer).at("/jobs?status=completed").gives(200, page(finished_job())),
+        row("GET", "/jobs/stats", Viewer).gives(200, json!({"total": 0, "by_status": {}})),
+        row("GET", "/jobs/{id}", Viewer).at(format!("/jobs/{done}")).gives(200, finished_job()),
+        row("GET", "/jobs/{id}/logs", Viewer).at(format!("/jobs/{done}/logs")).gives(200, Value::Null),
+        row("POST", "/jobs/{id}/pause", Operator)
+            .at(format!("/jobs/{held}/pause"))
+            .fails_at(409, "conflict", format!("/jobs/{done}/pause"))
+            .gives(200, job()),
+        row("POST", "/jobs/{id}/resume", Operator)
+            .at(format!("/jobs/{paused}/resume"))
+            .fails_at(409, "conflict", format!("/jobs/{done}/resume"))
+            .gives(200, job()),
+        row("POST", "/jobs/{id}/retry", Operator)
+            .at(format!("/jobs/{ended}/retry"))
+            .fails_at(409, "conflict", format!("/jobs/{done}/retry"))
+            .gives(200, job()),
+        row("DELETE", "/jobs/{id}", Operator)
+            .at(format!("/jobs/{running}"))
+            .fails_at(409, "conflict", format!("/jobs/{done}"))
+            .gives(202, job()),
+        row("GET", "/vms/list", Viewer).fails_at(502, "bad_gateway", "/vms/list?refresh=true").gives(200, page(vm())),
+        row("POST", "/vms/browse", Viewer)
+            .json(json!({"provider": "local", "vm_name": "web-server-01"}))
+            .fails_with(404, "not_found", json!({"provider": "local", "vm_name": "nobody"}))
+            .fails_with(409, "ambiguous", json!({"provider": "local", "vm_name": "twin"}))
+            .gives(200, vm()),
+        row("GET", "/vms/{provider}/{id}", Viewer)
+            .at("/vms/local/web-server-01")
+            .fails_at(400, "bad_request", "/vms/vsphere/web-server-01")
+            .fails_at(409, "ambiguous", "/vms/local/twin")
+            .gives(200, vm()),
+        row("POST", "/vms/deploy", Operator).fails_with(422, "not_built", json!({})),
+        row("POST", "/vms/{provider}/{id}/power", Operator).at("/vms/local/x/power").fails_with(422, "not_built", json!({})),
+        row("GET", "/vms/{provider}/{id}/snapshots", Viewer).at("/vms/local/x/snapshots").fails_at(
+            422,
+            "not_built",
+            "/vms/local/x/snapshots",
+        ),
+        row("POST", "/vms/{provider}/{id}/snapshots", Operator).at("/vms/local/x/snapshots").fails_with(422, "not_built", json!({})),
+        row("DELETE", "/vms/{provider}/{id}/snapshots/{snapshot}", Operator).at("/vms/local/x/snapshots/y").fails_at(
+            422,
+            "not_built",
+            "/vms/local/x/snapshots/y",
+        ),
+        row("GET", "/providers", Viewer).gives(200, page(connection())),
+        row("POST", "/providers/connect", Admin)
+            .json(json!({"provider": "local", "name": "new", "path": folder}))
+            .fails_with(403, "outside_roots", json!({"provider": "local", "name": "out", "path": "/etc"}))
+            .fails_with(409, "conflict", json!({"provider": "local", "name": "gone", "path": folder}))
+            .fails_with(422, "not_built", json!({"provider": "vsphere", "host": "esx", "username": "u", "password": "p"}))
+            .gives(201, connection()),
+        row("GET", "/providers/capabilities", Viewer)
+            .gives(200, json!({"data": [{"kind": "", "built": true, "available": true, "list": true, "export": true, "missing": []}]})),
+        row("GET", "/providers/{name}", Viewer).at("/providers/local").gives(200, connection()),
+        row("POST", "/providers/{name}/test", Operator)
+            .at("/providers/local/test")
+            .fails_at(422, "unprocessable", "/providers/lost/test")
+            .gives(200, json!({})),
+        row("POST", "/providers/{name}/refresh", Operator)
+            .at("/providers/local/refresh")
+            .fails_at(422, "unprocessable", "/providers/lost/refresh")
+            .gives(200, connection()),
+        row("DELETE", "/providers/{name}", Admin)
+            .at("/providers/gone")
+            .fails_at(409, "conflict", "/providers/local")
+            .gives(204, Value::Null),
+        row("GET", "/agents", Viewer).gives(200, page(agent())),
+        row("GET", "/agents/{id}", Viewer).at(format!("/agents/{agent_id}")).gives(200, agent()),
+        row("POST", "/agents/tokens", Admin).json(json!({"ttl_seconds": 60})).gives(201, json!({"token": "", "expires_at": ""})),
+        row("GET", "/health", Nobody).gives(200, json!({"status": "ok", "version": "", "uptime_seconds": 0})),
+        row("GET", "/livez", Nobody).gives(200, Value::Null),
+        row("GET", "/readyz", Nobody).gives(200, Value::Null),
+        row("GET", "/metrics", Viewer).gives(200, Value::Null),
+        row("GET", "/audit", Admin).gives(200, page(json!({"id": 0, "time": "", "caller": "", "action": "", "target": ""}))),
+        row("POST", "/ws/ticket", Viewer).gives(201, json!({"ticket": "", "expires_at": ""})),
+        // The handshake is shown by `contract::the_websocket_wants_to_know_who_comes`.
+        row("GET", "/ws", Viewer).fails_at(400, "bad_request", "/ws").fails_by(403, "forbidden", "Origin", "https://elsewhere.example"),
+        // What ends something for the others comes last.
+        row("POST", "/agents/{id}/drain", Admin).at(format!("/agents/{agent_id}/drain")).gives(200, agent()),
+        row("POST", "/agents/{id}/resume", Admin).at(format!("/agents/{agent_id}/resume")).gives(200, agent()),
+        row("DELETE", "/agents/{id}", Admin).at(format!("/agents/{agent_id}")).gives(204, Value::Null),
+        row("POST", "/auth/refresh", Viewer).gives(200, json!({"token": "", "token_type": "Bearer", "expires_at": ""})),
+        // The refreshed token's old one is gone, so this one is `contract`'s: here it is only asked without a token.
+        row("POST", "/auth/logout", Viewer),
+    ]
+}
