@@ -17,4 +17,5 @@ mod identity;
 mod jobs;
 mod long;
 mod memory;
+mod schedules;
 mod survival;

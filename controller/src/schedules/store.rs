@@ -17,8 +17,8 @@ use crate::store::{Error, Store, like};
 
 /// Runs of one schedule that may wait for another to end; more are left out.
 pub const QUEUE: u64 = 10;
-/// How long settled runs are kept, in milliseconds.
-const KEPT: i64 = 90 * 24 * 3600 * 1000;
+/// Runs of one schedule that are kept. By number and not by age: a clock that runs ahead for a moment must not cost the history.
+const KEPT: u64 = 10_000;
 
 /// A run that waits for a controller.
 pub const PENDING: &str = "pending";
@@ -225,7 +225,7 @@ fn enabled() -> sea_orm::Select<schedules::Entity> {
 /// ahead, and comes now, is it pending again.
 pub async fn advance(store: &Store, schedule: &schedules::Model, next: Option<i64>, new: Vec<runs::Model>) -> Result<bool, Error> {
     let (id, version) = (schedule.id.clone(), schedule.version);
-    let newest = new.iter().map(|run| run.due_at).max();
+    let gives_rows = !new.is_empty();
     store
         .run(move |db| async move {
             let transaction = db.begin().await?;
@@ -240,17 +240,25 @@ pub async fn advance(store: &Store, schedule: &schedules::Model, next: Option<i6
             for run in new {
                 give_row(&transaction, run).await?;
             }
-            if let Some(newest) = newest {
-                let old = Condition::all()
-                    .add(runs::Column::Schedule.eq(&id))
-                    .add(runs::Column::DueAt.lt(newest.saturating_sub(KEPT)))
-                    .add(runs::Column::Status.is_in([STARTED, SKIPPED, FAILED]));
-                runs::Entity::delete_many().filter(old).exec(&transaction).await?;
+            if gives_rows {
+                forget_old(&transaction, &id).await?;
             }
             transaction.commit().await?;
             Ok(true)
         })
         .await
+}
+
+/// Removes settled runs beyond those that are kept.
+async fn forget_old(transaction: &DatabaseTransaction, schedule: &str) -> Result<(), Error> {
+    let of_it = runs::Entity::find().filter(runs::Column::Schedule.eq(schedule));
+    let Some(last) = of_it.order_by_desc(runs::Column::DueAt).offset(KEPT).one(transaction).await? else { return Ok(()) };
+    let old = Condition::all()
+        .add(runs::Column::Schedule.eq(schedule))
+        .add(runs::Column::DueAt.lte(last.due_at))
+        .add(runs::Column::Status.is_in([STARTED, SKIPPED, FAILED]));
+    runs::Entity::delete_many().filter(old).exec(transaction).await?;
+    Ok(())
 }
 
 async fn give_row(transaction: &DatabaseTransaction, run: runs::Model) -> Result<(), Error> {

@@ -139,7 +139,8 @@ fn field(random: &mut StdRng, least: u8, most: u8, names: &[&str]) -> String {
         0..4 => "*".to_owned(),
         4 if !names.is_empty() => {
             let first = random.random_range(0..names.len());
-            let last = random.random_range(first..names.len());
+            // SUN-SUN is one day for some and a week for others; it is left out.
+            let last = random.random_range(first.max(1)..names.len());
             if random.random_bool(0.5) { format!("{}-{}", names[first], names[last]) } else { names[first].to_lowercase() }
         }
         _ => (0..random.random_range(1..4)).map(|_| part(random, least, most)).collect::<Vec<_>>().join(","),
