@@ -98,14 +98,14 @@ async fn whole_life(database: Database) {
         let page = client.get(&format!("/schedules{query}")).await.expect(200).body;
         page["data"].as_array().unwrap().iter().map(|row| row["name"].as_str().unwrap().to_owned()).collect::<Vec<_>>()
     };
-    let (web, hour) = ("Nightly web".to_owned(), "an hourly one".to_owned());
-    assert_eq!(names("").await, [hour.clone(), web.clone()], "by name, without regard to case");
-    assert_eq!(names("?sort=created_at&order=desc").await, [hour.clone(), web.clone()]);
-    assert_eq!(names("?sort=next_run").await, [web.clone(), hour.clone()], "what does not come stands last");
-    assert_eq!(names("?limit=1&offset=1").await, [web.clone()]);
-    assert_eq!(names("?search=NIGHTLY").await, [web.clone()]);
-    assert_eq!(names(&format!("?search={}", &id[6..])).await, [web.clone()]);
-    assert_eq!(names("?enabled=false").await, [hour.clone()]);
+    let (web, hour) = ("Nightly web", "an hourly one");
+    assert_eq!(names("").await, [hour, web], "by name, without regard to case");
+    assert_eq!(names("?sort=created_at&order=desc").await, [hour, web]);
+    assert_eq!(names("?sort=next_run").await, [web, hour], "what does not come stands last");
+    assert_eq!(names("?limit=1&offset=1").await, [web]);
+    assert_eq!(names("?search=NIGHTLY").await, [web]);
+    assert_eq!(names(&format!("?search={}", &id[6..])).await, [web]);
+    assert_eq!(names("?enabled=false").await, [hour]);
     assert_eq!(names("?provider=local&created_after=2020-01-01T00:00:00Z").await.len(), 2);
     assert_eq!(names("?created_before=2020-01-01T00:00:00Z").await.len(), 0);
     assert_eq!(names("?provider=vsphere").await.len(), 0);
@@ -244,10 +244,6 @@ async fn two_controllers_make_one_job_each_minute_and_both_are_killed_between() 
     ready(&mut second, &other).await;
     let (due, jobs) = tally(&started(&other, 2).await);
     assert_eq!(Some(due[1].as_str()), made["next_runs"][1].as_str());
-    for job in &jobs {
-        fleet.client.completed(job, seconds(30)).await;
-    }
-    let (due, jobs) = tally(&started(&fleet.client, 3).await);
     for job in &jobs {
         fleet.client.completed(job, seconds(30)).await;
     }

@@ -11,6 +11,7 @@
 //! only. Two controllers, a restart or a clock that jumps make no second run of a due time: it is one row, by a unique key.
 //! A crash here costs nothing: between claim and job the run is taken over, and its key finds the job where it was made.
 
+pub mod claims;
 pub mod cron;
 pub mod plan;
 pub mod routes;

@@ -5,6 +5,7 @@
 use actix_web::http::header;
 use actix_web::{HttpRequest, HttpResponse, web};
 
+use super::claims;
 use super::service::{self, Create, Update};
 use super::store::{self, Filter, SortBy};
 use super::view::{Run, RunNow, View};
@@ -204,6 +205,6 @@ pub async fn runs(_: Viewer, request: HttpRequest, id: web::Path<String>, app: w
         None => None,
     };
     let row = service::by_id(&app, &id).await?;
-    let (rows, total) = store::list_runs(&app.store, &row.id, status, sort.order.into(), paging.offset, paging.limit).await?;
+    let (rows, total) = claims::list(&app.store, &row.id, status, sort.order.into(), paging.offset, paging.limit).await?;
     Ok(web::Json(paging.page(rows.into_iter().map(Run::from).collect(), total)))
 }

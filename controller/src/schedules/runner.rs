@@ -17,8 +17,9 @@ use async_trait::async_trait;
 use chrono::{DateTime, Utc};
 use shared::error::Code;
 
+use super::claims::{self, Claim, Outcome};
 use super::plan::{self, CatchUp, Kind, Timetable, missed_words};
-use super::store::{self, Claim, Outcome, cause};
+use super::store::{self, cause};
 use crate::http::idempotency::Idempotency;
 use crate::http::reply::Error;
 use crate::jobs;
@@ -113,7 +114,7 @@ impl<D: Door> Runner<D> {
 
     /// Takes what is pending, and claims that their controllers left.
     async fn take_due(&mut self, now: DateTime<Utc>, clock: Instant) -> Result<(), StoreError> {
-        let open = store::open_runs(&self.store).await?;
+        let open = claims::open(&self.store).await?;
         self.waiting.retain(|id, _| open.iter().any(|run| run.id == *id && run.status == store::PENDING));
         self.claims.retain(|(id, by), _| open.iter().any(|run| run.id == *id && run.claimed_by.as_ref() == Some(by)));
         for run in open {
@@ -121,7 +122,7 @@ impl<D: Door> Runner<D> {
                 self.try_take(&run, now, clock).await?;
             } else if let Some(by) = run.claimed_by.clone() {
                 let since = *self.claims.entry((run.id.clone(), by)).or_insert(clock);
-                if clock.saturating_duration_since(since) >= CLAIM && store::take_over(&self.store, &run, &self.me).await? {
+                if clock.saturating_duration_since(since) >= CLAIM && claims::take_over(&self.store, &run, &self.me).await? {
                     tracing::warn!(schedule = run.schedule, run = run.id, "a run is taken over: its controller left between claim and job");
                     if let Some(schedule) = store::by_id(&self.store, &run.schedule).await? {
                         self.make(&schedule, &run, now).await?;
@@ -150,7 +151,7 @@ impl<D: Door> Runner<D> {
             }
             Err(_) => {}
         }
-        match store::claim(&self.store, run, &self.me).await? {
+        match claims::claim(&self.store, run, &self.me).await? {
             Claim::Mine(schedule) => self.make(&schedule, run, now).await.map(drop),
             Claim::Waits | Claim::Gone => Ok(()),
         }
@@ -177,12 +178,12 @@ impl<D: Door> Runner<D> {
             Made::Refused(error) => Outcome::Failed(error.message().to_owned()),
             Made::NotNow(error) => {
                 tracing::warn!(schedule = schedule.id, run = run.id, %error, "a run could not make its job yet");
-                store::give_back(&self.store, &run.id, &self.me).await?;
+                claims::give_back(&self.store, &run.id, &self.me).await?;
                 return Ok(made);
             }
         };
         tracing::info!(schedule = schedule.id, name = schedule.name, run = run.id, ?outcome, "a schedule ran");
-        store::settle(&self.store, run, &self.me, outcome, now.timestamp_millis()).await?;
+        claims::settle(&self.store, run, &self.me, outcome, now.timestamp_millis()).await?;
         Ok(made)
     }
 

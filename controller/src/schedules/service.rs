@@ -10,6 +10,7 @@ use serde_json::Value;
 use shared::error::Code;
 use utoipa::ToSchema;
 
+use super::claims;
 use super::plan::{CatchUp, Overlap, Timetable};
 use super::runner::{self, Made};
 use super::store::{self, cause};
@@ -267,7 +268,7 @@ pub async fn run_now(app: &web::Data<App>, schedule: &schedules::Model, key: Opt
         // The ticker goes on with it; who asked learns that.
         Made::NotNow(error) => return Err(Error::new(error.code(), format!("{}; run `{id}` waits for it", error.message())).retry_after(5)),
     };
-    let run = store::run_by_id(&app.store, &id).await?.unwrap_or(run);
+    let run = claims::by_id(&app.store, &id).await?.unwrap_or(run);
     let job = jobs::store::load(&app.store, &job).await?.ok_or_else(|| Error::internal("the job just made is not there"))?;
     Ok((run, app.queue.board().freshen(job)))
 }
@@ -275,10 +276,10 @@ pub async fn run_now(app: &web::Data<App>, schedule: &schedules::Model, key: Opt
 /// Inserts a run by hand, a moment later where its millisecond is taken; one that is there already under its id is that one.
 async fn insert(app: &App, mut run: runs::Model) -> Result<runs::Model, Error> {
     for _ in 0..100 {
-        match store::insert_run(&app.store, run.clone()).await {
+        match claims::insert(&app.store, run.clone()).await {
             Ok(()) => return Ok(run),
             Err(StoreError::Conflict(_)) => {
-                if let Some(first) = store::run_by_id(&app.store, &run.id).await? {
+                if let Some(first) = claims::by_id(&app.store, &run.id).await? {
                     return Ok(first);
                 }
                 run.due_at = run.due_at.saturating_add(1);

@@ -14,9 +14,10 @@ use shared::error::Code;
 use shared::ids::JobId;
 use shared::options::{Format, JobType, Options};
 
+use super::claims::{self, Claim, Outcome};
 use super::plan::{CatchUp, Overlap, Timetable};
 use super::runner::{Door, Runner};
-use super::store::{self, Claim, Outcome};
+use super::store;
 use crate::http::idempotency::Idempotency;
 use crate::http::reply::Error;
 use crate::jobs;
@@ -340,8 +341,8 @@ async fn a_crash_between_claim_and_job_makes_one_job() {
             without_agent.tick(now, bench.start).await.unwrap();
             let run = bench.runs().await.remove(0);
             assert_eq!(run.status, store::PENDING);
-            assert!(matches!(store::claim(&bench.store, &run, "killed").await.unwrap(), Claim::Mine(_)));
-            assert_eq!(store::claim(&bench.store, &run, "other").await.unwrap(), Claim::Gone);
+            assert!(matches!(claims::claim(&bench.store, &run, "killed").await.unwrap(), Claim::Mine(_)));
+            assert_eq!(claims::claim(&bench.store, &run, "other").await.unwrap(), Claim::Gone);
             let key = Idempotency::derived("schedule run", &format!("{}\n{}", run.schedule, run.due_at));
             if job_was_made {
                 let stage = Stage { store: bench.store.clone(), world: bench.world.clone(), has_agent: true };
@@ -357,7 +358,7 @@ async fn a_crash_between_claim_and_job_makes_one_job() {
             }
             assert_eq!((bench.story().await, bench.all_jobs().await - before), (vec!["05 01:00 cron started".to_owned()], 1));
             // The killed one was only slow: what it says now is of no account.
-            store::settle(&bench.store, &run, "killed", Outcome::Failed("late".into()), 0).await.unwrap();
+            claims::settle(&bench.store, &run, "killed", Outcome::Failed("late".into()), 0).await.unwrap();
             assert_eq!(bench.story().await, ["05 01:00 cron started"]);
         }
     }
