@@ -18,4 +18,5 @@ mod jobs;
 mod long;
 mod memory;
 mod operations;
+mod schedules;
 mod survival;

@@ -24,7 +24,7 @@ use crate::live::Frame;
 use crate::store::sealing::{self, Sealer};
 use crate::store::{self, Store};
 use crate::system::{metrics::Metrics, process};
-use crate::{access, fleet, jobs, live};
+use crate::{access, fleet, jobs, live, schedules};
 
 /// How long a drain waits for requests that are under way.
 const REQUESTS: Duration = Duration::from_secs(15);
@@ -198,6 +198,7 @@ pub async fn run(config: Config) -> Result<Running, Error> {
     });
     let server = serve(&config, app.clone(), rest_listener, tls)?;
     actix::spawn(tell_figures(app.clone()));
+    actix::spawn(schedules::ticker::run(app.clone()));
     if let Some(path) = config.join_token_out.clone() {
         write_join_token(&app, &path).await?;
         actix::spawn(renew_join_token(app.clone(), path));

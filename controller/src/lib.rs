@@ -12,6 +12,7 @@ pub mod http;
 pub mod jobs;
 pub mod live;
 pub mod providers;
+pub mod schedules;
 pub mod store;
 pub mod system;
 pub mod vms;

@@ -249,6 +249,25 @@ impl Fleet {
         list.body["data"].as_array().unwrap().clone()
     }
 
+    /// Another controller over the same database, with a data directory of its own and the installation's sealing key. The client's token
+    /// is good at both.
+    pub async fn second_controller(&self) -> (Service, Client) {
+        let home = self.scratch.dir("controller-2");
+        let key = std::fs::read_to_string(self.controller.home.join("data/sealing.key")).expect("the first controller's sealing key");
+        let mut second = Service::new("controller-2", "hypersdk-controller", &home, self.controller.env.clone());
+        for (name, value) in [("LISTEN", "127.0.0.1:0"), ("GRPC_LISTEN", "127.0.0.1:0"), ("SEALING_KEY", key.trim())] {
+            second.set(name, value);
+        }
+        second.set("DATA_DIR", &home.join("data").display().to_string());
+        second.start();
+        let found = endpoints(&mut second, &home.join("data")).await;
+        second.set("LISTEN", found.rest.trim_start_matches("https://"));
+        second.set("GRPC_LISTEN", &found.grpc);
+        let mut client = self.client.clone();
+        client.base = found.rest;
+        (second, client)
+    }
+
     /// kill -9 of the controller, and the same again at the same place; ready when it answers.
     pub async fn restart_controller(&mut self) {
         self.controller.kill();

@@ -32,6 +32,24 @@ impl Idempotency {
         Ok(Some(Self { id, digest: digest.to_owned() }))
     }
 
+    /// A key that the controller derives by itself, so that an act which a crash cut off is found again. No caller can send one like it:
+    /// no user's name is empty.
+    pub fn derived(scope: &str, name: &str) -> Self {
+        Self { id: body::digest(format!("\n{scope}\n{name}").as_bytes()), digest: String::new() }
+    }
+
+    /// The key's hash: another key or caller, another hash.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The `Location` of the first answer, where there was one.
+    pub async fn first_location(&self, store: &Store) -> Result<Option<String>, crate::store::Error> {
+        let id = self.id.clone();
+        let row = store.read(|db| async move { Ok(idempotency::Entity::find_by_id(id).one(&db).await?) }).await?;
+        Ok(row.map(|row| row.location))
+    }
+
     /// The first answer, where there was one.
     pub async fn replay(&self, store: &Store) -> Result<Option<HttpResponse>, Error> {
         let id = self.id.clone();

@@ -33,7 +33,7 @@ use shared::error::Code;
 use tracing_actix_web::TracingLogger;
 
 use crate::app::App as Shared;
-use crate::{access, fleet, jobs, live, providers, system, vms};
+use crate::{access, fleet, jobs, live, providers, schedules, system, vms};
 use guard::Viewer;
 use reply::Error;
 
@@ -103,10 +103,10 @@ fn table(at: &mut dyn FnMut(&str, Vec<Operation>)) {
     at("/download", vec![get(not_built)]);
     at("/browse/files", vec![get(not_built)]);
 
-    at("/schedules", vec![get(not_built), post(not_built)]);
-    at("/schedules/{id}", vec![get(not_built), patch(not_built), delete(not_built)]);
-    at("/schedules/{id}/run", vec![post(not_built)]);
-    at("/schedules/{id}/runs", vec![get(not_built)]);
+    at("/schedules", vec![get(schedules::routes::list), post(schedules::routes::create)]);
+    at("/schedules/{id}", vec![get(schedules::routes::get), patch(schedules::routes::update), delete(schedules::routes::remove)]);
+    at("/schedules/{id}/run", vec![post(schedules::routes::run)]);
+    at("/schedules/{id}/runs", vec![get(schedules::routes::runs)]);
     at("/carbon/intensity", vec![get(not_built)]);
     at("/carbon/schedule", vec![get(not_built)]);
 

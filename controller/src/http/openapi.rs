@@ -8,7 +8,7 @@ use utoipa::{Modify, OpenApi};
 
 use super::reply::ErrorBody;
 use super::unbuilt;
-use crate::{access, fleet, jobs, live, providers, system, vms};
+use crate::{access, fleet, jobs, live, providers, schedules, system, vms};
 
 /// The document.
 #[derive(OpenApi)]
@@ -30,6 +30,8 @@ use crate::{access, fleet, jobs, live, providers, system, vms};
         system::routes::health, system::routes::livez, system::routes::readyz, system::routes::metrics, system::routes::audit_list,
         unbuilt::deploy, unbuilt::power, unbuilt::snapshots, unbuilt::snapshot, unbuilt::snapshot_remove,
         live::routes::open, live::routes::ticket,
+        schedules::routes::list, schedules::routes::create, schedules::routes::get, schedules::routes::update, schedules::routes::remove,
+        schedules::routes::run, schedules::routes::runs,
     )
 )]
 pub struct Document;

@@ -9,6 +9,8 @@ pub mod idempotency;
 pub mod job_logs;
 pub mod jobs;
 pub mod join_tokens;
+pub mod schedule_runs;
+pub mod schedules;
 pub mod sessions;
 pub mod settings;
 pub mod users;
