@@ -8,6 +8,7 @@
 
 mod harness;
 
+mod access;
 mod architecture;
 mod bad_input;
 mod boot;
@@ -15,6 +16,7 @@ mod cli;
 mod contract;
 mod identity;
 mod jobs;
+mod load;
 mod long;
 mod memory;
 mod operations;

@@ -87,6 +87,8 @@ pub enum Verb {
     Providers(Providers),
     /// List agents, or act on one
     Agents(Agents),
+    /// Lost password, backup, restore: at the controller's machine
+    Admin(Admin),
     /// Print a completion script for a shell
     Completions {
         /// Which shell
@@ -397,6 +399,45 @@ pub enum AgentsAction {
     Resume {
         /// The agent
         id: String,
+    },
+}
+
+/// `hypersdk admin`
+#[derive(Args)]
+#[command(after_help = "Settings come as the controller's do: from --config and HYPERSDK_*.")]
+pub struct Admin {
+    /// Settings of the controller, TOML
+    #[arg(long, global = true, hide_env = true, env = "HYPERSDK_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// The controller's data directory, or that of `hypersdk up`
+    #[arg(long, global = true, value_name = "DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// What to do.
+    #[command(subcommand)]
+    pub action: AdminAction,
+}
+
+/// What is done at the controller's machine.
+#[derive(Subcommand)]
+pub enum AdminAction {
+    /// Give a user a new password, HYPERSDK_PASSWORD's or a made one
+    ResetPassword {
+        /// Whose
+        #[arg(default_value = "admin")]
+        user: String,
+    },
+    /// Write database and keys into a new file; the controller may run
+    Backup {
+        /// The file, for its owner's eyes alone
+        file: PathBuf,
+    },
+    /// Put a backup in place; the controller must be stopped
+    Restore {
+        /// The backup
+        file: PathBuf,
+        /// Replace what is there
+        #[arg(long)]
+        force: bool,
     },
 }
 

@@ -1,13 +1,14 @@
 //! The command `hypersdk`: client verbs against a controller, the engine without one, and everything in one process.
 //!
 //! ```text
-//! args ─► main ─► demo ▸ up        whole installation      ┐
+//! args ─► main ─► demo ▸ up ▸ admin  whole installation    ┐
 //!              ├► local            the engine, no server   ├► output · progress · failure
 //!              └► login ▸ jobs ▸ watch ▸ inventory ─► client ▸ session ▸ tls
 //! ```
 //! Owns: which verb runs where, and the exit code. Never: prints a secret but the ones that are shown once by design (a first password, a
 //! join token). A crash here costs one command.
 
+mod admin;
 mod args;
 mod client;
 mod demo;
@@ -54,6 +55,7 @@ fn run(cli: &Cli) -> Outcome {
         Verb::Up(args) => up::up(args),
         Verb::Convert(args) => local::convert(args, cli.output),
         Verb::Verify(args) => local::verify(args, cli.output),
+        Verb::Admin(args) => admin::admin(args),
         Verb::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(*shell, &mut Cli::command(), "hypersdk", &mut script);
@@ -82,6 +84,6 @@ async fn converse(cli: &Cli, verb: &Verb) -> Outcome {
         Verb::Watch(args) => watch::watch(&client()?, args, style).await,
         Verb::Providers(args) => inventory::providers(&client()?, args, style).await,
         Verb::Agents(args) => inventory::agents(&client()?, args, style).await,
-        Verb::Demo(_) | Verb::Up(_) | Verb::Convert(_) | Verb::Verify(_) | Verb::Completions { .. } => Ok(()),
+        Verb::Demo(_) | Verb::Up(_) | Verb::Convert(_) | Verb::Verify(_) | Verb::Admin(_) | Verb::Completions { .. } => Ok(()),
     }
 }

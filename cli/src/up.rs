@@ -216,7 +216,8 @@ fn announce(installation: &Installation, args: &Up) {
     output::line(format!("Log in: hypersdk login {}", installation.url));
 }
 
-fn default_data_dir() -> Result<PathBuf, Failure> {
+/// Where `hypersdk up` keeps its data where nobody says.
+pub fn default_data_dir() -> Result<PathBuf, Failure> {
     if let Some(data) = variable("XDG_DATA_HOME") {
         return Ok(PathBuf::from(data).join("hypersdk"));
     }

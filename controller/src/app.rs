@@ -24,12 +24,14 @@ use crate::live::Frame;
 use crate::store::sealing::{self, Sealer};
 use crate::store::{self, Store};
 use crate::system::{metrics::Metrics, process};
-use crate::{access, fleet, jobs, live, schedules};
+use crate::{access, admin, fleet, jobs, live, schedules};
 
 /// How long a drain waits for requests that are under way.
 const REQUESTS: Duration = Duration::from_secs(15);
 /// How often the system's figures are told to the watchers.
 const FIGURES: Duration = Duration::from_secs(5);
+/// How often the operator's certificate is looked at.
+const CERTIFICATE: Duration = Duration::from_secs(2);
 /// How often the join token in `join_token_out` is renewed; it lives an hour.
 const TOKEN_RENEWAL: Duration = Duration::from_secs(45 * 60);
 
@@ -94,6 +96,9 @@ pub enum Error {
     /// TLS.
     #[error("TLS: {0}")]
     Tls(#[from] tls::Error),
+    /// A restore that was cut off.
+    #[error(transparent)]
+    Restore(#[from] admin::Error),
     /// The CA.
     #[error("certificate authority: {0}")]
     Authority(#[from] fleet::ca::Error),
@@ -168,13 +173,15 @@ pub async fn run(config: Config) -> Result<Running, Error> {
     // Listening first: an address that is taken should not cost a migration.
     let (rest_listener, rest_addr) = listen(config.listen)?;
     let (grpc_listener, grpc_addr) = listen(config.grpc_listen)?;
-    let (tls, fingerprint) = tls::server(&config, &data)?;
 
     let runtime = tokio::runtime::Builder::new_multi_thread().thread_name("controller").enable_all().build();
     let runtime = runtime.map_err(|e| Error::Start(format!("cannot start threads: {e}")))?;
     let handle = runtime.handle().clone();
-    let sealer = Sealer::open(config.sealing_key.as_ref(), &data)?;
     let store = Store::open(config.database().expose(), handle.clone()).await?;
+    // Keys are read after a restore that was cut off is finished or forgotten.
+    admin::restore::complete(&data, &store).await?;
+    let (tls, fingerprint, certificate) = tls::server(&config, &data)?;
+    let sealer = Sealer::open(config.sealing_key.as_ref(), &data)?;
     let access = access::service::Service::open(store.clone(), &sealer, &config).await?;
     let admin_password = access.first_admin(config.admin_password.clone()).await?;
     let metrics = Metrics::new().map_err(|e| Error::Start(e.to_string()))?;
@@ -203,11 +210,49 @@ pub async fn run(config: Config) -> Result<Running, Error> {
         write_join_token(&app, &path).await?;
         actix::spawn(renew_join_token(app.clone(), path));
     }
-    // Port 0 takes a free one; whoever started this process, and whoever restarts it, finds here which.
-    let endpoints = serde_json::json!({"rest": format!("https://{rest_addr}"), "grpc": grpc_addr.to_string(), "fingerprint": fingerprint});
-    vault::write_whole(&data, "endpoints.json", endpoints.to_string().as_bytes()).map_err(|e| Error::Data(config.data_dir.clone(), e))?;
+    let endpoints = Endpoints { data, rest_addr, grpc_addr };
+    endpoints.write(&fingerprint).map_err(|e| Error::Data(config.data_dir.clone(), e))?;
+    if let Some(certificate) = certificate {
+        actix::spawn(watch_certificate(app.clone(), certificate, endpoints));
+    }
     tracing::info!(%rest_addr, %grpc_addr, fingerprint, version = env!("CARGO_PKG_VERSION"), "controller is up");
     Ok(Running { rest_addr, grpc_addr, fingerprint, admin_password, app, server, gateway, runtime, _lock: lock })
+}
+
+/// Port 0 takes a free one; whoever started this process, and whoever restarts it, finds here which.
+struct Endpoints {
+    data: vault::Dir,
+    rest_addr: SocketAddr,
+    grpc_addr: SocketAddr,
+}
+
+impl Endpoints {
+    fn write(&self, fingerprint: &str) -> std::io::Result<()> {
+        let Self { data, rest_addr, grpc_addr } = self;
+        let text = serde_json::json!({"rest": format!("https://{rest_addr}"), "grpc": grpc_addr.to_string(), "fingerprint": fingerprint});
+        vault::write_whole(data, "endpoints.json", text.to_string().as_bytes())
+    }
+}
+
+/// Takes a renewed certificate of the operator's within a few seconds.
+async fn watch_certificate(app: web::Data<App>, mut watch: tls::Watch, endpoints: Endpoints) {
+    while !app.is_draining() {
+        tokio::time::sleep(CERTIFICATE).await;
+        let look = move || {
+            let renewed = watch.look();
+            (watch, renewed)
+        };
+        let renewed;
+        (watch, renewed) = match web::block(look).await {
+            Ok(looked) => looked,
+            Err(e) => return tracing::error!(cause = %e, "nobody looks after the certificate any more"),
+        };
+        if let Some(fingerprint) = renewed
+            && let Err(e) = endpoints.write(&fingerprint)
+        {
+            tracing::warn!(cause = %e, "endpoints.json names the certificate of before");
+        }
+    }
 }
 
 fn listen(address: SocketAddr) -> Result<(TcpListener, SocketAddr), Error> {

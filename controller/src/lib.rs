@@ -4,6 +4,7 @@
 //! A crash here costs nothing that was answered: what comes up from the store is right.
 
 pub mod access;
+pub mod admin;
 pub mod app;
 pub mod config;
 pub mod egress;

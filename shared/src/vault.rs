@@ -254,6 +254,14 @@ pub fn write_whole(dir: &Dir, name: &str, bytes: &[u8]) -> io::Result<()> {
     sync_dir(dir)
 }
 
+/// Makes a new file for its owner alone; one that exists is an error.
+pub fn create_private(dir: &Dir, name: &str) -> io::Result<File> {
+    use cap_std::fs::OpenOptionsExt as _;
+    let mut options = cap_std::fs::OpenOptions::new();
+    options.write(true).create_new(true).mode(0o600);
+    Ok(dir.open_with(name, &options)?.into_std())
+}
+
 /// Makes renames and removals in a folder durable.
 pub fn sync_dir(dir: &Dir) -> io::Result<()> {
     // The handle itself may be a mere path (O_PATH), which cannot be synced.

@@ -156,8 +156,8 @@ pub struct Fleet {
     pub controller: Service,
     /// The agents.
     pub agents: Vec<Service>,
-    /// Its database on Postgres.
-    db: Option<Db>,
+    /// Its database, where that is on Postgres.
+    pub db: Option<Db>,
     /// Everything of it.
     pub scratch: Scratch,
 }

@@ -17,9 +17,12 @@ use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest as _;
 use tokio_tungstenite::tungstenite::{Error, Message};
 
+/// An open connection.
+pub type Socket = WebSocketStream<TlsStream<TcpStream>>;
+
 /// An open session.
 pub struct Live {
-    sender: SplitSink<WebSocketStream<TlsStream<TcpStream>>, Message>,
+    sender: SplitSink<Socket, Message>,
     frames: UnboundedReceiver<Value>,
     /// All frames so far.
     pub seen: Vec<Value>,
@@ -28,35 +31,18 @@ pub struct Live {
 impl Live {
     /// Opens `path` of `https://HOST:PORT` with these headers; Err holds the HTTP status of a refusal.
     pub async fn open(base: &str, path: &str, headers: &[(&'static str, String)]) -> Result<Self, u16> {
-        let host = base.strip_prefix("https://").expect("the base is https");
-        let stream = TcpStream::connect(host).await.unwrap();
-        let provider = Arc::new(rustls::crypto::ring::default_provider());
-        let config = rustls::ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions().unwrap();
-        let config = config.dangerous().with_custom_certificate_verifier(Arc::new(Anybody(provider))).with_no_client_auth();
-        let name = ServerName::try_from("localhost").unwrap();
-        let stream = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap();
-        let mut request = format!("wss://{host}{path}").into_client_request().unwrap();
-        for (name, value) in headers {
-            request.headers_mut().insert(*name, value.parse().unwrap());
-        }
-        match tokio_tungstenite::client_async(request, stream).await {
-            Ok((socket, _)) => {
-                let (sender, mut receiver) = socket.split();
-                let (deliver, frames) = unbounded_channel();
-                tokio::spawn(async move {
-                    // Reading answers the server's pings, too. It ends with the connection or with its reader.
-                    while let Some(Ok(message)) = receiver.next().await {
-                        let Message::Text(text) = message else { continue };
-                        if deliver.send(serde_json::from_str(&text).unwrap()).is_err() {
-                            break;
-                        }
-                    }
-                });
-                Ok(Self { sender, frames, seen: Vec::new() })
+        let (sender, mut receiver) = connect(base, path, headers).await?.split();
+        let (deliver, frames) = unbounded_channel();
+        tokio::spawn(async move {
+            // Reading answers the server's pings, too. It ends with the connection or with its reader.
+            while let Some(Ok(message)) = receiver.next().await {
+                let Message::Text(text) = message else { continue };
+                if deliver.send(serde_json::from_str(&text).unwrap()).is_err() {
+                    break;
+                }
             }
-            Err(Error::Http(response)) => Err(response.status().as_u16()),
-            Err(e) => panic!("the WebSocket does not open: {e}"),
-        }
+        });
+        Ok(Self { sender, frames, seen: Vec::new() })
     }
 
     /// Says something.
@@ -81,6 +67,26 @@ impl Live {
             Ok(None) => panic!("the server closed before {what}; seen: {:#?}", self.seen),
             Err(_) => panic!("no {what} within {limit:?}; seen: {:#?}", self.seen),
         }
+    }
+}
+
+/// A connection that nobody reads; Err holds the HTTP status of a refusal.
+pub async fn connect(base: &str, path: &str, headers: &[(&'static str, String)]) -> Result<Socket, u16> {
+    let host = base.strip_prefix("https://").expect("the base is https");
+    let stream = TcpStream::connect(host).await.unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let config = rustls::ClientConfig::builder_with_provider(provider.clone()).with_safe_default_protocol_versions().unwrap();
+    let config = config.dangerous().with_custom_certificate_verifier(Arc::new(Anybody(provider))).with_no_client_auth();
+    let name = ServerName::try_from("localhost").unwrap();
+    let stream = tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap();
+    let mut request = format!("wss://{host}{path}").into_client_request().unwrap();
+    for (name, value) in headers {
+        request.headers_mut().insert(*name, value.parse().unwrap());
+    }
+    match tokio_tungstenite::client_async(request, stream).await {
+        Ok((socket, _)) => Ok(socket),
+        Err(Error::Http(response)) => Err(response.status().as_u16()),
+        Err(e) => panic!("the WebSocket does not open: {e}"),
     }
 }
 

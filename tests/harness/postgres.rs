@@ -58,6 +58,14 @@ impl Db {
     }
 }
 
+impl Db {
+    /// Runs a statement in this database; answers what it printed.
+    pub fn sql(&self, statement: &str) -> String {
+        let name = self.url.rsplit('/').next().expect("the address names the database");
+        self._cluster.sql(name, statement)
+    }
+}
+
 impl Cluster {
     fn start() -> Self {
         let bin = server_binaries();

@@ -4,6 +4,7 @@
 //! Never: keeps a password or a token in the clear, locks an account for good, tells an unknown user from a wrong password.
 //! A crash here costs the back-off counters; sessions and users are in the store.
 
+pub mod api_tokens;
 pub mod backoff;
 pub mod password;
 pub mod routes;

@@ -87,10 +87,11 @@ pub async fn login(request: HttpRequest, app: web::Data<App>, body: Json<Credent
     Ok(web::Json(session.into()))
 }
 
-/// A new token for a good one, which ends.
+/// A new token for a good one, which ends. Not for API tokens.
 #[utoipa::path(post, path = "/auth/refresh", tag = "Access", security(("token" = [])), responses(
     (status = 200, description = "a new token", body = Token),
     (status = 401, description = "no valid token", body = ErrorBody),
+    (status = 403, description = "an API token is not refreshed", body = ErrorBody),
     (status = 429, description = "too many requests", body = ErrorBody),
     (status = 503, description = "the database is away", body = ErrorBody),
 ))]
@@ -98,7 +99,7 @@ pub async fn refresh(caller: Viewer, app: web::Data<App>) -> Result<web::Json<To
     Ok(web::Json(app.access.refresh(&caller).await?.into()))
 }
 
-/// Ends the token.
+/// Ends the token; an API token is revoked.
 #[utoipa::path(post, path = "/auth/logout", tag = "Access", security(("token" = [])), responses(
     (status = 204, description = "the token is refused from now on"),
     (status = 401, description = "no valid token", body = ErrorBody),
@@ -226,7 +227,7 @@ pub async fn user_create(caller: Admin, request: HttpRequest, app: web::Data<App
     Ok(HttpResponse::Created().insert_header(("Location", location)).json(made))
 }
 
-/// Changes a user's password or role; their sessions end.
+/// Changes a user's password or role; their sessions end. Their API tokens stay, with the smaller of both roles.
 #[utoipa::path(patch, path = "/users/{name}", tag = "Access", security(("token" = [])), params(("name" = String, Path)), request_body = UserChange, responses(
     (status = 200, description = "the user", body = User),
     (status = 400, description = "the body cannot be read, or the password cannot be taken", body = ErrorBody),
@@ -264,7 +265,7 @@ pub async fn user_update(
     Ok(web::Json(user.into()))
 }
 
-/// Removes a user; their sessions end.
+/// Removes a user; their sessions and API tokens end.
 #[utoipa::path(delete, path = "/users/{name}", tag = "Access", security(("token" = [])), params(("name" = String, Path)), responses(
     (status = 204, description = "gone"),
     (status = 401, description = "no valid token", body = ErrorBody),

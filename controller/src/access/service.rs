@@ -10,11 +10,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use chrono::{DateTime, TimeDelta, Utc};
-use sea_orm::sea_query::OnConflict;
+use sea_orm::sea_query::{IntoCondition, OnConflict};
 use sea_orm::{ActiveValue::Set, ColumnTrait, DatabaseConnection, EntityTrait, QueryFilter};
 use shared::error::Code;
 use shared::secret::Secret;
 
+use super::api_tokens;
 use super::backoff::Backoff;
 use super::password::Passwords;
 use super::token::{Purpose, Signing};
@@ -22,7 +23,7 @@ use super::{Caller, Role, users};
 use crate::config::Config;
 use crate::http::guard::Identity;
 use crate::http::reply::Error;
-use crate::store::entities::{idempotency, sessions, settings, users as user_rows};
+use crate::store::entities::{api_tokens as token_rows, idempotency, sessions, settings, users as user_rows};
 use crate::store::sealing::Sealer;
 use crate::store::{self, Store};
 
@@ -138,8 +139,11 @@ impl Service {
         Ok(LoggedIn { token: Secret::new(token), expires_at, caller: Caller { name: name.to_owned(), role, session: id } })
     }
 
-    /// A new session for the old one, which ends.
+    /// A new session for the old one, which ends. An API token gets none: a session would have its owner's whole role.
     pub async fn refresh(&self, caller: &Caller) -> Result<LoggedIn, Error> {
+        if caller.session.starts_with(api_tokens::SESSION) {
+            return Err(Error::new(Code::Forbidden, "an API token is not refreshed; POST /auth/tokens makes a new one"));
+        }
         let fresh = self.begin(&caller.name, caller.role).await?;
         self.logout(caller).await?;
         Ok(fresh)
@@ -147,9 +151,20 @@ impl Service {
 
     /// Ends a session: here at once, on other controllers within half a second.
     pub async fn logout(&self, caller: &Caller) -> Result<(), Error> {
+        if let Some(token) = caller.session.strip_prefix(api_tokens::SESSION) {
+            return self.revoke_token(token).await;
+        }
         let id = caller.session.clone();
         self.inner.store.run(|db| async move { Ok(sessions::Entity::delete_by_id(id).exec(&db).await.map(drop)?) }).await?;
         self.forget(|cached| cached.session == caller.session);
+        Ok(())
+    }
+
+    /// Ends an API token: here at once, on other controllers within half a second.
+    pub async fn revoke_token(&self, id: &str) -> Result<(), Error> {
+        api_tokens::store::delete(&self.inner.store, id).await?;
+        let session = format!("{}{id}", api_tokens::SESSION);
+        self.forget(|cached| cached.session == session);
         Ok(())
     }
 
@@ -177,8 +192,14 @@ impl Service {
         if !scheme.eq_ignore_ascii_case("bearer") {
             return Identity::Refused;
         }
-        let Some(claims) = self.inner.signing.check(Purpose::Session, token.trim()) else { return Identity::Refused };
-        match self.session(&claims.jti, &claims.sub).await {
+        let found = match api_tokens::hash(token.trim()) {
+            Some(hash) => self.caller(&hash, token_rows::Column::Hash.eq(&hash), None).await,
+            None => {
+                let Some(claims) = self.inner.signing.check(Purpose::Session, token.trim()) else { return Identity::Refused };
+                self.session(&claims.jti, &claims.sub).await
+            }
+        };
+        match found {
             Ok(Some(caller)) => Identity::Known(caller),
             Ok(None) => Identity::Refused,
             Err(e) => Identity::Unclear(e.into()),
@@ -194,12 +215,9 @@ impl Service {
     }
 
     async fn session(&self, id: &str, user: &str) -> Result<Option<Caller>, store::Error> {
-        let cached = self.inner.cache.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned();
-        if let Some((_, caller)) = cached.filter(|(seen, _)| seen.elapsed() < FRESH) {
-            return Ok(caller);
+        if let Some(token) = id.strip_prefix(api_tokens::SESSION) {
+            return self.caller(id, token_rows::Column::Id.eq(token), Some(user)).await;
         }
-        // The age counts from before the question, so a revocation that comes between is not missed for longer.
-        let asked = Instant::now();
         let (wanted, owner) = (id.to_owned(), user.to_owned());
         let work = move |db: DatabaseConnection| async move {
             let now = Utc::now().timestamp_millis();
@@ -210,7 +228,51 @@ impl Service {
             let user = user_rows::Entity::find_by_id(&owner).one(&db).await?;
             Ok(user.and_then(|user| Some(Caller { role: Role::from_word(&user.role)?, name: user.name, session: wanted })))
         };
-        let caller = self.inner.store.read(work).await?;
+        self.cached(id, self.inner.store.read(work)).await
+    }
+
+    /// Who an API token stands for: its owner, with the smaller of the two roles. `key` is what the answer is remembered under.
+    async fn caller(&self, key: &str, which: impl IntoCondition, owner: Option<&str>) -> Result<Option<Caller>, store::Error> {
+        let (find, owner, service) = (token_rows::Entity::find().filter(which), owner.map(str::to_owned), self.clone());
+        let work = async move {
+            let now = Utc::now().timestamp_millis();
+            let find = move |db: DatabaseConnection| async move {
+                let Some(token) = find.one(&db).await? else { return Ok(None) };
+                if token.expires_at.is_some_and(|end| end <= now) || owner.is_some_and(|owner| owner != token.user_name) {
+                    return Ok(None);
+                }
+                let Some(user) = user_rows::Entity::find_by_id(&token.user_name).one(&db).await? else { return Ok(None) };
+                let (Some(own), Some(owners)) = (Role::from_word(&token.role), Role::from_word(&user.role)) else { return Ok(None) };
+                let session = format!("{}{}", api_tokens::SESSION, token.id);
+                Ok(Some((Caller { role: own.min(owners), name: user.name, session }, token)))
+            };
+            let Some((caller, token)) = service.inner.store.read(find).await? else { return Ok(None) };
+            if token.last_used_at.is_none_or(|used| used <= now.saturating_sub(api_tokens::service::USED_EVERY)) {
+                // Nobody waits for that.
+                actix_web::rt::spawn(async move {
+                    if let Err(e) = api_tokens::store::used(&service.inner.store, &token.id, now).await {
+                        tracing::warn!(token = token.id, cause = %e, "the use of a token is not noted");
+                    }
+                });
+            }
+            Ok(Some(caller))
+        };
+        self.cached(key, work).await
+    }
+
+    /// An answer of the store, at most half a second old.
+    async fn cached(
+        &self,
+        id: &str,
+        ask: impl Future<Output = Result<Option<Caller>, store::Error>>,
+    ) -> Result<Option<Caller>, store::Error> {
+        let cached = self.inner.cache.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned();
+        if let Some((_, caller)) = cached.filter(|(seen, _)| seen.elapsed() < FRESH) {
+            return Ok(caller);
+        }
+        // The age counts from before the question, so a revocation that comes between is not missed for longer.
+        let asked = Instant::now();
+        let caller = ask.await?;
         let mut cache = self.inner.cache.lock().unwrap_or_else(PoisonError::into_inner);
         if cache.len() >= CACHED {
             cache.retain(|_, (seen, _)| seen.elapsed() < FRESH);

@@ -12,7 +12,7 @@ use shared::error::Code;
 use super::Role;
 use crate::http::query::{Paging, Sort};
 use crate::http::reply::Error;
-use crate::store::entities::users;
+use crate::store::entities::{api_tokens, users};
 use crate::store::{self, Store, like};
 
 /// What a user name may be, for messages.
@@ -119,7 +119,7 @@ pub async fn update(store: &Store, name: &str, hash: Option<String>, role: Optio
     }
 }
 
-/// Removes one, but not the last admin.
+/// Removes one with its API tokens, but not the last admin.
 pub async fn delete(store: &Store, name: &str) -> Result<(), Error> {
     let wanted = name.to_owned();
     let work = move |db: DatabaseConnection| async move {
@@ -128,7 +128,9 @@ pub async fn delete(store: &Store, name: &str) -> Result<(), Error> {
         if is_last_admin(&transaction, &user).await? {
             return Ok(Change::LastAdmin);
         }
-        users::Entity::delete_by_id(wanted).exec(&transaction).await?;
+        // The user first: who is making a token for them at this moment holds their row, and is seen after.
+        users::Entity::delete_by_id(&wanted).exec(&transaction).await?;
+        api_tokens::Entity::delete_many().filter(api_tokens::Column::UserName.eq(&wanted)).exec(&transaction).await?;
         transaction.commit().await?;
         Ok(Change::Done(user))
     };

@@ -48,8 +48,8 @@ fn table(at: &mut dyn FnMut(&str, Vec<Operation>)) {
     at("/auth/logout", vec![post(access::routes::logout)]);
     at("/auth/refresh", vec![post(access::routes::refresh)]);
     at("/auth/me", vec![get(access::routes::me)]);
-    at("/auth/tokens", vec![get(not_built), post(not_built)]);
-    at("/auth/tokens/{id}", vec![delete(not_built)]);
+    at("/auth/tokens", vec![get(access::api_tokens::routes::list), post(access::api_tokens::routes::create)]);
+    at("/auth/tokens/{id}", vec![delete(access::api_tokens::routes::revoke)]);
     at("/users", vec![get(access::routes::user_list), post(access::routes::user_create)]);
     at("/users/{name}", vec![patch(access::routes::user_update), delete(access::routes::user_delete)]);
 

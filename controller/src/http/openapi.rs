@@ -20,6 +20,7 @@ use crate::{access, fleet, jobs, live, providers, schedules, system, vms};
     paths(
         access::routes::login, access::routes::logout, access::routes::refresh, access::routes::me,
         access::routes::user_list, access::routes::user_create, access::routes::user_update, access::routes::user_delete,
+        access::api_tokens::routes::list, access::api_tokens::routes::create, access::api_tokens::routes::revoke,
         jobs::routes::create, jobs::routes::list, jobs::routes::get, jobs::routes::cancel, jobs::routes::logs,
         jobs::routes::retry, jobs::routes::pause, jobs::routes::resume, jobs::routes::stats,
         vms::routes::list, vms::routes::browse, vms::routes::get,
@@ -41,7 +42,7 @@ struct Common;
 
 impl Modify for Common {
     fn modify(&self, document: &mut utoipa::openapi::OpenApi) {
-        let bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).bearer_format("JWT").build();
+        let bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).bearer_format("JWT or API token (hsdk_…)").build();
         if let Some(components) = document.components.as_mut() {
             components.add_security_scheme("token", SecurityScheme::Http(bearer));
         }

@@ -145,6 +145,17 @@ impl Query {
         Ok(Sort { field, order })
     }
 
+    /// The query without its place in the list, in one spelling: what it filters and how it sorts.
+    pub fn without_place(&self) -> String {
+        let rest = self.values.iter().filter(|(name, _)| !matches!(name.as_str(), "offset" | "limit" | "after"));
+        rest.map(|(name, value)| format!("{name}={value:?}")).collect::<Vec<_>>().join("&")
+    }
+
+    /// Whether a parameter was given.
+    pub fn has(&self, name: &str) -> bool {
+        self.values.contains_key(name)
+    }
+
     /// A parameter that takes one of these words.
     pub fn word(&self, name: &str, known: &[&str]) -> Result<Option<&str>, Error> {
         match self.values.get(name) {

@@ -178,12 +178,15 @@ pub struct Pagination {
     pub total: u64,
     /// Whether a next page has something.
     pub has_more: bool,
+    /// For `?after=`, where the list takes it: the next page, whatever comes and goes meanwhile.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub next: Option<String>,
 }
 
 impl<T> Page<T> {
     /// A page of `total` rows.
     pub fn new(data: Vec<T>, offset: u64, limit: u64, total: u64) -> Self {
         let has_more = offset.saturating_add(data.len() as u64) < total;
-        Self { data, pagination: Pagination { offset, limit, total, has_more } }
+        Self { data, pagination: Pagination { offset, limit, total, has_more, next: None } }
     }
 }

@@ -8,6 +8,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use shared::job::Status;
 
+use super::lists::memory::Memory;
 use super::record::Job;
 use crate::system::metrics::Metrics;
 
@@ -26,6 +27,7 @@ struct Inner {
     metrics: Metrics,
     live: RwLock<HashMap<String, Job>>,
     counts: RwLock<BTreeMap<Status, u64>>,
+    lists: Memory,
 }
 
 /// The board; clones show the same.
@@ -35,7 +37,7 @@ pub struct Board(Arc<Inner>);
 impl Board {
     /// An empty one that also keeps the figures for Prometheus.
     pub fn new(metrics: Metrics) -> Self {
-        Self(Arc::new(Inner { metrics, live: RwLock::default(), counts: RwLock::default() }))
+        Self(Arc::new(Inner { metrics, live: RwLock::default(), counts: RwLock::default(), lists: Memory::default() }))
     }
 
     /// Newest state of a live job.
@@ -50,6 +52,11 @@ impl Board {
             Some(newer) if newer.state.epoch == job.state.epoch && newer.state.status == job.state.status => newer.clone(),
             _ => job,
         }
+    }
+
+    /// What is remembered for the lists of jobs.
+    pub fn lists(&self) -> &Memory {
+        &self.0.lists
     }
 
     /// Totals.
@@ -88,6 +95,7 @@ impl Board {
         }
         drop(counts);
         if before != after {
+            self.0.lists.changed();
             self.show();
         }
     }

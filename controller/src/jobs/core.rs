@@ -19,12 +19,14 @@ use shared::job::{Effect, Event, Hold, Refusal, State, Status, invariant, step};
 use tokio::sync::watch;
 
 use super::board::Board;
+use super::intake::Draft;
 use super::logbook::{Logbook, Seen};
 use super::record::{Job, NewJob, now_millis};
 use super::reports::Report;
 use super::store::{self, Rates, Transition};
 use super::view::View;
 use crate::http::idempotency::Idempotency;
+use crate::store::entities::job_logs::Model as Line;
 use crate::store::{Error as StoreError, Store};
 
 /// Jobs that one agent runs at a time.
@@ -166,8 +168,8 @@ impl Core {
         Ok(core)
     }
 
-    /// Takes a new job. When this returns, it is in the store. With an idempotency key, the answer goes with it.
-    pub async fn submit(&mut self, new: NewJob, key: Option<Idempotency>) -> Result<Job, Error> {
+    /// Works out a new job and, with an idempotency key, the answer that is stored with it.
+    pub(super) fn draft(&self, new: NewJob, key: Option<Idempotency>) -> Result<Draft, Error> {
         if self.draining {
             return Err(Error::Draining);
         }
@@ -190,21 +192,7 @@ impl Core {
             }
             None => None,
         };
-        store::insert(&self.ports.store, &job, answer).await?;
-        self.board.count(None, Some(job.state.status));
-        self.write(
-            &job,
-            "info",
-            &format!("{} of {} into {} is queued", job.kind, if job.vm_name.is_empty() { &job.source } else { &job.vm_name }, job.format),
-        );
-        for note in notes {
-            self.write(&job, "warn", &note);
-        }
-        self.tell("job.created", &job);
-        self.remember(job.clone());
-        self.dispatch_due = true;
-        self.dispatch().await;
-        Ok(job)
+        Ok(Draft { job, notes, answer })
     }
 
     /// A person cancels, retries, pauses or resumes.
@@ -466,10 +454,15 @@ impl Core {
 
     pub(super) fn write_at(&mut self, job: &str, time: Option<i64>, level: &str, stage: &str, text: &str) {
         let Some(line) = self.logs.write(job, time, level, stage, text) else { return };
+        self.tell_line(&line);
+    }
+
+    /// Tells the watchers a line of a log.
+    pub(super) fn tell_line(&self, line: &Line) {
         let data = serde_json::json!({
             "job": line.job, "seq": line.seq, "time": super::view::time(line.time), "level": line.level, "stage": line.stage, "message": line.message,
         });
-        (self.ports.news)("job.log", job, data);
+        (self.ports.news)("job.log", &line.job, data);
     }
 
     pub(super) fn view(&self, job: &Job) -> View {

@@ -50,6 +50,31 @@ impl Logbook {
         self.next.entry(job.to_owned()).or_insert(last + 1);
     }
 
+    /// The first lines of a new job, which are stored with the job itself.
+    pub fn begin(&mut self, job: &str, stage: &str, lines: impl Iterator<Item = (&'static str, String)>) -> Vec<Line> {
+        let (time, mut next) = (now_millis(), 1);
+        let lines = lines.map(|(level, message)| {
+            let line = Line {
+                job: job.to_owned(),
+                seq: next,
+                time,
+                level: level.to_owned(),
+                stage: clip(stage, 32),
+                message: clip(&message, MESSAGE),
+            };
+            next += 1;
+            line
+        });
+        let lines = lines.collect();
+        self.next.insert(job.to_owned(), next);
+        lines
+    }
+
+    /// A job that was not stored after all.
+    pub fn forget(&mut self, job: &str) {
+        self.next.remove(job);
+    }
+
     /// Takes a line; answers it as it will be stored, or nothing where this job has said enough.
     pub fn write(&mut self, job: &str, time: Option<i64>, level: &str, stage: &str, message: &str) -> Option<Line> {
         let next = self.next.entry(job.to_owned()).or_insert(1);

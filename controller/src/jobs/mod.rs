@@ -1,7 +1,7 @@
 //! Jobs: what people asked for, where it stands, and what came of it.
 //!
 //! ```text
-//! routes ─► service (checks) ─► queue (actor) ─► core ▸ reports ▸ leases ─► store
+//! routes ─► service (checks) ─► queue (actor) ─► core ▸ intake ▸ reports ▸ leases ─► store
 //!                                   │ effects
 //!                       fleet (agents)   live (watchers)   board (readers)
 //! ```
@@ -10,7 +10,9 @@
 
 pub mod board;
 pub mod core;
+pub mod intake;
 pub mod leases;
+pub mod lists;
 pub mod logbook;
 pub mod logs;
 pub mod queue;

@@ -11,12 +11,14 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use actix::dev::SendError;
 use actix::{Actor, ActorFutureExt, Addr, AsyncContext, AtomicResponse, Context, Handler, Message, WrapFuture};
 use shared::job::Event;
 use tokio::sync::watch;
 
 use super::board::{Board, Observation};
 use super::core::{Core, Error, News, Outbox, PER_AGENT, Ports};
+use super::intake::Intake;
 use super::leases::{Arrival, Keep};
 use super::logbook::Seen;
 use super::record::{Job, NewJob};
@@ -113,6 +115,7 @@ impl<T: Send + 'static> Handler<Do<T>> for Queue {
 pub struct Handle {
     addr: Addr<Queue>,
     board: Board,
+    intake: Intake,
 }
 
 /// Boxes an async block over the core.
@@ -130,7 +133,7 @@ impl Handle {
         let board = Board::new(metrics);
         let core = Core::load(Ports { store, outbox, news }, board.clone(), PER_AGENT).await?;
         let addr = Queue { core: Some(Box::new(core)) }.start();
-        Ok(Self { addr, board })
+        Ok(Self { addr, board, intake: Intake::default() })
     }
 
     async fn ask<T: Send + 'static>(&self, work: Work<T>) -> Result<T, Error> {
@@ -139,7 +142,19 @@ impl Handle {
 
     /// Takes a new job; when it answers, the job is in the store. A unique violation on the key means that a twin request won.
     pub async fn submit(&self, new: NewJob, key: Option<Idempotency>) -> Result<Job, Error> {
-        self.ask(work!(|core| core.submit(new, key).await)).await?
+        let (is_first, answer) = self.intake.push(new, key);
+        if is_first {
+            let intake = self.intake.clone();
+            // Those who come until the queue gets there go along: one transaction for all. This call must not wait: who hangs up here
+            // would leave the others behind.
+            let take: Work<()> = work!(|core| core.submit_all(intake.take()).await);
+            match self.addr.try_send(Do(take)) {
+                Ok(()) => {}
+                Err(SendError::Full(take)) => self.addr.do_send(take),
+                Err(SendError::Closed(_)) => drop(self.intake.take()),
+            }
+        }
+        answer.await.map_err(|_| Error::Gone)?
     }
 
     /// Cancels.

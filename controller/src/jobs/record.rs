@@ -183,6 +183,11 @@ impl Job {
         self.counters.durable.saturating_add(self.counters.verified)
     }
 
+    /// Name and id, lower case: what is searched, and what a sort by name goes by.
+    pub fn folded(&self) -> String {
+        crate::store::fold(&format!("{}\n{}", self.vm_name, self.id))
+    }
+
     /// Takes newer counters of the running attempt.
     pub fn note_progress(&mut self, counters: Progress, now: Instant) {
         self.counters = counters;
@@ -280,7 +285,7 @@ impl Job {
             owner: Set(self.owner.clone()),
             vm_id: Set(self.vm_id.clone()),
             vm_name: Set(self.vm_name.clone()),
-            vm_folded: Set(crate::store::fold(&format!("{}\n{}", self.vm_name, self.id))),
+            vm_folded: Set(self.folded()),
             source: Set(self.source.clone()),
             capacity: Set(stored(self.capacity)),
             format: Set(self.format.word().to_owned()),

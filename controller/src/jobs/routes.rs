@@ -11,6 +11,7 @@ use shared::options::JobType;
 use utoipa::ToSchema;
 
 use super::core;
+use super::lists;
 use super::logs::{self, Form};
 use super::record::Job;
 use super::service::{self, Create};
@@ -20,6 +21,7 @@ use crate::app::App;
 use crate::http::body::Json;
 use crate::http::guard::{Operator, Viewer};
 use crate::http::idempotency::Idempotency;
+use crate::http::limits;
 use crate::http::query::{Order, Query};
 use crate::http::reply::{Error, ErrorBody, Page};
 use crate::jobs::core::Outbox;
@@ -91,6 +93,7 @@ pub async fn create(caller: Operator, request: HttpRequest, app: web::Data<App>,
     ("provider" = Option<String>, Query, description = "connection or kind"), ("type" = Option<String>, Query, description = "job type"),
     ("created_after" = Option<String>, Query, description = "RFC 3339"), ("created_before" = Option<String>, Query, description = "RFC 3339"),
     ("search" = Option<String>, Query, description = "part of the VM's name or the id"),
+    ("after" = Option<String>, Query, description = "`pagination.next` of the page before, in place of offset"),
 ), responses(
     (status = 200, description = "one page", body = Page<View>),
     (status = 400, description = "an unknown parameter or value; the known ones are listed", body = ErrorBody),
@@ -98,9 +101,12 @@ pub async fn create(caller: Operator, request: HttpRequest, app: web::Data<App>,
     (status = 429, description = "too many requests", body = ErrorBody),
     (status = 503, description = "the database is away", body = ErrorBody),
 ))]
-pub async fn list(_: Viewer, request: HttpRequest, app: web::Data<App>) -> Result<web::Json<Page<View>>, Error> {
-    let query = Query::of(&request, &["status", "provider", "type", "created_after", "created_before", "search"])?;
+pub async fn list(caller: Viewer, request: HttpRequest, app: web::Data<App>) -> Result<web::Json<Page<View>>, Error> {
+    let query = Query::of(&request, &["status", "provider", "type", "created_after", "created_before", "search", "after"])?;
     let paging = query.paging()?;
+    if query.has("after") && query.has("offset") {
+        return Err(Error::bad_request("give `offset` or `after`, not both"));
+    }
     let sort = query.sort(SORTS, "created_at", Order::Desc)?;
     let status = match query.word("status", STATUSES)? {
         Some("running") => vec![Status::Running, Status::Cancelling],
@@ -122,10 +128,20 @@ pub async fn list(_: Viewer, request: HttpRequest, app: web::Data<App>) -> Resul
         "priority" => SortBy::Priority,
         _ => SortBy::Created,
     };
-    let (jobs, total) = store::list(&app.store, filter, (by, sort.order.into()), paging.offset, paging.limit).await?;
+    let address = limits::client_address(&request, &app.config.trusted_proxies);
+    let asked = lists::service::Asked {
+        filter,
+        by,
+        order: sort.order,
+        paging,
+        after: query.text("after").map(str::to_owned),
+        caller: format!("{} {address}", caller.session),
+        query: query.without_place(),
+    };
+    let (jobs, pagination) = lists::service::page(&app.store, app.queue.board().lists(), asked).await?;
     let board = app.queue.board();
-    let rows = jobs.into_iter().map(|job| view(&app, &board.freshen(job))).collect();
-    Ok(web::Json(paging.page(rows, total)))
+    let data = jobs.into_iter().map(|job| view(&app, &board.freshen(job))).collect();
+    Ok(web::Json(Page { data, pagination }))
 }
 
 /// One job.

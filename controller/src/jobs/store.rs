@@ -1,22 +1,20 @@
 //! Rows of jobs and their logs.
 //!
-//! Owns: every query on `jobs` and `job_logs`, and the measured rates in `agents.rates`. A transition is a compare-and-set on
+//! Owns: every query on `jobs` and `job_logs` but those of the list ([`super::lists`]), and the measured rates in `agents.rates`. A transition is a compare-and-set on
 //! (id, epoch, status): where another controller was quicker, it does nothing and says so.
 //! Never: decides a transition. A crash here costs nothing: each call is one transaction.
 
 use std::collections::BTreeMap;
 
 use sea_orm::ActiveValue::Set;
-use sea_orm::sea_query::{Expr, ExprTrait, Func, OnConflict, SimpleExpr};
-use sea_orm::{
-    ColumnTrait, Condition, EntityTrait, FromQueryResult, Order, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, TransactionTrait,
-};
+use sea_orm::sea_query::{Expr, OnConflict};
+use sea_orm::{ColumnTrait, EntityTrait, FromQueryResult, QueryFilter, QueryOrder, QuerySelect, TransactionTrait};
 use serde::{Deserialize, Serialize};
 use shared::job::{State, Status};
 
 use super::record::{Job, stored};
 use crate::store::entities::{agents, idempotency, job_logs, jobs};
-use crate::store::{Error, Store, like};
+use crate::store::{Error, Store};
 
 /// Statuses of jobs that the queue keeps in memory.
 const LIVE: [Status; 3] = [Status::Queued, Status::Running, Status::Cancelling];
@@ -117,7 +115,7 @@ pub async fn load_many(store: &Store, ids: Vec<String>) -> Result<Vec<Job>, Erro
     Ok(rows.into_iter().filter_map(readable).collect())
 }
 
-fn readable(row: jobs::Model) -> Option<Job> {
+pub(super) fn readable(row: jobs::Model) -> Option<Job> {
     let id = row.id.clone();
     let job = Job::from_row(row);
     if job.is_none() {
@@ -126,16 +124,34 @@ fn readable(row: jobs::Model) -> Option<Job> {
     job
 }
 
-/// Inserts a job and, where its request had an Idempotency-Key, the answer to give again. Both or neither.
-pub async fn insert(store: &Store, job: &Job, answer: Option<idempotency::ActiveModel>) -> Result<(), Error> {
-    let row = job.to_row();
+/// A new job with what is stored beside it.
+pub struct NewRow {
+    /// The job.
+    pub job: Job,
+    /// Where its request had an Idempotency-Key: the answer to give again.
+    pub answer: Option<idempotency::ActiveModel>,
+    /// The first lines of its log.
+    pub lines: Vec<job_logs::Model>,
+}
+
+/// Inserts new jobs in one transaction: all or none.
+pub async fn insert_all(store: &Store, new: &[NewRow]) -> Result<(), Error> {
+    let rows: Vec<_> = new.iter().map(|new| new.job.to_row()).collect();
+    let answers: Vec<_> = new.iter().filter_map(|new| new.answer.clone()).collect();
+    let lines: Vec<_> = new.iter().flat_map(|new| new.lines.iter().cloned().map(log_row)).collect();
     store
         .run(move |db| async move {
             let transaction = db.begin().await?;
-            if let Some(answer) = answer {
-                idempotency::Entity::insert(answer).exec_without_returning(&transaction).await?;
+            if !answers.is_empty() {
+                idempotency::Entity::insert_many(answers).exec_without_returning(&transaction).await?;
             }
-            jobs::Entity::insert(row).exec_without_returning(&transaction).await?;
+            // SQLite takes 32,766 parameters in a statement; a job has about forty.
+            for rows in rows.chunks(200) {
+                jobs::Entity::insert_many(rows.to_vec()).exec_without_returning(&transaction).await?;
+            }
+            for lines in lines.chunks(1000) {
+                job_logs::Entity::insert_many(lines.to_vec()).exec_without_returning(&transaction).await?;
+            }
             Ok(transaction.commit().await?)
         })
         .await
@@ -179,49 +195,6 @@ pub async fn save_counters(store: &Store, jobs_now: &[Job]) -> Result<(), Error>
             Ok(transaction.commit().await?)
         })
         .await
-}
-
-/// One page of jobs and how many there are.
-pub async fn list(store: &Store, filter: Filter, sort: (SortBy, Order), offset: u64, limit: u64) -> Result<(Vec<Job>, u64), Error> {
-    let find = jobs::Entity::find().filter(condition(filter));
-    let (by, order) = sort;
-    let key: SimpleExpr = match by {
-        SortBy::Created => Expr::col(jobs::Column::CreatedAt),
-        SortBy::Updated => Expr::col(jobs::Column::UpdatedAt),
-        SortBy::VmName => Func::lower(Expr::col(jobs::Column::VmName)).into(),
-        SortBy::Status => Expr::col(jobs::Column::Status),
-        SortBy::Priority => Expr::col(jobs::Column::Priority),
-    };
-    store
-        .read(move |db| async move {
-            let total = find.clone().count(&db).await?;
-            let rows = find.order_by(key, order.clone()).order_by(jobs::Column::Id, order).offset(offset).limit(limit).all(&db).await?;
-            Ok((rows.into_iter().filter_map(readable).collect(), total))
-        })
-        .await
-}
-
-fn condition(filter: Filter) -> Condition {
-    let mut all = Condition::all();
-    if !filter.status.is_empty() {
-        all = all.add(jobs::Column::Status.is_in(filter.status.into_iter().map(Status::word)));
-    }
-    if let Some(provider) = filter.provider {
-        all = all.add(Condition::any().add(jobs::Column::Provider.eq(provider.clone())).add(jobs::Column::ProviderKind.eq(provider)));
-    }
-    if let Some(kind) = filter.kind {
-        all = all.add(jobs::Column::Kind.eq(kind));
-    }
-    if let Some(after) = filter.created_after {
-        all = all.add(jobs::Column::CreatedAt.gt(after));
-    }
-    if let Some(before) = filter.created_before {
-        all = all.add(jobs::Column::CreatedAt.lt(before));
-    }
-    if let Some(search) = filter.search {
-        all = all.add(Expr::col(jobs::Column::VmFolded).like(like(&search)));
-    }
-    all
 }
 
 #[derive(FromQueryResult)]

@@ -393,33 +393,6 @@ async fn a_retryable_failure_rests_and_five_in_a_row_fail_the_job() {
 }
 
 #[actix_web::test]
-async fn jobs_are_listed_by_page_and_found_by_search() {
-    let mut bench = Bench::new().await;
-    let mut ids = Vec::new();
-    for _ in 0..25 {
-        ids.push(bench.submit(50).await.id);
-    }
-    let page = |filter: store::Filter, offset, limit| {
-        store::list(&bench.store, filter, (store::SortBy::Created, sea_orm::Order::Desc), offset, limit)
-    };
-    let mut seen = Vec::new();
-    for offset in [0, 10, 20] {
-        let (rows, total) = page(store::Filter::default(), offset, 10).await.unwrap();
-        assert_eq!(total, 25);
-        seen.extend(rows.into_iter().map(|job| job.id));
-    }
-    seen.sort();
-    ids.sort();
-    assert_eq!(seen, ids);
-    let search = |text: &str| store::Filter { search: Some(text.to_owned()), ..Default::default() };
-    assert_eq!(page(search("wEb"), 0, 1).await.unwrap().1, 25);
-    assert_eq!(page(search(&ids[3]), 0, 1).await.unwrap().1, 1);
-    assert_eq!(page(search("%"), 0, 1).await.unwrap().1, 0);
-    let kind = store::Filter { provider: Some("local".into()), status: vec![Status::Completed], ..Default::default() };
-    assert_eq!(page(kind, 0, 1).await.unwrap().1, 0);
-}
-
-#[actix_web::test]
 async fn a_key_makes_one_job_and_what_the_store_cannot_take_now_waits() {
     let mut bench = Bench::new().await;
     bench.hello(&[]).await;

@@ -14,6 +14,8 @@ use crate::access::Role;
 const RING_FRAMES: usize = 8192;
 /// Bytes of frames that are kept.
 const RING_BYTES: usize = 16 << 20;
+/// A pull ends with the frame that fills so many bytes: what a reader who does not read costs is twice that.
+const PULL_BYTES: usize = 48 << 10;
 /// Messages that may wait for the hub.
 const MAILBOX: usize = 16_384;
 
@@ -78,6 +80,8 @@ pub(super) struct Pulled {
     pub frames: Vec<Arc<Numbered>>,
     /// Frames that the ring lost before they were pulled.
     pub missed: u64,
+    /// There are more.
+    pub more: bool,
 }
 
 struct Watcher {
@@ -170,7 +174,17 @@ impl Handler<Pull> for Hub {
         let oldest = self.oldest();
         let missed = oldest.saturating_sub(pull.after.saturating_add(1));
         let skip = usize::try_from(pull.after.saturating_add(1).saturating_sub(oldest)).unwrap_or(usize::MAX);
-        Pulled { frames: self.ring.iter().skip(skip).take(pull.most).cloned().collect(), missed }
+        let (mut frames, mut bytes) = (Vec::new(), 0);
+        let mut rest = self.ring.iter().skip(skip);
+        for frame in rest.by_ref() {
+            bytes += frame.text.len();
+            frames.push(Arc::clone(frame));
+            // One that is larger goes alone.
+            if frames.len() >= pull.most || bytes >= PULL_BYTES {
+                break;
+            }
+        }
+        Pulled { frames, missed, more: rest.next().is_some() }
     }
 }
 

@@ -122,7 +122,7 @@ impl Session {
                 return self.end(context, CloseCode::Policy, "this reader is too slow");
             }
         }
-        let is_full = pulled.frames.len() >= BATCH;
+        let is_full = pulled.more;
         if !is_full && pulled.missed == 0 {
             self.lags = 0;
         }

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 use sea_orm::sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous};
 use sea_orm::{ConnectOptions, Database, DatabaseConnection, DbBackend, DbErr, RuntimeErr, SqlErr, TransactionError, sqlx};
-use sea_orm_migration::MigratorTrait;
+use sea_orm_migration::{MigrationStatus, MigratorTrait};
 use tokio::sync::Mutex;
 
 /// How long the start waits for a database that is not up yet.
@@ -69,6 +69,22 @@ impl Store {
                     Err(e) => return Err(e),
                 }
             }
+        };
+        let db = runtime.spawn(connect).await.map_err(|e| Error::Other(e.to_string()))??;
+        let writer = (db.get_database_backend() == DbBackend::Sqlite).then(|| Arc::new(Mutex::new(())));
+        Ok(Self { db, runtime, writer, away: Arc::default() })
+    }
+
+    /// Connects to a database that has just the tables of this version, and leaves them as they are: beside a controller that runs.
+    pub async fn attach(url: &str, runtime: tokio::runtime::Handle) -> Result<Self, Error> {
+        // A file that is not there is not to be made.
+        let mut options = options(&url.replace("mode=rwc", "mode=rw"))?;
+        options.max_connections(2);
+        let connect = async move {
+            let db = Database::connect(options).await?;
+            let own = migrations::Migrator::get_migration_with_status_read_only(&db).await;
+            let is_ours = own.is_ok_and(|all| all.iter().all(|one| one.status() == MigrationStatus::Applied));
+            if is_ours { Ok(db) } else { Err(Error::Other("it has the tables of another version, or none; use that version".to_owned())) }
         };
         let db = runtime.spawn(connect).await.map_err(|e| Error::Other(e.to_string()))??;
         let writer = (db.get_database_backend() == DbBackend::Sqlite).then(|| Arc::new(Mutex::new(())));
@@ -131,6 +147,11 @@ impl Store {
         let task = self.runtime.spawn(async move { db.close().await });
         Ok(task.await.map_err(|e| Error::Other(e.to_string()))??)
     }
+}
+
+/// Names of this version's migrations: which tables it has.
+pub fn migrations() -> Vec<String> {
+    migrations::Migrator::migrations().iter().map(|migration| migration.name().to_owned()).collect()
 }
 
 /// Text as it is stored for searching: lower case, so that both databases find the same rows.

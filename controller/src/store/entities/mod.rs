@@ -3,6 +3,7 @@
 //! Owns: the shape of rows. Never: decides anything. A crash here costs nothing.
 
 pub mod agents;
+pub mod api_tokens;
 pub mod audit;
 pub mod connections;
 pub mod idempotency;

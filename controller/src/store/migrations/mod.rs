@@ -7,6 +7,8 @@ pub mod m0001_access;
 pub mod m0002_jobs;
 pub mod m0003_inventory;
 pub mod m0008_schedules;
+pub mod m0011_api_tokens;
+pub mod m0012_job_lists;
 
 use sea_orm_migration::prelude::*;
 
@@ -21,6 +23,8 @@ impl MigratorTrait for Migrator {
             Box::new(m0002_jobs::Migration),
             Box::new(m0003_inventory::Migration),
             Box::new(m0008_schedules::Migration),
+            Box::new(m0011_api_tokens::Migration),
+            Box::new(m0012_job_lists::Migration),
         ]
     }
 }

@@ -1,0 +1,122 @@
+//! New jobs on their way into the store, many in one transaction.
+//!
+//! ```text
+//! POST /jobs ─► waiting ─┐
+//! POST /jobs ─► waiting ─┼─► the queue takes all that wait ─► one commit ─► 201, 201, 201
+//! POST /jobs ─► waiting ─┘    (while it commits, the next ones gather)
+//! ```
+//! Owns: what waits, and the commit. A job, its idempotency key's answer and the first lines of its log are one transaction.
+//! Never: answers before the commit; lets one request's conflict fail another's. Each is then tried alone.
+//! A crash here costs what was not answered.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::oneshot;
+
+use super::core::{Core, Error};
+use super::record::{Job, NewJob};
+use super::store;
+use crate::http::idempotency::Idempotency;
+use crate::store::Error as StoreError;
+use crate::store::entities::{idempotency, job_logs};
+
+/// A request that waits for its job to be in the store.
+pub struct Waiting {
+    new: NewJob,
+    key: Option<Idempotency>,
+    tell: oneshot::Sender<Result<Job, Error>>,
+}
+
+/// What waits. Cheap to clone.
+#[derive(Clone, Default)]
+pub struct Intake(Arc<Mutex<Vec<Waiting>>>);
+
+impl Intake {
+    /// Puts a request in; whether it is the first, for whom the queue must be called, and where its answer comes.
+    pub fn push(&self, new: NewJob, key: Option<Idempotency>) -> (bool, oneshot::Receiver<Result<Job, Error>>) {
+        let (tell, answer) = oneshot::channel();
+        let mut waiting = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        waiting.push(Waiting { new, key, tell });
+        (waiting.len() == 1, answer)
+    }
+
+    /// Takes all that wait.
+    pub fn take(&self) -> Vec<Waiting> {
+        std::mem::take(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// A job that is worked out and not yet stored.
+pub(super) struct Draft {
+    pub job: Job,
+    /// What was accepted but does nothing here.
+    pub notes: Vec<String>,
+    /// The answer that goes with its idempotency key.
+    pub answer: Option<idempotency::ActiveModel>,
+}
+
+/// A draft with its log's first lines and who waits for it.
+struct Entry {
+    row: store::NewRow,
+    tell: oneshot::Sender<Result<Job, Error>>,
+}
+
+impl Core {
+    /// Takes one new job. When this returns, it is in the store. With an idempotency key, the answer goes with it.
+    pub async fn submit(&mut self, new: NewJob, key: Option<Idempotency>) -> Result<Job, Error> {
+        let intake = Intake::default();
+        let (_, answer) = intake.push(new, key);
+        self.submit_all(intake.take()).await;
+        answer.await.map_err(|_| Error::Gone)?
+    }
+
+    /// Takes new jobs, in one transaction; each requester is answered when it is committed.
+    pub async fn submit_all(&mut self, waiting: Vec<Waiting>) {
+        let mut entries = Vec::with_capacity(waiting.len());
+        for Waiting { new, key, tell } in waiting {
+            match self.draft(new, key) {
+                Ok(draft) => entries.push(Entry { row: self.with_lines(draft), tell }),
+                Err(error) => drop(tell.send(Err(error))),
+            }
+        }
+        if entries.is_empty() {
+            return;
+        }
+        let (rows, tells): (Vec<_>, Vec<_>) = entries.into_iter().map(|entry| (entry.row, entry.tell)).unzip();
+        match store::insert_all(&self.ports.store, &rows).await {
+            Err(StoreError::Conflict(_)) if rows.len() > 1 => {
+                for (row, tell) in rows.into_iter().zip(tells) {
+                    let stored = store::insert_all(&self.ports.store, std::slice::from_ref(&row)).await;
+                    self.admit(row, tell, stored);
+                }
+            }
+            stored => rows.into_iter().zip(tells).for_each(|(row, tell)| self.admit(row, tell, stored.clone())),
+        }
+        self.dispatch_due = true;
+        self.dispatch().await;
+    }
+
+    fn with_lines(&mut self, draft: Draft) -> store::NewRow {
+        let Draft { job, notes, answer } = draft;
+        let what = if job.vm_name.is_empty() { &job.source } else { &job.vm_name };
+        let queued = ("info", format!("{} of {what} into {} is queued", job.kind, job.format));
+        let lines = std::iter::once(queued).chain(notes.into_iter().map(|note| ("warn", note)));
+        let lines = self.logs.begin(&job.id, job.state.public_stage(), lines);
+        store::NewRow { job, answer, lines }
+    }
+
+    /// A job is stored, or is not: memory, watchers and the requester learn it.
+    fn admit(&mut self, row: store::NewRow, tell: oneshot::Sender<Result<Job, Error>>, stored: Result<(), StoreError>) {
+        let store::NewRow { job, lines, .. } = row;
+        if let Err(error) = stored {
+            self.logs.forget(&job.id);
+            let _ = tell.send(Err(error.into()));
+            return;
+        }
+        self.board.count(None, Some(job.state.status));
+        lines.iter().for_each(|line: &job_logs::Model| self.tell_line(line));
+        self.tell("job.created", &job);
+        self.remember(job.clone());
+        let _ = tell.send(Ok(job));
+    }
+}

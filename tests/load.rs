@@ -1,0 +1,336 @@
+//! Many at once: long lists, many new jobs, many watchers.
+//!
+//! Owns: what must hold under load, and in the room `long` the figures. Never: fails an everyday run because the machine was slow: what is
+//! timed is in `long`. A crash here costs the test.
+
+use std::collections::BTreeSet;
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::harness::client::Client;
+use crate::harness::fleet::{Database, Fleet, Plan, ready};
+use crate::harness::images::pattern;
+use crate::harness::live::{Live, Socket, connect};
+use crate::harness::process::run;
+use crate::harness::{seconds, wait_for};
+
+async fn installation(name: &str, database: Database, agents: usize) -> Fleet {
+    let plan = Plan { database, agents, ..Plan::plain() };
+    Fleet::start(name, plan, |vms| pattern(&vms.join("web.raw"), 1 << 20, &[(0, 4096)], 1)).await
+}
+
+/// Finished jobs as if they had run: `vm-000001` and on, one status in five, three connections of two kinds.
+const SEED: &str = "INSERT INTO jobs (id, kind, status, hold, stage, epoch, attempt, strikes, agent, mark, provider, provider_kind, provider_path, owner, \
+    vm_id, vm_name, vm_folded, source, capacity, format, options, priority, data, read, durable, verified, resumed, created_by, created_at, \
+    updated_at, started_at, finished_at) \
+    SELECT id, 'export', status, 'none', 'queued', 1, 1, 0, 'gone', 0, provider, kind, '/srv/vms', 'gone', name || '.vmdk', name, \
+    lower(name) || CHAR10 || id, '', 1073741824, 'qcow2', '{\"compress\":true,\"destination\":\"exports/\"}', n % 101, 536870912, 536870912, \
+    536870912, 536870912, 0, 'seed', 1700000000000 + n * 1000, 1700000000000 + (n * 7919 % 100000) * 1000, 1700000000000 + n * 1000, \
+    1700000060000 + n * 1000 FROM (SELECT n, 'job-' || ID AS id, 'VM-' || NAME AS name, \
+    CASE WHEN n % 5 < 3 THEN 'completed' WHEN n % 5 = 3 THEN 'failed' ELSE 'cancelled' END AS status, \
+    CASE n % 3 WHEN 0 THEN 'dc1' WHEN 1 THEN 'dc2' ELSE 'local' END AS provider, \
+    CASE WHEN n % 3 < 2 THEN 'vsphere' ELSE 'local' END AS kind FROM NUMBERS) AS made";
+
+/// Puts so many finished jobs into a stopped installation.
+fn seed(fleet: &Fleet, count: u64) {
+    match &fleet.db {
+        Some(db) => {
+            let numbers = format!("(SELECT n FROM generate_series(1, {count}) AS n) AS numbers");
+            let sql = SEED
+                .replace("CHAR10", "chr(10)")
+                .replace("ID AS", "lpad(to_hex(n), 16, '0') AS")
+                .replace("NAME AS", "lpad(n::text, 6, '0') AS");
+            db.sql(&sql.replace("NUMBERS", &numbers));
+            db.sql("ANALYZE jobs");
+        }
+        None => {
+            let numbers = format!("(WITH RECURSIVE c(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM c WHERE n < {count}) SELECT n FROM c)");
+            let sql =
+                SEED.replace("CHAR10", "char(10)").replace("ID AS", "printf('%016x', n) AS").replace("NAME AS", "printf('%06d', n) AS");
+            let file = fleet.controller.home().join("data/hypersdk.db");
+            run(std::process::Command::new("sqlite3").arg(file).arg(sql.replace("NUMBERS", &numbers)));
+        }
+    }
+}
+
+async fn seeded(name: &str, database: Database, count: u64) -> Fleet {
+    let mut fleet = installation(name, database, 0).await;
+    fleet.controller.process().terminate(seconds(30)).await;
+    seed(&fleet, count);
+    fleet.controller.start();
+    ready(&mut fleet.controller, &fleet.client).await;
+    fleet
+}
+
+/// Queries of the API and the index that each stands on.
+const QUERIES: [(&str, &str); 10] = [
+    ("", "jobs_by_created"),
+    ("status=completed", "jobs_list_status"),
+    ("status=completed&sort=updated_at&order=desc", "jobs_list_status_updated"),
+    ("provider=vsphere", "jobs_list_kind"),
+    ("provider=dc1", "jobs_list_provider"),
+    ("provider=vsphere&status=failed", "jobs_list_kind_status"),
+    ("provider=dc1&status=failed", "jobs_list_provider_status"),
+    ("sort=vm_name", "jobs_list_name"),
+    ("sort=priority&order=desc", "jobs_list_priority"),
+    ("search=vm-004242", "jobs_search"),
+];
+
+/// What the running product asks is answered from the index that was made for it: Postgres counts each index's uses.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn lists_stand_on_indexes_on_postgres() {
+    let fleet = seeded("indexes", Database::Postgres, 20_000).await;
+    let db = fleet.db.as_ref().unwrap();
+    for (query, index) in QUERIES {
+        let uses =
+            || db.sql(&format!("SELECT idx_scan FROM pg_stat_user_indexes WHERE indexrelname = '{index}'")).trim().parse::<u64>().unwrap();
+        let before = uses();
+        let page = fleet.client.get(&format!("/jobs?{query}")).await.expect(200).body;
+        assert!(page["pagination"]["total"].as_u64().unwrap() > 0, "{query}: {page:#}");
+        wait_for(&format!("{query} to use {index}"), seconds(15), async || {
+            // A page more: the first may have been counted before its time.
+            fleet.client.get(&format!("/jobs?{query}")).await.expect(200);
+            if uses() > before {
+                Ok(())
+            } else {
+                Err(db.sql("SELECT indexrelname, idx_scan FROM pg_stat_user_indexes WHERE relname = 'jobs'"))
+            }
+        })
+        .await;
+    }
+}
+
+/// Pages by counting while clients make jobs: every job that stood before comes once.
+async fn pages_hold_together(database: Database) {
+    let mut fleet = installation("pages", database, 1).await;
+    // Nothing runs, nothing ends: jobs are made, and that is all.
+    fleet.agents[0].kill();
+    fleet.controller.process().terminate(seconds(30)).await;
+    seed(&fleet, 1_000);
+    fleet.controller.start();
+    ready(&mut fleet.controller, &fleet.client).await;
+    let stop = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let (client, stopped) = (fleet.client.clone(), stop.clone());
+    let writer = tokio::spawn(async move {
+        let mut made = 0;
+        while !stopped.load(std::sync::atomic::Ordering::Relaxed) {
+            client.export("web", "raw", json!({"verify": false})).await;
+            made += 1;
+        }
+        made
+    });
+    let stood: BTreeSet<String> = (1..=1_000).map(|n| format!("job-{n:016x}")).collect();
+    for sort in ["", "&sort=created_at&order=asc", "&sort=vm_name", "&sort=priority&order=desc"] {
+        let (mut seen, mut offset) = (Vec::new(), 0);
+        loop {
+            let page = fleet.client.get(&format!("/jobs?limit=40&offset={offset}{sort}")).await.expect(200).body;
+            let rows = page["data"].as_array().unwrap();
+            seen.extend(rows.iter().map(|row| row["id"].as_str().unwrap().to_owned()));
+            offset += rows.len();
+            if page["pagination"]["has_more"] == false {
+                break;
+            }
+        }
+        let once: BTreeSet<String> = seen.iter().cloned().collect();
+        assert_eq!(once.len(), seen.len(), "{sort}: a job was shown twice");
+        assert_eq!(stood.difference(&once).count(), 0, "{sort}: a job that stood all along was skipped");
+    }
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    assert!(writer.await.unwrap() > 10, "nobody wrote");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn pages_hold_together_while_jobs_are_made() {
+    pages_hold_together(Database::Sqlite).await;
+    pages_hold_together(Database::Postgres).await;
+}
+
+/// So many jobs by so many clients; answers their ids and how long it took.
+async fn create(client: &Client, clients: usize, each: usize) -> (Vec<String>, Duration) {
+    let start = Instant::now();
+    let tasks: Vec<_> = (0..clients)
+        .map(|_| {
+            let client = client.clone();
+            tokio::spawn(async move {
+                let mut ids = Vec::new();
+                for _ in 0..each {
+                    ids.push(client.export("web", "raw", json!({"priority": 1})).await);
+                }
+                ids
+            })
+        })
+        .collect();
+    let mut ids = Vec::new();
+    for task in tasks {
+        ids.extend(task.await.unwrap());
+    }
+    (ids, start.elapsed())
+}
+
+/// What was answered 201 is there after a kill, with its log; twins with one key are one job, whoever else is in their transaction.
+async fn many_jobs_are_made_at_once(database: Database) {
+    let mut fleet = installation("intake", database, 1).await;
+    // Nothing runs: what is counted is what was made.
+    fleet.agents[0].kill();
+    let body = json!({"type": "export", "provider": "local", "vm_name": "web", "format": "raw"});
+    let twin = |key: usize| {
+        let request = fleet.client.request(reqwest::Method::POST, "/jobs").header("Idempotency-Key", format!("k{key}")).json(&body);
+        let client = fleet.client.clone();
+        tokio::spawn(async move { client.send(request).await.unwrap().expect(201).body["id"].as_str().unwrap().to_owned() })
+    };
+    let twins: Vec<_> = (0..40).map(|n| (n / 4, twin(n / 4))).collect();
+    let (mut ids, _) = create(&fleet.client, 16, 20).await;
+    let mut by_key = std::collections::BTreeMap::<usize, BTreeSet<String>>::new();
+    for (key, twin) in twins {
+        by_key.entry(key).or_default().insert(twin.await.unwrap());
+    }
+    assert!(by_key.len() == 10 && by_key.values().all(|ids| ids.len() == 1), "{by_key:?}");
+    ids.extend(by_key.into_values().flatten());
+    fleet.restart_controller().await;
+    let page = fleet.client.get("/jobs?limit=1").await.expect(200).body;
+    assert_eq!(page["pagination"]["total"], ids.len());
+    for id in &ids {
+        fleet.client.get(&format!("/jobs/{id}")).await.expect(200);
+        let lines = fleet.client.log_lines(id).await.unwrap();
+        assert!(lines.first().is_some_and(|line| line["message"].as_str().unwrap().contains("is queued")), "{id}: {lines:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_jobs_are_made_at_once_and_each_is_kept() {
+    many_jobs_are_made_at_once(Database::Sqlite).await;
+    many_jobs_are_made_at_once(Database::Postgres).await;
+}
+
+/// Resident memory of the controller in KiB.
+fn resident(fleet: &mut Fleet) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{}/status", fleet.controller.process().pid())).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").trim().parse().unwrap()
+}
+
+/// Makes a job and waits until every watcher heard of it; the longest wait since the answer.
+async fn everybody_hears(fleet: &Fleet, watchers: &mut [Live]) -> Duration {
+    let id = fleet.client.export("web", "raw", json!({})).await;
+    let start = Instant::now();
+    let mut last = Duration::ZERO;
+    for watcher in watchers {
+        watcher.until("the new job", seconds(30), |frame| frame["type"] == "job.created" && frame["data"]["id"] == *id).await;
+        watcher.seen.clear();
+        last = last.max(start.elapsed());
+    }
+    last
+}
+
+/// Watchers of whom a tenth never reads: what everybody heard after how long, and KiB for each watcher after a first and a second flood.
+async fn watched(fleet: &mut Fleet, clients: usize, flood: usize) -> (Duration, f64, f64) {
+    let bearer = [("authorization", format!("Bearer {}", fleet.client.token.as_deref().unwrap()))];
+    create(&fleet.client, 4, 20).await;
+    let before = resident(fleet);
+    let mut deaf: Vec<Socket> = Vec::new();
+    let mut watchers = Vec::new();
+    for number in 0..clients {
+        if number % 10 == 0 {
+            deaf.push(connect(&fleet.endpoints.rest, "/ws", &bearer).await.unwrap());
+        } else {
+            watchers.push(Live::open(&fleet.endpoints.rest, "/ws", &bearer).await.unwrap());
+        }
+    }
+    let mut longest = Duration::ZERO;
+    let mut after = [0.0; 2];
+    for round in &mut after {
+        create(&fleet.client, 4, flood / 4).await;
+        for _ in 0..3 {
+            longest = longest.max(everybody_hears(fleet, &mut watchers).await);
+        }
+        *round = resident(fleet).saturating_sub(before) as f64 / clients as f64;
+    }
+    (longest, after[0], after[1])
+}
+
+/// Deaf watchers hold nobody up; what they cost is bounded. The agent is away, so that the news are those of the flood alone.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn deaf_watchers_hold_nobody_up() {
+    let mut fleet = installation("watchers", Database::Sqlite, 1).await;
+    fleet.agents[0].kill();
+    let (longest, first, second) = watched(&mut fleet, 100, 400).await;
+    println!("100 watchers, 10 deaf: all heard within {longest:?}; {first:.0} KiB for each, {second:.0} KiB after the second flood");
+}
+
+/// The figures. They mean something for a release build: `cargo test --release`.
+mod long {
+    use super::*;
+
+    fn only_when_asked() {
+        assert!(std::env::var_os("HYPERSDK_TEST_LONG").is_some(), "this one takes minutes: run `tests/run --long`");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_thousand_watchers() {
+        only_when_asked();
+        let mut fleet = installation("thousand", Database::Sqlite, 1).await;
+        fleet.agents[0].kill();
+        let (longest, first, second) = watched(&mut fleet, 1_000, 2_000).await;
+        println!("1,000 watchers, 100 deaf: all heard within {longest:?}; {first:.0} KiB for each, {second:.0} KiB after the second flood");
+        assert!(longest < seconds(1), "{longest:?}");
+        assert!(first < 256.0 && second < 256.0, "{first} {second}");
+        assert!(second < first * 1.2 + 8.0, "it grows: {first} then {second} KiB for each");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn new_jobs_a_second() {
+        only_when_asked();
+        for database in [Database::Sqlite, Database::Postgres] {
+            let mut fleet = installation("rate", database, 1).await;
+            fleet.agents[0].kill();
+            create(&fleet.client, 32, 10).await;
+            let (ids, took) = create(&fleet.client, 32, 300).await;
+            println!("{database:?}: {:.0} new jobs a second by 32 clients", ids.len() as f64 / took.as_secs_f64());
+        }
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn lists_of_a_hundred_thousand() {
+        only_when_asked();
+        for database in [Database::Sqlite, Database::Postgres] {
+            let fleet = seeded("hundred", database, 100_000).await;
+            for query in QUERIES.map(|(query, _)| query).iter().chain(&[
+                "search=vm-0",
+                "search=42",
+                "status=failed&provider=dc1&search=vm-01&sort=vm_name",
+            ]) {
+                let (count, mut took) = measure(&fleet.client, query, 32, Duration::from_secs(5)).await;
+                took.sort();
+                let p99 = took[took.len() * 99 / 100];
+                println!("{database:?} /jobs?{query}: {:.0}/s, p99 {p99:?}", count as f64 / 5.0);
+            }
+        }
+    }
+
+    /// Asks by so many clients for so long; how many answers and how long each took.
+    async fn measure(client: &Client, query: &str, clients: usize, time: Duration) -> (usize, Vec<Duration>) {
+        let end = Instant::now() + time;
+        let path = format!("/jobs?{query}");
+        let tasks: Vec<_> = (0..clients)
+            .map(|_| {
+                let (client, path) = (client.clone(), path.clone());
+                tokio::spawn(async move {
+                    let mut took = Vec::new();
+                    while Instant::now() < end {
+                        let start = Instant::now();
+                        let answer = client.get(&path).await.expect(200);
+                        took.push(start.elapsed());
+                        assert!(answer.body["pagination"] != Value::Null);
+                    }
+                    took
+                })
+            })
+            .collect();
+        let mut all = Vec::new();
+        for task in tasks {
+            all.extend(task.await.unwrap());
+        }
+        (all.len(), all)
+    }
+}
