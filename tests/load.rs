@@ -24,7 +24,7 @@ async fn installation(name: &str, database: Database, agents: usize) -> Fleet {
 const SEED: &str = "INSERT INTO jobs (id, kind, status, hold, stage, epoch, attempt, strikes, agent, mark, provider, provider_kind, provider_path, owner, \
     vm_id, vm_name, vm_folded, source, capacity, format, options, priority, data, read, durable, verified, resumed, created_by, created_at, \
     updated_at, started_at, finished_at) \
-    SELECT id, 'export', status, 'none', 'queued', 1, 1, 0, 'gone', 0, provider, kind, '/srv/vms', 'gone', name || '.vmdk', name, \
+    SELECT id, 'export', status, 'none', 'publishing', 1, 1, 0, 'gone', 0, provider, kind, '/srv/vms', 'gone', name || '.vmdk', name, \
     lower(name) || CHAR10 || id, '', 1073741824, 'qcow2', '{\"compress\":true,\"destination\":\"exports/\"}', n % 101, 536870912, 536870912, \
     536870912, 536870912, 0, 'seed', 1700000000000 + n * 1000, 1700000000000 + (n * 7919 % 100000) * 1000, 1700000000000 + n * 1000, \
     1700000060000 + n * 1000 FROM (SELECT n, 'job-' || ID AS id, 'VM-' || NAME AS name, \
