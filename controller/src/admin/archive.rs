@@ -172,7 +172,7 @@ impl Reader {
     }
 
     /// The next line; nothing at the end.
-    pub fn next(&mut self) -> Result<Option<Item>, Error> {
+    pub fn read(&mut self) -> Result<Option<Item>, Error> {
         next(&mut self.lines)
     }
 }

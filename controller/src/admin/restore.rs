@@ -68,7 +68,7 @@ pub async fn run(config: &Config, path: &Path, force: bool, runtime: tokio::runt
     complete(&data, &store).await?;
     let mut files = Vec::new();
     let first = loop {
-        match reader.next()? {
+        match reader.read()? {
             Some(Item::Line(Line::File { name, base64 })) if FILES.contains(&name.as_str()) => {
                 let bytes = BASE64.decode(base64).map_err(|e| Error::Refused(format!("the backup's {name} cannot be read: {e}")))?;
                 files.push((name, bytes));
@@ -175,7 +175,7 @@ async fn fill(db: &DatabaseConnection, mut reader: Reader, first: Option<Item>, 
             }
             None => break false,
         }
-        item = reader.next()?;
+        item = reader.read()?;
     };
     if !is_whole {
         return Err(Error::Refused("the backup does not hold as many rows as it says".to_owned()));

@@ -70,8 +70,8 @@ pub async fn page(store: &Store, memory: &Memory, asked: Asked) -> Result<(Vec<J
     };
     let meaning = store::meaning(store, filter.clone(), provider).await?;
     // One more than asked for says whether there is more.
-    let mut rows = store::rows(store, &meaning, (by, order.into()), from, limit + 1).await?;
-    let has_more = rows.len() as u64 > limit;
+    let (mut rows, count) = store::rows(store, &meaning, (by, order.into()), from, limit + 1).await?;
+    let has_more = count > limit;
     rows.truncate(usize::try_from(limit).unwrap_or(usize::MAX));
     let total = memory.number(&total_key(&filter), shared, store::total(store, &meaning)).await?;
     let end = offset.saturating_add(rows.len() as u64);

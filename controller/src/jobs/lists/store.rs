@@ -215,10 +215,15 @@ pub async fn total(store: &Store, meaning: &Meaning) -> Result<u64, Error> {
     store.read(move |db| async move { Ok(find.count(&db).await?) }).await
 }
 
-/// Up to `limit` jobs of a filter, in order.
-pub async fn rows(store: &Store, meaning: &Meaning, sort: (SortBy, Order), from: From, limit: u64) -> Result<Vec<Job>, Error> {
+/// Up to `limit` jobs of a filter, in order, and how many rows that were: one that cannot be read is left out.
+pub async fn rows(store: &Store, meaning: &Meaning, sort: (SortBy, Order), from: From, limit: u64) -> Result<(Vec<Job>, u64), Error> {
     let select = page(store.is_postgres(), meaning, sort, from, limit);
-    store.read(move |db| async move { Ok(select.all(&db).await?.into_iter().filter_map(readable).collect()) }).await
+    let work = move |db: DatabaseConnection| async move {
+        let rows = select.all(&db).await?;
+        let count = rows.len() as u64;
+        Ok((rows.into_iter().filter_map(readable).collect(), count))
+    };
+    store.read(work).await
 }
 
 /// The sort key as the index has it.
