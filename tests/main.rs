@@ -15,6 +15,7 @@ mod cli;
 mod contract;
 mod identity;
 mod jobs;
+mod jobtypes;
 mod long;
 mod memory;
 mod survival;

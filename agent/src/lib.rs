@@ -14,6 +14,7 @@ mod egress;
 pub mod formats;
 mod held;
 mod identity;
+mod inspect;
 pub mod journal;
 mod ledger;
 pub mod pipeline;
@@ -52,6 +53,10 @@ struct Agent {
     vault: Vault,
     ledger: ledger::Ledger,
     table: held::Table,
+    /// The connections of this host's own settings.
+    own: Vec<v1::Connection>,
+    /// An import has changed the catalogue: the session is to tell the inventory.
+    catalogue: tokio::sync::Notify,
     /// Connections by name: those of this host's settings and those that people made by REST.
     connections: Mutex<BTreeMap<String, v1::Connection>>,
     /// The inventory as it was sent last, to send only changes.
@@ -71,6 +76,11 @@ impl Agent {
             own.insert(connection.name.clone(), connection);
             vault.add(root);
         }
+        let images = Root::open(config::IMAGES, &config.images_dir, true)?;
+        let path = images.path.display().to_string();
+        let connection = v1::Connection { name: config.images_connection.clone(), kind: "local".to_owned(), path };
+        own.insert(connection.name.clone(), connection);
+        vault.add(images);
         for (name, path) in &config.roots {
             vault.add(Root::open(name, path, false)?);
         }
@@ -80,6 +90,8 @@ impl Agent {
             signing: identity::signing_key(&home.dir)?,
             instance: shared::ids::random_hex::<8>(),
             table: held::Table::default(),
+            own: own.values().cloned().collect(),
+            catalogue: tokio::sync::Notify::new(),
             connections: Mutex::new(own),
             sent: Mutex::default(),
             last_heard: Mutex::new(Instant::now()),
@@ -102,8 +114,7 @@ impl Agent {
 
     /// The connections of this host's own settings.
     fn own_connections(&self) -> Vec<v1::Connection> {
-        let connections = self.connections.lock().unwrap_or_else(|e| e.into_inner());
-        connections.values().filter(|connection| connection.name == "local" && self.config.local_root.is_some()).cloned().collect()
+        self.own.clone()
     }
 
     /// Serves the connections that people made by REST beside its own.

@@ -23,7 +23,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use crate::held::Stop;
 use crate::identity::{self, Identity};
-use crate::{Agent, worker};
+use crate::{Agent, inspect, worker};
 
 /// Longest pause between two tries.
 const MAX_BACKOFF: Duration = Duration::from_secs(15);
@@ -157,6 +157,7 @@ async fn session(agent: &Arc<Agent>, identity: &Identity, mut shutdown: watch::R
             _ = telling.tick() => with_progress = true,
             _ = rescan.tick() => if welcomed { agent.scan(&tell, None, false) },
             () = agent.table.news.notified() => {}
+            () = agent.catalogue.notified() => if welcomed { agent.scan(&tell, Some(agent.config.images_connection.clone()), false) },
             _ = shutdown.wait_for(|stop| *stop) => {
                 drain(agent, &tell, &mut stream).await;
                 return Loss::Shutdown;
@@ -271,6 +272,7 @@ fn answer(agent: &Arc<Agent>, browse: v1::Browse, tell: &mpsc::Sender<v1::AgentM
                 Ok(serde_json::json!({}))
             }
             Some(Question::FreeSpace(path)) => agent.free_space(&path),
+            Some(Question::Inspect(asked)) => inspect::inspect(&agent, &asked),
             None => Err(crate::sources::Error::fatal(Code::BadRequest, "a question this agent does not know")),
         };
         let reply = match answered {

@@ -18,6 +18,7 @@ use shared::ids::JobId;
 use shared::job::{Effect, Event, Hold, Refusal, State, Status, invariant, step};
 use tokio::sync::watch;
 
+use super::batches::{Batches, Picked};
 use super::board::Board;
 use super::logbook::{Logbook, Seen};
 use super::record::{Job, NewJob, now_millis};
@@ -135,6 +136,7 @@ pub struct Core {
     pub(super) resting: HashMap<String, Instant>,
     pub(super) dispatch_due: bool,
     pub(super) draining: bool,
+    pub(super) batches: Batches,
     per_agent: usize,
 }
 
@@ -152,6 +154,7 @@ impl Core {
             resting: HashMap::new(),
             dispatch_due: false,
             draining: false,
+            batches: Batches::default(),
             per_agent,
             ports,
         };
@@ -168,12 +171,20 @@ impl Core {
 
     /// Takes a new job. When this returns, it is in the store. With an idempotency key, the answer goes with it.
     pub async fn submit(&mut self, new: NewJob, key: Option<Idempotency>) -> Result<Job, Error> {
-        if self.draining {
-            return Err(Error::Draining);
-        }
-        let notes = new.notes.clone();
+        let answer = key.map(|key| -> super::batches::Answer {
+            Box::new(move |views| {
+                let view = views.first().ok_or_else(|| StoreError::Other("no job was made".to_owned()))?;
+                let body = serde_json::to_string(view).map_err(|e| StoreError::Other(e.to_string()))?;
+                Ok(Some(key.row(201, &format!("/api/v1/jobs/{}", view.id), body)))
+            })
+        });
+        self.submit_all(vec![new], None, answer).await?.pop().ok_or(Error::Gone)
+    }
+
+    /// A new job with its estimate and the hold that it begins with; not stored yet.
+    pub(super) fn fresh(&self, new: NewJob) -> Job {
         let mut job = Job::new(JobId::generate().to_string(), new);
-        let rate = self.rates.get(&job.owner).and_then(|rates| rates.get(job.format.word())).copied().unwrap_or_default();
+        let rate = self.rates.get(&job.owner).and_then(|rates| rates.get(job.rate_word())).copied().unwrap_or_default();
         job.estimate = match (rate.seconds(job.capacity), job.options.bandwidth_limit) {
             (Some(seconds), Some(limit)) => Some(seconds.max(job.capacity / limit.max(1))),
             (seconds, _) => seconds,
@@ -183,28 +194,7 @@ impl Core {
         {
             job.state = waiting;
         }
-        let answer = match key {
-            Some(key) => {
-                let body = serde_json::to_string(&self.view(&job)).map_err(|e| StoreError::Other(e.to_string()))?;
-                Some(key.row(201, &format!("/api/v1/jobs/{}", job.id), body))
-            }
-            None => None,
-        };
-        store::insert(&self.ports.store, &job, answer).await?;
-        self.board.count(None, Some(job.state.status));
-        self.write(
-            &job,
-            "info",
-            &format!("{} of {} into {} is queued", job.kind, if job.vm_name.is_empty() { &job.source } else { &job.vm_name }, job.format),
-        );
-        for note in notes {
-            self.write(&job, "warn", &note);
-        }
-        self.tell("job.created", &job);
-        self.remember(job.clone());
-        self.dispatch_due = true;
-        self.dispatch().await;
-        Ok(job)
+        job
     }
 
     /// A person cancels, retries, pauses or resumes.
@@ -379,11 +369,12 @@ impl Core {
 
     fn pick(&self) -> Vec<Change> {
         let mut changes = Vec::new();
+        let mut picked = Picked::default();
         for (id, agent) in self.agents.iter().filter(|(_, agent)| agent.is_here()) {
             let room = self.per_agent.saturating_sub(agent.running.len());
             let rested = agent.ready.iter().filter(|(_, _, job)| !self.resting.contains_key(job));
-            for (_, _, job) in rested.take(room) {
-                let Some(live) = self.jobs.get(job) else { continue };
+            let live = rested.filter_map(|(_, _, job)| self.jobs.get(job));
+            for live in live.filter(|live| self.batches.admits(&live.job, &mut picked)).take(room) {
                 let Ok(mut change) = self.plan(&live.job, &Event::Assign { agent: id.clone() }) else { continue };
                 let name = self.ports.outbox.name(id);
                 change.line = Some(("info", format!("attempt {} begins at agent {name}", change.after.state.attempt)));
@@ -399,6 +390,7 @@ impl Core {
 
     /// Puts a job where its state belongs: memory and indexes while it is live, nowhere after.
     pub(super) fn remember(&mut self, job: Job) {
+        self.batches.note(&job);
         let key = (Reverse(job.priority), job.created_at, job.id.clone());
         self.agents.entry(job.owner.clone()).or_default().ready.remove(&key);
         if let Some(before) = self.jobs.get(&job.id).and_then(|live| live.job.state.agent.clone())

@@ -15,11 +15,12 @@ use actix::{Actor, ActorFutureExt, Addr, AsyncContext, AtomicResponse, Context, 
 use shared::job::Event;
 use tokio::sync::watch;
 
+use super::batches::Answer;
 use super::board::{Board, Observation};
 use super::core::{Core, Error, News, Outbox, PER_AGENT, Ports};
 use super::leases::{Arrival, Keep};
 use super::logbook::Seen;
-use super::record::{Job, NewJob};
+use super::record::{Batch, Job, NewJob};
 use super::reports::Report;
 use crate::http::idempotency::Idempotency;
 use crate::live::{self, Frame};
@@ -140,6 +141,11 @@ impl Handle {
     /// Takes a new job; when it answers, the job is in the store. A unique violation on the key means that a twin request won.
     pub async fn submit(&self, new: NewJob, key: Option<Idempotency>) -> Result<Job, Error> {
         self.ask(work!(|core| core.submit(new, key).await)).await?
+    }
+
+    /// Takes jobs that were made together, all or none; see [`Handle::submit`].
+    pub async fn submit_all(&self, new: Vec<NewJob>, batch: Option<Batch>, answer: Option<Answer>) -> Result<Vec<Job>, Error> {
+        self.ask(work!(|core| core.submit_all(new, batch, answer).await)).await?
     }
 
     /// Cancels.

@@ -52,6 +52,11 @@ impl Rate {
         self.samples += 1;
     }
 
+    /// Seconds for so much data; `None` before any measurement.
+    pub fn seconds_of_data(&self, data: u64) -> Option<u64> {
+        (self.samples > 0 && self.data > 0.0).then(|| (data as f64 / self.data).ceil() as u64)
+    }
+
     /// Seconds for a disk of this capacity; `None` before any measurement.
     pub fn seconds(&self, capacity: u64) -> Option<u64> {
         (self.samples > 0 && self.capacity > 0.0).then(|| (capacity as f64 / self.capacity).ceil() as u64)
@@ -126,16 +131,19 @@ fn readable(row: jobs::Model) -> Option<Job> {
     job
 }
 
-/// Inserts a job and, where its request had an Idempotency-Key, the answer to give again. Both or neither.
-pub async fn insert(store: &Store, job: &Job, answer: Option<idempotency::ActiveModel>) -> Result<(), Error> {
-    let row = job.to_row();
+/// Inserts jobs and, where their request had an Idempotency-Key, the answer to give again. All or nothing.
+pub async fn insert(store: &Store, new: &[Job], answer: Option<idempotency::ActiveModel>) -> Result<(), Error> {
+    let rows: Vec<_> = new.iter().map(Job::to_row).collect();
     store
         .run(move |db| async move {
             let transaction = db.begin().await?;
             if let Some(answer) = answer {
                 idempotency::Entity::insert(answer).exec_without_returning(&transaction).await?;
             }
-            jobs::Entity::insert(row).exec_without_returning(&transaction).await?;
+            // SQLite takes 32,766 parameters in a statement; a job has fewer than 60.
+            for rows in rows.chunks(200) {
+                jobs::Entity::insert_many(rows.to_vec()).exec_without_returning(&transaction).await?;
+            }
             Ok(transaction.commit().await?)
         })
         .await
