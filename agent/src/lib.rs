@@ -8,6 +8,7 @@
 //! Never: decides about a job (the controller's queue does), reads a path but through the vault.
 //! A crash here costs one checkpoint of each running job.
 
+mod browse;
 pub mod config;
 pub mod convert;
 mod egress;
@@ -18,8 +19,10 @@ pub mod journal;
 mod ledger;
 pub mod pipeline;
 mod proof;
+mod pull;
 mod session;
 pub mod sources;
+mod transfer;
 mod worker;
 
 use std::collections::BTreeMap;
@@ -31,11 +34,11 @@ use shared::error::Code;
 use shared::manifest::SigningKey;
 use shared::vault::{Root, Vault};
 use shared::vm::Vm;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::config::Config;
 pub use crate::identity::Error;
-use crate::identity::Home;
+use crate::identity::{Home, Identity};
 use crate::sources::Source;
 use crate::sources::local::Local;
 
@@ -57,6 +60,12 @@ struct Agent {
     /// The inventory as it was sent last, to send only changes.
     sent: Mutex<BTreeMap<String, String>>,
     last_heard: Mutex<Instant>,
+    /// As whom bytes are sent and fetched; none before the first session.
+    identity: Mutex<Option<Arc<Identity>>>,
+    /// Transfers that may run at a time.
+    transfers: Arc<Semaphore>,
+    /// For threads of workers that have to dial.
+    runtime: tokio::runtime::Handle,
 }
 
 impl Agent {
@@ -83,6 +92,9 @@ impl Agent {
             connections: Mutex::new(own),
             sent: Mutex::default(),
             last_heard: Mutex::new(Instant::now()),
+            identity: Mutex::default(),
+            transfers: Arc::new(Semaphore::new(transfer::AT_ONCE)),
+            runtime: tokio::runtime::Handle::current(),
             vault,
             ledger,
             home,
@@ -93,6 +105,20 @@ impl Agent {
     /// The controller answered something.
     fn heard(&self) {
         *self.last_heard.lock().unwrap_or_else(|e| e.into_inner()) = Instant::now();
+    }
+
+    /// Bytes go by this identity from now on.
+    fn go_by(&self, identity: Arc<Identity>) {
+        *self.identity.lock().unwrap_or_else(|e| e.into_inner()) = Some(identity);
+    }
+
+    /// A connection of its own for bytes, so that they never hold a heartbeat up.
+    async fn dial(&self) -> Result<tonic::transport::Channel, Error> {
+        let identity = self.identity.lock().unwrap_or_else(|e| e.into_inner()).clone();
+        match identity {
+            Some(identity) => identity.dial(&self.config).await,
+            None => Err(Error::Away("there was no session yet".to_owned())),
+        }
     }
 
     /// For how long it has not.

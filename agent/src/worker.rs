@@ -23,7 +23,7 @@ use crate::journal::{Journal, Record};
 use crate::ledger::{Entry, Ledger};
 use crate::pipeline::{self, PartDir, Snapshot, SourceDisk, Stage, Watch};
 use crate::sources::{self, Opened, Source};
-use crate::{Agent, proof};
+use crate::{Agent, proof, pull};
 
 /// Data bytes between two checkpoints. A crash costs what is open, what waits or is being sealed and what is in the pipeline's slots: all
 /// together stay below the 64 MiB that are promised, however slow the disk syncs.
@@ -99,6 +99,7 @@ fn discard_logged(agent: &Agent, job: &str) {
 
 /// Removes what an unpublished job left: part folder, journal, ledger entry. What was published stays.
 pub fn discard(agent: &Agent, job: &str) -> io::Result<()> {
+    pull::forget(agent, job)?;
     let Some(entry) = agent.ledger.read(job)? else { return Ok(()) };
     match agent.vault.open_output_dir(&entry.destination) {
         Ok(folder) => {
