@@ -455,3 +455,67 @@ async fn sources_that_are_none_are_refused_before_anything_is_made() {
     assert!(sentence.contains("/providers/connect") && sentence.contains("images-agent-1"), "{sentence}");
     assert_eq!(jobs_in_all(client).await, 1);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_upload_is_a_source_for_any_agent() {
+    let mut fleet = Fleet::start("fetched", Plan { agents: 2, ..Plan::plain() }, |vms| {
+        pattern(&vms.join("web.raw"), 96 * MIB, &[(0, 64 * MIB)], 91);
+    })
+    .await;
+    let client = fleet.client.clone();
+    let raw = fleet.vms().join("web.raw");
+    let uploads = fleet.scratch.join("controller/data/uploads");
+    convert(("raw", &raw), ("qcow2", &uploads.join("web.qcow2")), &[]);
+    let base = fleet.vms().join("web.raw");
+    qemu_img(&["create", "-q", "-f", "qcow2", "-F", "raw", "-b", base.to_str().unwrap(), uploads.join("hostile.qcow2").to_str().unwrap()]);
+    let body = |kind: &str, source: &str| json!({"type": kind, "source": source, "format": "qcow2", "agent": "agent-1"});
+    // Both agents could: somebody has to say which.
+    let sentence =
+        client.post("/jobs", json!({"type": "convert", "source": "uploads/web.qcow2", "format": "raw"})).await.refused(409, "ambiguous");
+    assert!(sentence.contains("agent-0, agent-1"), "{sentence}");
+    client.post("/jobs", body("convert", "uploads/none.qcow2")).await.refused(404, "not_found");
+    client.post("/jobs", body("convert", "uploads/../admin.qcow2")).await.refused(403, "outside_roots");
+    client.post("/jobs", body("convert", "uploads/.parts/x.qcow2")).await.refused(404, "not_found");
+
+    let mut dry = body("convert", "uploads/web.qcow2");
+    dry["options"] = json!({"dry_run": true});
+    let plan = client.post("/jobs", dry).await.expect(200).body;
+    assert!(plan["destination"]["free_bytes"].as_u64() > Some(0) && plan["warnings"].to_string().contains("fetched"), "{plan:#}");
+
+    let mut slow = body("convert", "uploads/web.qcow2");
+    slow["options"] = json!({"bandwidth_limit": 24 * MIB, "compress": true});
+    let id = client.create_job(slow).await;
+    wait_for("a checkpoint", seconds(30), async || {
+        let job = client.job(&id).await;
+        if job["bytes_done"].as_u64() >= Some(16 * MIB) { Ok(()) } else { Err(brief(&job)) }
+    })
+    .await;
+    fleet.agents[1].kill();
+    fleet.agents[1].start();
+    let job = client.completed(&id, seconds(90)).await;
+    assert!(job["agent"] == "agent-1" && job["attempt"] == 2 && job["bytes_resumed"].as_u64() >= Some(8 * MIB), "{job:#}");
+    identical(("raw", &raw), ("qcow2", &file_of(&job, ".qcow2")));
+
+    let verified = client
+        .completed(&client.create_job(json!({"type": "verify", "source": "uploads/web.qcow2", "agent": "agent-0"})).await, seconds(60))
+        .await;
+    assert_eq!(
+        (&verified["result"]["checked"]["against"], &verified["result"]["files"][0]["path"]),
+        (&json!("structure"), &json!("uploads/web.qcow2")),
+        "{verified:#}"
+    );
+    let mut import = body("import", "uploads/web.qcow2");
+    import["agent"] = json!("agent-0");
+    let imported = client.completed(&client.create_job(import).await, seconds(60)).await;
+    identical(("raw", &raw), ("qcow2", &file_of(&imported, ".qcow2")));
+    // What a hostile upload names stays unread.
+    let bad = client.ended(&client.create_job(body("convert", "uploads/hostile.qcow2")).await, seconds(60)).await;
+    assert_eq!((&bad["status"], &bad["error_code"]), (&json!("failed"), &json!("bad_image")), "{bad:#}");
+    for agent in ["agent-0", "agent-1"] {
+        wait_for("what was fetched to go", seconds(10), async || {
+            let left = entries(&fleet.scratch.join(&format!("{agent}/data/pulled")));
+            if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+        })
+        .await;
+    }
+}

@@ -28,7 +28,7 @@ use crate::pipeline::{self, PartDir, Snapshot, SourceDisk, Stage, Watch};
 use crate::sources::file::FileSource;
 use crate::sources::local::Depth;
 use crate::sources::{self, Opened, Source};
-use crate::{Agent, proof};
+use crate::{Agent, proof, pull};
 
 /// Data bytes between two checkpoints. A crash costs what is open, what waits or is being sealed and what is in the pipeline's slots: all
 /// together stay below the 64 MiB that are promised, however slow the disk syncs.
@@ -110,6 +110,7 @@ fn discard_logged(agent: &Agent, job: &str) {
 
 /// Removes what an unpublished job left: part folder, journal, ledger entry. What was published stays.
 pub fn discard(agent: &Agent, job: &str) -> io::Result<()> {
+    pull::forget(agent, job)?;
     let Some(entry) = agent.ledger.read(job)? else { return Ok(()) };
     match agent.vault.open_output_dir(&entry.destination) {
         Ok(folder) => {
@@ -162,10 +163,6 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
     }
 
     agent.table.progress(held, "preparing", held.progress());
-    let (mut vm, disks) = open_source(agent, assign, options.include_snapshots == Some(true))?;
-    if let Some(import) = &import {
-        vm.name.clone_from(&import.name);
-    }
     let created = match agent.ledger.read(&held.job).map_err(|e| Failure::io("the ledger", &e))? {
         Some(entry) if entry.destination == destination => entry.created,
         Some(_) => return Err(Failure::fatal(Code::Conflict, "the job began with another destination").into()),
@@ -174,6 +171,10 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
     let entry = Entry { job: held.job.clone(), epoch: held.epoch, destination, created };
     agent.ledger.write(&entry).map_err(|e| Failure::io("the ledger", &e))?;
 
+    let (mut vm, disks) = open_source(agent, held, assign, options.include_snapshots == Some(true))?;
+    if let Some(import) = &import {
+        vm.name.clone_from(&import.name);
+    }
     let job = pipeline::Job {
         id: held.job.clone(),
         vm,
@@ -319,21 +320,37 @@ pub fn source_disk(opened: Opened) -> SourceDisk {
 }
 
 /// The disks to copy: those of a VM, or those in a file.
-fn open_source(agent: &Agent, assign: &v1::Assign, with_snapshots: bool) -> Result<(shared::vm::Vm, Vec<Opened>), Failure> {
+fn open_source(agent: &Agent, held: &Assignment, assign: &v1::Assign, with_snapshots: bool) -> Result<(shared::vm::Vm, Vec<Opened>), End> {
     if assign.source.is_empty() {
         let source = source_of(agent, assign)?;
-        let (vm, mut disks) = source.open(&assign.vm_id)?;
+        let (vm, mut disks) = source.open(&assign.vm_id).map_err(Failure::from)?;
         if with_snapshots {
-            disks.extend(source.open_snapshots(&assign.vm_id)?);
+            disks.extend(source.open_snapshots(&assign.vm_id).map_err(Failure::from)?);
         }
         return Ok((vm, disks));
     }
-    let source = FileSource::find(&agent.vault, &assign.source)?;
-    let (vm, mut disks) = source.open(Depth::Digests)?;
+    let source = find_source(agent, held, assign)?;
+    let (vm, mut disks) = source.open(Depth::Digests).map_err(Failure::from)?;
     if with_snapshots {
-        disks.extend(source.open_snapshots()?);
+        disks.extend(source.open_snapshots().map_err(Failure::from)?);
     }
     Ok((vm, disks))
+}
+
+/// The file that a job reads: in a root of this host, or an upload, which is fetched from the controller first.
+fn find_source(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<FileSource, End> {
+    if !crate::is_upload(&assign.source) {
+        return Ok(FileSource::find(&agent.vault, &assign.source).map_err(Failure::from)?);
+    }
+    agent.table.log(held, "info", "preparing", format!("{} is fetched from the controller", assign.source));
+    match pull::pull(agent, &held.job, held.epoch, &assign.source, &|_, _| held.stop().is_none()) {
+        Ok(pulled) => {
+            let line = format!("{} is here: {} bytes, SHA-256 {}", assign.source, pulled.size, pulled.sha256);
+            agent.table.log(held, "info", "preparing", line);
+            Ok(FileSource::fetched(pulled.dir, pulled.name, pulled.size, &assign.source))
+        }
+        Err(e) => Err(held.stop().map_or_else(|| End::Failed(e.into()), End::Stopped)),
+    }
 }
 
 fn source_of(agent: &Agent, assign: &v1::Assign) -> Result<Arc<dyn Source>, Failure> {

@@ -14,6 +14,7 @@ pub mod live;
 pub mod providers;
 pub mod store;
 pub mod system;
+pub mod uploads;
 pub mod vms;
 
 pub use app::{App, Error, Running, run};

@@ -20,7 +20,7 @@ pub struct FileSource {
     pub named: String,
     /// Its folder, opened.
     pub folder: Dir,
-    /// Its folder's absolute path on this host.
+    /// Its folder's absolute path on this host; of an upload as it is known.
     pub folder_path: std::path::PathBuf,
     /// Its bare name.
     pub name: String,
@@ -48,6 +48,12 @@ impl FileSource {
         let size = file.metadata().map_err(|e| explain(&named, &e))?.len();
         let folder_path = place.root.path.join(parent);
         Ok(Self { named, folder, folder_path, name, size })
+    }
+
+    /// A file that lies in a folder of the agent's own and is known by another path: an upload that was fetched.
+    pub fn fetched(folder: Dir, name: String, size: u64, named: &str) -> Self {
+        let folder_path = Path::new(named).parent().unwrap_or(Path::new("")).to_owned();
+        Self { named: named.to_owned(), folder, folder_path, name, size }
     }
 
     fn local(&self) -> Result<Local, Error> {

@@ -19,6 +19,7 @@ use shared::vault;
 
 use super::{End, Failure, commit};
 use crate::held::{Assignment, Stop};
+use crate::ledger::Entry;
 use crate::pipeline::{self, BadBlock};
 use crate::sources::file::FileSource;
 use crate::sources::local::Depth;
@@ -31,7 +32,13 @@ const LOGGED: usize = 1000;
 
 pub(super) fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign, options: &Options) -> Result<End, End> {
     agent.table.progress(held, "preparing", Progress::default());
-    let source = FileSource::find(&agent.vault, &assign.source).map_err(Failure::from)?;
+    if crate::is_upload(&assign.source) {
+        // So that what is fetched for it goes when the job is over, whatever becomes of this process.
+        let created = u64::try_from(shared::clock::now().timestamp()).unwrap_or_default();
+        let entry = Entry { job: held.job.clone(), epoch: held.epoch, destination: "exports".to_owned(), created };
+        agent.ledger.write(&entry).map_err(|e| Failure::io("the ledger", &e))?;
+    }
+    let source = super::find_source(agent, held, assign)?;
     let found = proof::find_manifest(&source.folder, &source.name).map_err(|e| match e.kind() {
         std::io::ErrorKind::InvalidData => Failure::fatal(Code::VerificationFailed, format!("the manifest: {e}")),
         _ => Failure::io("the manifest", &e),

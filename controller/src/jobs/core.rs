@@ -185,7 +185,7 @@ impl Core {
     pub(super) fn fresh(&self, new: NewJob) -> Job {
         let mut job = Job::new(JobId::generate().to_string(), new);
         let rate = self.rates.get(&job.owner).and_then(|rates| rates.get(job.rate_word())).copied().unwrap_or_default();
-        job.estimate = match (rate.seconds(job.capacity), job.options.bandwidth_limit) {
+        job.estimate = match (rate.seconds(job.capacity).filter(|_| job.capacity > 0), job.options.bandwidth_limit) {
             (Some(seconds), Some(limit)) => Some(seconds.max(job.capacity / limit.max(1))),
             (seconds, _) => seconds,
         };

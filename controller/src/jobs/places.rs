@@ -87,8 +87,58 @@ fn locate(roots: &[RootRow], path: &str) -> Option<(String, PathBuf)> {
     shared::vault::locate(roots.iter().map(|root| (root.name.clone(), PathBuf::from(&root.path))), path)
 }
 
-/// The agent in whose roots a source lies, and the source as `ROOT/…`.
-pub(super) async fn agent_of_source(app: &App, source: &str, named: Option<&str>) -> Result<(agents::Model, String), Error> {
+/// Where a source lies.
+pub(super) struct Place {
+    /// The agent that the job runs at.
+    pub agent: agents::Model,
+    /// As `ROOT/…`.
+    pub source: String,
+    /// Bytes, of an upload: it lies at the controller, and the agent fetches it.
+    pub upload: Option<u64>,
+}
+
+/// The place of a source: an upload of this controller, else a file in a root of an agent.
+pub(super) async fn place(app: &App, source: &str, named: Option<&str>) -> Result<Place, Error> {
+    let Some((source, size)) = upload(app, source).await? else {
+        let (agent, source) = agent_of_source(app, source, named).await?;
+        return Ok(Place { agent, source, upload: None });
+    };
+    let mut agents = agents(app, named).await?;
+    match agents.len() {
+        0 => Err(Error::new(Code::Unavailable, "no agent has joined; POST /agents/tokens gives a join token for one").retry_after(10)),
+        1 => Ok(Place { agent: agents.remove(0), source, upload: Some(size) }),
+        _ => {
+            let names: Vec<&str> = agents.iter().map(|agent| agent.name.as_str()).collect();
+            let message = format!("any agent can take `{}`; name one in `agent`: {}", clip(&source), names.join(", "));
+            Err(Error::new(Code::Ambiguous, message).detail(serde_json::json!({ "agents": names })))
+        }
+    }
+}
+
+/// Name and size of an upload that is whole; `None` where the path is not one of an upload.
+async fn upload(app: &App, source: &str) -> Result<Option<(String, u64)>, Error> {
+    let Ok(place) = app.vault.locate(source) else { return Ok(None) };
+    let named = place.named();
+    let hidden = place.below.components().any(|part| part.as_os_str().to_string_lossy().starts_with('.'));
+    if hidden || place.below.as_os_str().is_empty() {
+        return Err(Error::not_found(format!("there is no upload `{}`", clip(&named))));
+    }
+    let (vault, path) = (app.vault.clone(), named.clone());
+    let opened =
+        tokio::task::spawn_blocking(move || vault.open_file(&path).and_then(|file| Ok(file.metadata().map(|m| m.len()).unwrap_or(0))));
+    match opened.await.map_err(Error::internal)? {
+        Ok(size) => Ok(Some((named, size))),
+        Err(shared::vault::Error::Outside { .. }) => {
+            Err(Error::new(Code::OutsideRoots, format!("`{}` leads out of its root", clip(&named))))
+        }
+        Err(shared::vault::Error::Io { source, .. }) if source.kind() == std::io::ErrorKind::InvalidInput => {
+            Err(Error::new(Code::Unprocessable, format!("`{}` is a folder, not a file", clip(&named))))
+        }
+        Err(_) => Err(Error::not_found(format!("there is no upload `{}`", clip(&named)))),
+    }
+}
+
+async fn agents(app: &App, named: Option<&str>) -> Result<Vec<agents::Model>, Error> {
     let mut agents = app.fleet.agents().await?;
     if let Some(named) = named {
         agents.retain(|agent| agent.id == named || agent.name == named);
@@ -96,7 +146,12 @@ pub(super) async fn agent_of_source(app: &App, source: &str, named: Option<&str>
             return Err(Error::bad_request(format!("no agent `{}`; GET /agents lists them", clip(named))));
         }
     }
-    choose(agents, source)
+    Ok(agents)
+}
+
+/// The agent in whose roots a source lies, and the source as `ROOT/…`.
+async fn agent_of_source(app: &App, source: &str, named: Option<&str>) -> Result<(agents::Model, String), Error> {
+    choose(agents(app, named).await?, source)
 }
 
 fn choose(agents: Vec<agents::Model>, source: &str) -> Result<(agents::Model, String), Error> {

@@ -4,6 +4,7 @@
 //! Never: makes a row, a folder or a file; guesses a time where nothing was measured. A crash here costs one answer.
 
 use proto::v1;
+use proto::v1::browse::Question;
 use serde::Serialize;
 use shared::options::{Format, JobType, Options};
 use utoipa::ToSchema;
@@ -90,11 +91,15 @@ pub struct Plan {
 
 /// Makes the plan of a checked job. Its agent must be connected.
 pub async fn of(app: &App, new: NewJob) -> Result<Plan, Error> {
-    let found = places::look(app, &new.owner, question(&new)).await?;
+    let found = match app.vault.locate(&new.source) {
+        Ok(_) => of_upload(app, &new).await?,
+        Err(_) => places::look(app, &new.owner, question(&new)).await?,
+    };
     let rates = store::load_rates(&app.store).await?;
     let rate = rates.get(&new.owner).and_then(|rates| rates.get(rate_word(new.kind, new.format))).copied().unwrap_or_default();
     let capacity = found.capacity();
-    let measured = found.data_bytes.and_then(|data| rate.seconds_of_data(data)).or_else(|| rate.seconds(capacity));
+    let by_capacity = || rate.seconds(capacity).filter(|_| capacity > 0);
+    let measured = found.data_bytes.and_then(|data| rate.seconds_of_data(data)).or_else(by_capacity);
     let limited = new.options.bandwidth_limit.and_then(|limit| found.data_bytes.map(|data| data / limit.max(1)));
     let seconds = measured.map(|seconds| seconds.max(limited.unwrap_or(0)));
     let agent = app.fleet.name(&new.owner);
@@ -127,6 +132,21 @@ pub async fn of(app: &App, new: NewJob) -> Result<Plan, Error> {
     })
 }
 
+/// What can be said of an upload before an agent has fetched it: where it would go.
+async fn of_upload(app: &App, new: &NewJob) -> Result<Found, Error> {
+    let destination = match new.kind {
+        JobType::Verify => None,
+        JobType::Import => Some(places::IMAGES.to_owned()),
+        _ => Some(new.options.destination.clone().unwrap_or_else(|| places::EXPORTS.to_owned())),
+    };
+    let mut found = Found { vm: new.vm_name.clone(), source: new.source.clone(), ..Found::default() };
+    if let Some(path) = destination {
+        let room = app.fleet.ask(&new.owner, Question::FreeSpace(path)).await?;
+        found.destination = serde_json::from_value(room).ok();
+    }
+    Ok(found)
+}
+
 fn question(new: &NewJob) -> v1::Inspect {
     let mut question = sources::question(new.kind, &new.source, new.format, &new.options);
     question.count = true;
@@ -151,7 +171,11 @@ fn doubts(new: &NewJob, found: &Found, fits: Option<bool>, seconds: Option<u64>,
         let hope = if compresses(new) { "; compressed it may fit" } else { ": the job would fail" };
         doubts.push(format!("{} MiB of data and {} MiB free at the destination{hope}", needed.div_ceil(1 << 20), free >> 20));
     }
-    if found.data_bytes.is_none() {
+    if found.disks.is_empty() {
+        doubts.push(
+            "an upload is opened when its agent has fetched it: its disks and the names of the files are not known before".to_owned(),
+        );
+    } else if found.data_bytes.is_none() {
         doubts.push("the data was not counted: that would have taken too long".to_owned());
     }
     if seconds.is_none() {

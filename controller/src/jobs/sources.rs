@@ -39,7 +39,7 @@ pub(super) async fn check(app: &App, caller: &str, kind: JobType, wanted: Create
             (format, options(wishes, format, &mut notes)?)
         }
     };
-    let (agent, source) = places::agent_of_source(app, &source, wanted.agent.as_deref()).await?;
+    let places::Place { agent, source, upload } = places::place(app, &source, wanted.agent.as_deref()).await?;
     match kind {
         JobType::Convert => {
             places::check_format(&agent, format)?;
@@ -56,7 +56,11 @@ pub(super) async fn check(app: &App, caller: &str, kind: JobType, wanted: Create
     }
     let mut question = question(kind, &source, format, &options);
     question.name = wanted.vm_name.clone().unwrap_or_default();
-    let found = found(app, kind, &agent, question, &mut notes).await?;
+    let found = match upload {
+        // Its agent has not got it yet, and nobody else reads images: it is opened, or refused, when it was fetched.
+        Some(_) => None,
+        None => found(app, kind, &agent, question, &mut notes).await?,
+    };
     let stem = stem(&source);
     let (vm_id, vm_name) = match (kind, wanted.vm_name) {
         (JobType::Import, named) => {
@@ -186,7 +190,7 @@ fn check_name(name: &str, found: Option<&Found>) -> Result<(), Error> {
 }
 
 /// The bare name of a path without its ending.
-fn stem(path: &str) -> String {
+pub(super) fn stem(path: &str) -> String {
     let name = path.rsplit('/').next().unwrap_or(path);
     let name = name.strip_suffix(".manifest.json").unwrap_or(name);
     name.rsplit_once('.').map_or(name, |(stem, _)| stem).to_owned()
