@@ -3,6 +3,7 @@
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=hypersdk/v1/fleet.proto");
     let descriptors = protox::compile(["hypersdk/v1/fleet.proto"], ["."])?;
-    tonic_prost_build::configure().compile_fds(descriptors)?;
+    // The bytes of disks are handed on as they came, without a copy.
+    tonic_prost_build::configure().bytes(".hypersdk.v1.Piece.data").compile_fds(descriptors)?;
     Ok(())
 }

@@ -65,7 +65,9 @@ async fn what_a_request_gets_wrong_is_named() {
         (json!({"options": {"priority": 101}}), 400, "bad_request", vec!["priority", "100"]),
         (json!({"options": {"bandwidth_limit": 0}}), 400, "bad_request", vec!["bandwidth_limit"]),
         (json!({"options": {"speed": "high"}}), 400, "bad_request", vec!["speed", "bandwidth_limit"]),
-        (json!({"options": {"dry_run": true}}), 422, "not_built", vec!["dry_run"]),
+        (json!({"options": {"target": {}}}), 422, "not_built", vec!["target"]),
+        (json!({"source": "exports/x.raw"}), 400, "bad_request", vec!["source", "convert", "vm_name"]),
+        (json!({"type": "convert"}), 400, "bad_request", vec!["provider", "source"]),
     ] {
         let sentence = client.post("/jobs", with(change.clone())).await.refused(status, code);
         for word in words {

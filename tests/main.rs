@@ -16,6 +16,7 @@ mod cli;
 mod contract;
 mod identity;
 mod jobs;
+mod jobtypes;
 mod load;
 mod long;
 mod memory;

@@ -10,6 +10,9 @@ use serde::Deserialize;
 use shared::secret::Secret;
 use shared::vault;
 
+/// Name of the root that imports go to, and of the connection over it where nobody gave it another.
+pub const IMAGES: &str = "images";
+
 /// Everything an agent needs to know.
 #[derive(Clone)]
 pub struct Config {
@@ -25,6 +28,10 @@ pub struct Config {
     pub name: String,
     /// The writable root `exports`.
     pub exports_dir: PathBuf,
+    /// The writable root `images`: what imports made, shown as VMs of the connection named next.
+    pub images_dir: PathBuf,
+    /// Name of the connection over `images`; another one where a second agent has `images` already.
+    pub images_connection: String,
     /// A folder of images and OVAs that becomes the connection `local` and the root `vms`.
     pub local_root: Option<PathBuf>,
     /// More roots, only read: name and path.
@@ -40,6 +47,8 @@ struct File {
     data_dir: Option<PathBuf>,
     agent_name: Option<String>,
     exports_dir: Option<PathBuf>,
+    images_dir: Option<PathBuf>,
+    images_connection: Option<String>,
     local_root: Option<PathBuf>,
     roots: BTreeMap<String, PathBuf>,
 }
@@ -82,6 +91,8 @@ impl Config {
             token_file: path("TOKEN_FILE").or(file.token_file),
             name: env("AGENT_NAME").or(file.agent_name).unwrap_or_else(default_name),
             exports_dir: path("EXPORTS_DIR").or(file.exports_dir).unwrap_or_else(|| PathBuf::from("/var/lib/hypersdk/exports")),
+            images_dir: path("IMAGES_DIR").or(file.images_dir).unwrap_or_else(|| data_dir.join("images")),
+            images_connection: env("IMAGES_CONNECTION").or(file.images_connection).unwrap_or_else(|| IMAGES.to_owned()),
             local_root: path("LOCAL_ROOT").or(file.local_root),
             roots: file.roots,
             data_dir,

@@ -285,61 +285,21 @@ pub struct Verdict {
 pub fn verify(path: &Path, trust: Option<&str>) -> Result<Verdict, Error> {
     let real = vault::real_user_path(path).map_err(|e| Error::path(path, &e))?;
     let (folder, name) = vault::open_user_dir_of(&real, false).map_err(|e| Error::path(path, &e))?;
-    let (bytes, from) = find_manifest(&folder, &name).map_err(|e| Error::path(path, &e))?;
+    let missing = || {
+        let beside = proof::manifest_name(&name);
+        io::Error::new(io::ErrorKind::NotFound, format!("there is no manifest for it (neither {beside} nor another that names it)"))
+    };
+    let found = proof::find_manifest(&folder, &name).and_then(|found| found.ok_or_else(missing));
+    let (bytes, from) = found.map_err(|e| Error::path(path, &e))?;
     let (manifest, signed) = Signed::open(&bytes, trust).map_err(|e| Error::new(Code::VerificationFailed, format!("{from}: {e}")))?;
     let opener = |name: &str| vault::open_regular(&folder, Path::new(name));
     let report = pipeline::verify_files(&manifest, &opener, &|_| true)?;
-    let mut damage = Vec::new();
-    for disk in &report.disks {
-        if let Some(reason) = &disk.unreadable {
-            damage.push(format!("{} in {}: {reason}", disk.name, disk.file));
-        }
-        for bad in &disk.bad {
-            damage.push(format!("{} in {}: block {} at byte {}: {}", disk.name, disk.file, bad.block, bad.offset, bad.reason));
-        }
-        let unlisted = disk.bad_blocks.saturating_sub(disk.bad.len() as u64);
-        if unlisted > 0 {
-            damage.push(format!("{} in {}: {unlisted} more bad blocks", disk.name, disk.file));
-        }
-    }
-    for file in &report.files {
-        if let Some(problem) = &file.problem {
-            damage.push(format!("{}: {problem}", file.path));
-        }
-    }
     Ok(Verdict {
         intact: report.intact(),
         signer: manifest::fingerprint(&signed.public_key),
         trusted: trust.is_some(),
-        damage,
+        damage: proof::damage(&report),
         disks: manifest.disks.iter().map(|disk| (disk.name.clone(), disk.root.clone(), disk.capacity)).collect(),
         files: manifest.files.iter().map(|file| file.path.clone()).collect(),
     })
-}
-
-/// The manifest itself, the one named after the file, or the one in the folder that names the file (a disk of an OVF).
-fn find_manifest(folder: &Dir, name: &str) -> io::Result<(Vec<u8>, String)> {
-    let read = |name: &str| -> io::Result<Vec<u8>> {
-        let mut bytes = Vec::new();
-        io::Read::read_to_end(&mut vault::open_regular(folder, Path::new(name))?, &mut bytes)?;
-        Ok(bytes)
-    };
-    if name.ends_with(".manifest.json") {
-        return Ok((read(name)?, name.to_owned()));
-    }
-    let beside = proof::manifest_name(name);
-    if folder.try_exists(&beside)? {
-        return Ok((read(&beside)?, beside));
-    }
-    for entry in folder.entries()? {
-        let Ok(candidate) = entry?.file_name().into_string() else { continue };
-        if !candidate.ends_with(".manifest.json") {
-            continue;
-        }
-        let bytes = read(&candidate)?;
-        if Signed::open(&bytes, None).is_ok_and(|(manifest, _)| manifest.files.iter().any(|file| file.path == name)) {
-            return Ok((bytes, candidate));
-        }
-    }
-    Err(io::Error::new(io::ErrorKind::NotFound, format!("there is no manifest for it (neither {beside} nor another that names it)")))
 }

@@ -8,18 +8,22 @@
 //! Never: decides about a job (the controller's queue does), reads a path but through the vault.
 //! A crash here costs one checkpoint of each running job.
 
+mod browse;
 pub mod config;
 pub mod convert;
 mod egress;
 pub mod formats;
 mod held;
 mod identity;
+mod inspect;
 pub mod journal;
 mod ledger;
 pub mod pipeline;
 mod proof;
+mod pull;
 mod session;
 pub mod sources;
+mod transfer;
 mod worker;
 
 use std::collections::BTreeMap;
@@ -31,16 +35,24 @@ use shared::error::Code;
 use shared::manifest::SigningKey;
 use shared::vault::{Root, Vault};
 use shared::vm::Vm;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Semaphore, mpsc, watch};
 
 use crate::config::Config;
 pub use crate::identity::Error;
-use crate::identity::Home;
+use crate::identity::{Home, Identity};
 use crate::sources::Source;
 use crate::sources::local::Local;
 
 /// What the engine writes, as the API spells it.
 pub const OUTPUT_FORMATS: &[&str] = &["ova", "ovf", "vmdk", "qcow2", "raw", "vhdx", "vhd", "vdi"];
+
+/// The controller's root of uploads.
+const UPLOADS: &str = "uploads";
+
+/// Whether a source lies at the controller and has to be fetched.
+fn is_upload(source: &str) -> bool {
+    source.split('/').next() == Some(UPLOADS)
+}
 
 /// Everything that session and workers share.
 struct Agent {
@@ -52,11 +64,21 @@ struct Agent {
     vault: Vault,
     ledger: ledger::Ledger,
     table: held::Table,
+    /// The connections of this host's own settings.
+    own: Vec<v1::Connection>,
+    /// An import has changed the catalogue: the session is to tell the inventory.
+    catalogue: tokio::sync::Notify,
     /// Connections by name: those of this host's settings and those that people made by REST.
     connections: Mutex<BTreeMap<String, v1::Connection>>,
     /// The inventory as it was sent last, to send only changes.
     sent: Mutex<BTreeMap<String, String>>,
     last_heard: Mutex<Instant>,
+    /// As whom bytes are sent and fetched; none before the first session.
+    identity: Mutex<Option<Arc<Identity>>>,
+    /// Transfers that may run at a time.
+    transfers: Arc<Semaphore>,
+    /// For threads of workers that have to dial.
+    runtime: tokio::runtime::Handle,
 }
 
 impl Agent {
@@ -71,6 +93,15 @@ impl Agent {
             own.insert(connection.name.clone(), connection);
             vault.add(root);
         }
+        let images = Root::open(config::IMAGES, &config.images_dir, true)?;
+        let path = images.path.display().to_string();
+        let connection = v1::Connection { name: config.images_connection.clone(), kind: "local".to_owned(), path };
+        own.insert(connection.name.clone(), connection);
+        vault.add(images);
+        if config.roots.contains_key(UPLOADS) {
+            let message = format!("no root of an agent may be called {UPLOADS:?}: that is the controller's");
+            return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, message).into());
+        }
         for (name, path) in &config.roots {
             vault.add(Root::open(name, path, false)?);
         }
@@ -80,9 +111,14 @@ impl Agent {
             signing: identity::signing_key(&home.dir)?,
             instance: shared::ids::random_hex::<8>(),
             table: held::Table::default(),
+            own: own.values().cloned().collect(),
+            catalogue: tokio::sync::Notify::new(),
             connections: Mutex::new(own),
             sent: Mutex::default(),
             last_heard: Mutex::new(Instant::now()),
+            identity: Mutex::default(),
+            transfers: Arc::new(Semaphore::new(transfer::AT_ONCE)),
+            runtime: tokio::runtime::Handle::current(),
             vault,
             ledger,
             home,
@@ -95,6 +131,20 @@ impl Agent {
         *self.last_heard.lock().unwrap_or_else(|e| e.into_inner()) = Instant::now();
     }
 
+    /// Bytes go by this identity from now on.
+    fn go_by(&self, identity: Arc<Identity>) {
+        *self.identity.lock().unwrap_or_else(|e| e.into_inner()) = Some(identity);
+    }
+
+    /// A connection of its own for bytes, so that they never hold a heartbeat up.
+    async fn dial(&self) -> Result<tonic::transport::Channel, Error> {
+        let identity = self.identity.lock().unwrap_or_else(|e| e.into_inner()).clone();
+        match identity {
+            Some(identity) => identity.dial(&self.config).await,
+            None => Err(Error::Away("there was no session yet".to_owned())),
+        }
+    }
+
     /// For how long it has not.
     fn silence(&self) -> Duration {
         self.last_heard.lock().unwrap_or_else(|e| e.into_inner()).elapsed()
@@ -102,8 +152,7 @@ impl Agent {
 
     /// The connections of this host's own settings.
     fn own_connections(&self) -> Vec<v1::Connection> {
-        let connections = self.connections.lock().unwrap_or_else(|e| e.into_inner());
-        connections.values().filter(|connection| connection.name == "local" && self.config.local_root.is_some()).cloned().collect()
+        self.own.clone()
     }
 
     /// Serves the connections that people made by REST beside its own.

@@ -4,17 +4,77 @@
 //! Never: reads a disk: the digests are the pipeline's.
 //! A crash here costs nothing: manifests are written again before the commit is asked for.
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
+use std::path::Path;
 
 use serde_json::json;
-use shared::manifest::{DiskEntry, FileEntry, Manifest, SigningKey, VERSION, fingerprint};
+use shared::manifest::{DiskEntry, FileEntry, Manifest, Signed, SigningKey, VERSION, fingerprint};
 use shared::vault::{self, Dir};
 
-use crate::pipeline::{DiskOutcome, Outcome};
+use crate::pipeline::{DiskOutcome, Outcome, Report};
+
+/// Largest manifest that is read: that of some 10 TiB of data.
+const MANIFEST_LIMIT: u64 = 256 << 20;
+/// Ending of a manifest's name.
+pub const MANIFEST: &str = ".manifest.json";
 
 /// The name of a file's manifest.
 pub fn manifest_name(file: &str) -> String {
-    format!("{file}.manifest.json")
+    format!("{file}{MANIFEST}")
+}
+
+/// The manifest of an artifact and its name: the artifact itself where it is one, the one named after the file, or the one in the folder that
+/// names the file (a disk of an OVF); `None` where there is none.
+pub fn find_manifest(folder: &Dir, name: &str) -> io::Result<Option<(Vec<u8>, String)>> {
+    let read = |name: &str| -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        vault::open_regular(folder, Path::new(name))?.take(MANIFEST_LIMIT + 1).read_to_end(&mut bytes)?;
+        if bytes.len() as u64 > MANIFEST_LIMIT {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, format!("{name} is larger than {} MiB", MANIFEST_LIMIT >> 20)));
+        }
+        Ok(bytes)
+    };
+    if name.ends_with(MANIFEST) {
+        return Ok(Some((read(name)?, name.to_owned())));
+    }
+    let beside = manifest_name(name);
+    if folder.try_exists(&beside)? {
+        return Ok(Some((read(&beside)?, beside)));
+    }
+    for entry in folder.entries()? {
+        let Ok(candidate) = entry?.file_name().into_string() else { continue };
+        if !candidate.ends_with(MANIFEST) {
+            continue;
+        }
+        let bytes = read(&candidate)?;
+        if Signed::open(&bytes, None).is_ok_and(|(manifest, _)| manifest.files.iter().any(|file| file.path == name)) {
+            return Ok(Some((bytes, candidate)));
+        }
+    }
+    Ok(None)
+}
+
+/// A sentence for each thing that is wrong.
+pub fn damage(report: &Report) -> Vec<String> {
+    let mut damage = Vec::new();
+    for disk in &report.disks {
+        if let Some(reason) = &disk.unreadable {
+            damage.push(format!("{} in {}: {reason}", disk.name, disk.file));
+        }
+        for bad in &disk.bad {
+            damage.push(format!("{} in {}: block {} at byte {}: {}", disk.name, disk.file, bad.block, bad.offset, bad.reason));
+        }
+        let unlisted = disk.bad_blocks.saturating_sub(disk.bad.len() as u64);
+        if unlisted > 0 {
+            damage.push(format!("{} in {}: {unlisted} more bad blocks", disk.name, disk.file));
+        }
+    }
+    for file in &report.files {
+        if let Some(problem) = &file.problem {
+            damage.push(format!("{}: {problem}", file.path));
+        }
+    }
+    damage
 }
 
 /// Writes the manifests into the part folder; durable when it returns. Answers their names.

@@ -23,7 +23,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use crate::held::Stop;
 use crate::identity::{self, Identity};
-use crate::{Agent, worker};
+use crate::{Agent, browse, inspect, pull, transfer, worker};
 
 /// Longest pause between two tries.
 const MAX_BACKOFF: Duration = Duration::from_secs(15);
@@ -45,15 +45,17 @@ enum Loss {
 }
 
 /// Keeps a session until shutdown is asked for.
-pub async fn keep(agent: &Arc<Agent>, mut identity: Identity, shutdown: watch::Receiver<bool>) {
+pub async fn keep(agent: &Arc<Agent>, identity: Identity, shutdown: watch::Receiver<bool>) {
+    let mut identity = Arc::new(identity);
     let mut failures = 0u32;
     let silence = tokio::spawn(watch_silence(agent.clone()));
     while !*shutdown.borrow() {
         match agent.home.renew(&agent.config, &identity).await {
-            Ok(Some(renewed)) => identity = renewed,
+            Ok(Some(renewed)) => identity = Arc::new(renewed),
             Ok(None) => {}
             Err(e) => tracing::warn!(error = %e, "the certificate could not be renewed yet"),
         }
+        agent.go_by(identity.clone());
         let began = Instant::now();
         let loss = session(agent, &identity, shutdown.clone()).await;
         let pause = match loss {
@@ -157,6 +159,7 @@ async fn session(agent: &Arc<Agent>, identity: &Identity, mut shutdown: watch::R
             _ = telling.tick() => with_progress = true,
             _ = rescan.tick() => if welcomed { agent.scan(&tell, None, false) },
             () = agent.table.news.notified() => {}
+            () = agent.catalogue.notified() => if welcomed { agent.scan(&tell, Some(agent.config.images_connection.clone()), false) },
             _ = shutdown.wait_for(|stop| *stop) => {
                 drain(agent, &tell, &mut stream).await;
                 return Loss::Shutdown;
@@ -221,6 +224,7 @@ async fn handle(agent: &Arc<Agent>, kind: FromController, tell: &mpsc::Sender<v1
         FromController::Acknowledge(ack) => acknowledge(agent, &ack),
         FromController::Drain(_) => agent.table.stop_all(Stop::Park),
         FromController::Browse(browse) => answer(agent, browse, tell),
+        FromController::Fetch(fetch) => transfer::serve(agent, fetch),
         FromController::Renew(_) => {}
     }
 }
@@ -250,6 +254,7 @@ fn acknowledge(agent: &Arc<Agent>, ack: &v1::Acknowledge) {
     {
         tracing::warn!(job = ack.job, error = %e, "the journal of a published job could not be removed");
     }
+    pull::forget_logged(agent, &ack.job);
     agent.table.forget(&ack.job, ack.epoch);
 }
 
@@ -271,6 +276,10 @@ fn answer(agent: &Arc<Agent>, browse: v1::Browse, tell: &mpsc::Sender<v1::AgentM
                 Ok(serde_json::json!({}))
             }
             Some(Question::FreeSpace(path)) => agent.free_space(&path),
+            Some(Question::Inspect(asked)) => inspect::inspect(&agent, &asked),
+            Some(Question::List(list)) => browse::list(&agent.vault, &list),
+            Some(Question::Stat(path)) => browse::stat(&agent.vault, &path),
+            Some(Question::RemoveExport(wanted)) => browse::remove_export(&agent, &wanted),
             None => Err(crate::sources::Error::fatal(Code::BadRequest, "a question this agent does not know")),
         };
         let reply = match answered {

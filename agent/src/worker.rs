@@ -8,12 +8,15 @@
 //! A crash here costs one checkpoint: before the grant the journal resumes the copy; after it the kept result and the folder's name say
 //! whether the rename happened, and only this agent is given the job again.
 
+mod catalogue;
+mod verify;
+
 use std::io;
 use std::sync::Arc;
 
 use proto::v1;
 use shared::error::Code;
-use shared::options::{Algorithm, Format, Options};
+use shared::options::{Algorithm, Format, JobType, Options};
 use shared::progress::Progress;
 use shared::vault::{self, Dir};
 
@@ -22,8 +25,10 @@ use crate::held::{Assignment, Grant, Stop};
 use crate::journal::{Journal, Record};
 use crate::ledger::{Entry, Ledger};
 use crate::pipeline::{self, PartDir, Snapshot, SourceDisk, Stage, Watch};
+use crate::sources::file::FileSource;
+use crate::sources::local::Depth;
 use crate::sources::{self, Opened, Source};
-use crate::{Agent, proof};
+use crate::{Agent, proof, pull};
 
 /// Data bytes between two checkpoints. A crash costs what is open, what waits or is being sealed and what is in the pipeline's slots: all
 /// together stay below the 64 MiB that are promised, however slow the disk syncs.
@@ -49,6 +54,12 @@ impl Failure {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::fatal(Code::NoSpace, format!("no space left: {what}")),
             _ => Self { code: Code::Internal, message: format!("{what}: {e}"), retryable: true },
         }
+    }
+}
+
+impl From<sources::Error> for Failure {
+    fn from(e: sources::Error) -> Self {
+        Self { code: e.code, message: e.message, retryable: e.retryable }
     }
 }
 
@@ -99,6 +110,7 @@ fn discard_logged(agent: &Agent, job: &str) {
 
 /// Removes what an unpublished job left: part folder, journal, ledger entry. What was published stays.
 pub fn discard(agent: &Agent, job: &str) -> io::Result<()> {
+    pull::forget(agent, job)?;
     let Some(entry) = agent.ledger.read(job)? else { return Ok(()) };
     match agent.vault.open_output_dir(&entry.destination) {
         Ok(folder) => {
@@ -124,29 +136,33 @@ fn part_name(job: &str) -> String {
 fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, End> {
     let options: Options = serde_json::from_str(&assign.options_json)
         .map_err(|e| Failure::fatal(Code::BadRequest, format!("the assignment's options cannot be read: {e}")))?;
+    let kind = JobType::from_word(&assign.r#type);
+    if kind == Some(JobType::Verify) {
+        return verify::work(agent, held, assign, &options);
+    }
+    let import = catalogue::Import::of(kind, held, assign)?;
     let format = output_format(&assign.format)?;
-    let destination = options.destination.clone().unwrap_or_else(|| "exports".to_owned());
+    let destination = match &import {
+        Some(_) => crate::config::IMAGES.to_owned(),
+        None => options.destination.clone().unwrap_or_else(|| "exports".to_owned()),
+    };
+    // Whose folder it is, as long as it grows, its name says; an import is published under the name that its VM will bear.
+    let name = import.as_ref().map_or(held.job.as_str(), |import| import.name.as_str());
     let place = agent.vault.locate(&destination).map_err(|e| Failure::fatal(Code::OutsideRoots, e.to_string()))?;
-    let (destination, published) = (place.named(), place.absolute().join(&held.job));
+    let (destination, published) = (place.named(), place.absolute().join(name));
     let folder = agent.vault.open_output_dir(&destination).map_err(|e| match e {
         vault::Error::Outside { .. } => Failure::fatal(Code::OutsideRoots, e.to_string()),
         vault::Error::Io { .. } => Failure::fatal(Code::Unprocessable, format!("the destination cannot be written: {e}")),
     })?;
 
-    if let Some(result) = published_before(&agent.ledger, &folder, &held.job)? {
+    if let Some(result) = published_before(&agent.ledger, &folder, &held.job, import.as_ref())? {
         // What the earlier attempt did is what this one found, so that the last figures of the job are true ones.
         agent.table.progress(held, "publishing", counters_of(&result));
         agent.table.log(held, "info", "publishing", "the output was published before the connection or the process was lost".to_owned());
         return commit(agent, held, || Ok(())).map(|()| End::Completed(result));
     }
 
-    let source = source_of(agent, assign)?;
     agent.table.progress(held, "preparing", held.progress());
-    let refused = |e: sources::Error| Failure { code: e.code, message: e.message, retryable: e.retryable };
-    let (vm, mut disks) = source.open(&assign.vm_id).map_err(refused)?;
-    if options.include_snapshots == Some(true) {
-        disks.extend(source.open_snapshots(&assign.vm_id).map_err(refused)?);
-    }
     let created = match agent.ledger.read(&held.job).map_err(|e| Failure::io("the ledger", &e))? {
         Some(entry) if entry.destination == destination => entry.created,
         Some(_) => return Err(Failure::fatal(Code::Conflict, "the job began with another destination").into()),
@@ -155,6 +171,10 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
     let entry = Entry { job: held.job.clone(), epoch: held.epoch, destination, created };
     agent.ledger.write(&entry).map_err(|e| Failure::io("the ledger", &e))?;
 
+    let (mut vm, disks) = open_source(agent, held, assign, options.include_snapshots == Some(true))?;
+    if let Some(import) = &import {
+        vm.name.clone_from(&import.name);
+    }
     let job = pipeline::Job {
         id: held.job.clone(),
         vm,
@@ -175,10 +195,17 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
     let part = folder.open_dir(part_name(&held.job)).map_err(|e| Failure::io("the part folder", &e))?;
     let manifests =
         proof::write_manifests(&part, &agent.signing, &held.job, &job.vm.name, &outcome).map_err(|e| Failure::io("the manifest", &e))?;
-    let result = proof::result_json(&published, &manifests, &agent.signing, &outcome);
+    let mut result = proof::result_json(&published, &manifests, &agent.signing, &outcome);
+    if let Some(import) = &import {
+        import.mark(&part).map_err(|e| Failure::io("the part folder", &e))?;
+        result = import.describe(&result, &agent.config.images_connection);
+    }
     vault::write_whole(agent.ledger.dir(), &result_name(&held.job), result.as_bytes()).map_err(|e| Failure::io("the result", &e))?;
 
-    commit(agent, held, || publish(agent, held, &folder, &job))?;
+    commit(agent, held, || publish(agent, held, &folder, &job, name))?;
+    if import.is_some() {
+        agent.catalogue.notify_one();
+    }
     agent.table.log(held, "info", "publishing", format!("published as {}", published.display()));
     Ok(End::Completed(result))
 }
@@ -245,12 +272,15 @@ fn commit(agent: &Agent, held: &Assignment, publish: impl FnOnce() -> Result<(),
     }
 }
 
-fn publish(agent: &Agent, held: &Assignment, folder: &Dir, job: &pipeline::Job) -> Result<(), Failure> {
+fn publish(agent: &Agent, held: &Assignment, folder: &Dir, job: &pipeline::Job, name: &str) -> Result<(), Failure> {
     agent.table.progress(held, "publishing", held.progress());
     let lost = |e: io::Error| Failure::io("publishing", &e);
     let mut journal = open_journal(agent, held, job)?;
     journal.append(&Record::Granted { epoch: held.epoch }).map_err(lost)?;
-    vault::rename_without_replacing(folder, &part_name(&held.job), &held.job).map_err(lost)?;
+    vault::rename_without_replacing(folder, &part_name(&held.job), name).map_err(|e| match e.kind() {
+        io::ErrorKind::AlreadyExists => Failure::fatal(Code::Conflict, format!("{name} exists at the destination")),
+        _ => lost(e),
+    })?;
     vault::sync_dir(folder).map_err(lost)?;
     journal.append(&Record::Published).map_err(lost)
 }
@@ -259,10 +289,14 @@ fn result_name(job: &str) -> String {
     format!("{job}.result")
 }
 
-/// The kept result of a job whose folder has its final name: nobody else gives it that name.
-fn published_before(ledger: &Ledger, folder: &Dir, job: &str) -> Result<Option<String>, Failure> {
-    if !folder.try_exists(job).map_err(|e| Failure::io("the destination", &e))? {
+/// The kept result of a job whose folder has its final name: nobody else gives it that name, and an import's says whose it is.
+fn published_before(ledger: &Ledger, folder: &Dir, job: &str, import: Option<&catalogue::Import>) -> Result<Option<String>, Failure> {
+    let name = import.map_or(job, |import| import.name.as_str());
+    if !folder.try_exists(name).map_err(|e| Failure::io("the destination", &e))? {
         return Ok(None);
+    }
+    if let Some(import) = import {
+        import.check_owner(folder)?;
     }
     let result = vault::read_optional(ledger.dir(), &result_name(job)).map_err(|e| Failure::io("the result", &e))?;
     match result.and_then(|bytes| String::from_utf8(bytes).ok()) {
@@ -285,9 +319,43 @@ pub fn source_disk(opened: Opened) -> SourceDisk {
     SourceDisk { name, snapshot, identity, disk }
 }
 
+/// The disks to copy: those of a VM, or those in a file.
+fn open_source(agent: &Agent, held: &Assignment, assign: &v1::Assign, with_snapshots: bool) -> Result<(shared::vm::Vm, Vec<Opened>), End> {
+    if assign.source.is_empty() {
+        let source = source_of(agent, assign)?;
+        let (vm, mut disks) = source.open(&assign.vm_id).map_err(Failure::from)?;
+        if with_snapshots {
+            disks.extend(source.open_snapshots(&assign.vm_id).map_err(Failure::from)?);
+        }
+        return Ok((vm, disks));
+    }
+    let source = find_source(agent, held, assign)?;
+    let (vm, mut disks) = source.open(Depth::Digests).map_err(Failure::from)?;
+    if with_snapshots {
+        disks.extend(source.open_snapshots().map_err(Failure::from)?);
+    }
+    Ok((vm, disks))
+}
+
+/// The file that a job reads: in a root of this host, or an upload, which is fetched from the controller first.
+fn find_source(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<FileSource, End> {
+    if !crate::is_upload(&assign.source) {
+        return Ok(FileSource::find(&agent.vault, &assign.source).map_err(Failure::from)?);
+    }
+    agent.table.log(held, "info", "preparing", format!("{} is fetched from the controller", assign.source));
+    match pull::pull(agent, &held.job, held.epoch, &assign.source, &|_, _| held.stop().is_none()) {
+        Ok(pulled) => {
+            let line = format!("{} is here: {} bytes, SHA-256 {}", assign.source, pulled.size, pulled.sha256);
+            agent.table.log(held, "info", "preparing", line);
+            Ok(FileSource::fetched(pulled.dir, pulled.name, pulled.size, &assign.source))
+        }
+        Err(e) => Err(held.stop().map_or_else(|| End::Failed(e.into()), End::Stopped)),
+    }
+}
+
 fn source_of(agent: &Agent, assign: &v1::Assign) -> Result<Arc<dyn Source>, Failure> {
     let Some(connection) = &assign.connection else { return Err(Failure::fatal(Code::Internal, "the assignment names no connection")) };
-    agent.source(connection).map_err(|e| Failure { code: e.code, message: e.message, retryable: e.retryable })
+    Ok(agent.source(connection)?)
 }
 
 /// The pipeline's format for the API's word.
@@ -303,6 +371,11 @@ pub fn output_format(word: &str) -> Result<pipeline::Format, Failure> {
         Some(Format::Ova) => Ok(pipeline::Format::Ova),
         _ => Err(Failure::fatal(Code::NotBuilt, format!("the output format {word:?} is not built yet"))),
     }
+}
+
+/// The format that a file's name declares, as the API spells it; empty where it declares none.
+pub fn declared_word(name: &str) -> &'static str {
+    Format::of_name(name).map_or("", Format::word)
 }
 
 /// What the options mean for a format. VMDK is always deflate; raw never compresses; the fast level is the default.

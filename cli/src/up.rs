@@ -119,6 +119,8 @@ async fn with_agent(running: &controller::Running, host: IpAddr, data_dir: &Path
         data_dir: data_dir.join("agent"),
         name: agent::config::default_name(),
         exports_dir: data_dir.join("exports"),
+        images_dir: data_dir.join("images"),
+        images_connection: agent::config::IMAGES.to_owned(),
         local_root: vms,
         roots: Default::default(),
     };

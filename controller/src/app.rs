@@ -15,7 +15,7 @@ use actix_web::dev::ServerHandle;
 use actix_web::{HttpServer, web};
 use chrono::{DateTime, Utc};
 use shared::secret::Secret;
-use shared::vault;
+use shared::vault::{self, Root, Vault};
 
 use crate::config::{self, Config};
 use crate::fleet::gateway::{self, Gateway};
@@ -24,7 +24,7 @@ use crate::live::Frame;
 use crate::store::sealing::{self, Sealer};
 use crate::store::{self, Store};
 use crate::system::{metrics::Metrics, process};
-use crate::{access, admin, fleet, jobs, live, schedules};
+use crate::{access, admin, fleet, jobs, live, schedules, uploads};
 
 /// How long a drain waits for requests that are under way.
 const REQUESTS: Duration = Duration::from_secs(15);
@@ -51,6 +51,8 @@ pub struct App {
     pub queue: jobs::queue::Handle,
     /// The agents.
     pub fleet: fleet::registry::Handle,
+    /// The roots of this controller.
+    pub vault: Arc<Vault>,
     /// Figures.
     pub metrics: Metrics,
     /// The runtime of tonic and the database.
@@ -189,7 +191,11 @@ pub async fn run(config: Config) -> Result<Running, Error> {
     let fleet = fleet::registry::Handle::open(store.clone(), &sealer, live.clone(), metrics.clone()).await?;
     let queue = jobs::queue::Handle::start(store.clone(), Arc::new(fleet.clone()), live.clone(), metrics.clone()).await?;
     let names = grpc_names(&config);
-    let gateway = Gateway::start(grpc_listener, &names, fleet.clone(), queue.clone(), &handle)?;
+    let mut vault = Vault::default();
+    vault.add(Root::open("uploads", &config.uploads(), true).map_err(|e| Error::Data(config.uploads(), e))?);
+    let vault = Arc::new(vault);
+    let shelf = Arc::new(uploads::shelf::Shelf { store: store.clone(), vault: vault.clone() });
+    let gateway = Gateway::start(grpc_listener, &names, fleet.clone(), queue.clone(), shelf, &handle)?;
     let app = web::Data::new(App {
         config: Arc::clone(&config),
         store,
@@ -198,6 +204,7 @@ pub async fn run(config: Config) -> Result<Running, Error> {
         live,
         queue,
         fleet,
+        vault,
         metrics,
         runtime: handle,
         started_at: shared::clock::now(),

@@ -114,6 +114,8 @@ pub struct Config {
     pub grpc_names: Vec<String>,
     /// Folder for keys and the embedded database; made with mode 0700.
     pub data_dir: PathBuf,
+    /// The root `uploads`; absent: `uploads` in the data directory.
+    pub uploads_dir: Option<PathBuf>,
     /// `postgres://…` or `sqlite://…`; absent: SQLite in the data directory. May hold a password.
     pub database_url: Option<Secret>,
     /// Password of the first admin; absent: one is made.
@@ -151,6 +153,7 @@ impl Default for Config {
             grpc_listen: SocketAddr::from(([0, 0, 0, 0], 5443)),
             grpc_names: Vec::new(),
             data_dir: PathBuf::from("/var/lib/hypersdk/controller"),
+            uploads_dir: None,
             database_url: None,
             admin_password: None,
             sealing_key: None,
@@ -177,6 +180,7 @@ struct File {
     grpc_listen: Option<SocketAddr>,
     grpc_names: Option<Vec<String>>,
     data_dir: Option<PathBuf>,
+    uploads_dir: Option<PathBuf>,
     database_url: Option<String>,
     admin_password: Option<String>,
     sealing_key: Option<String>,
@@ -223,7 +227,7 @@ impl Config {
         macro_rules! take_optional {
             ($($field:ident),*) => { $(if file.$field.is_some() { self.$field = file.$field; })* };
         }
-        take_optional!(join_token_out, tls_cert, tls_key);
+        take_optional!(uploads_dir, join_token_out, tls_cert, tls_key);
         macro_rules! take_secret {
             ($($field:ident),*) => { $(if let Some(value) = file.$field { self.$field = Some(Secret::new(value)); })* };
         }
@@ -261,9 +265,12 @@ impl Config {
         if let Some(text) = get("DATA_DIR") {
             self.data_dir = PathBuf::from(text);
         }
-        for (field, name) in
-            [(&mut self.join_token_out, "JOIN_TOKEN_OUT"), (&mut self.tls_cert, "TLS_CERT"), (&mut self.tls_key, "TLS_KEY")]
-        {
+        for (field, name) in [
+            (&mut self.uploads_dir, "UPLOADS_DIR"),
+            (&mut self.join_token_out, "JOIN_TOKEN_OUT"),
+            (&mut self.tls_cert, "TLS_CERT"),
+            (&mut self.tls_key, "TLS_KEY"),
+        ] {
             if let Some(text) = get(name) {
                 *field = Some(PathBuf::from(text));
             }
@@ -306,6 +313,11 @@ impl Config {
             return Err(wrong("tls_cert, tls_key", "give both or none"));
         }
         Ok(())
+    }
+
+    /// Where uploads lie.
+    pub fn uploads(&self) -> PathBuf {
+        self.uploads_dir.clone().unwrap_or_else(|| self.data_dir.join("uploads"))
     }
 
     /// The database's address: the configured one, else SQLite in the data directory.

@@ -16,6 +16,7 @@ pub mod providers;
 pub mod schedules;
 pub mod store;
 pub mod system;
+pub mod uploads;
 pub mod vms;
 
 pub use app::{App, Error, Running, run};

@@ -6,6 +6,7 @@
 
 pub mod clock;
 pub mod error;
+pub mod folder;
 pub mod ids;
 pub mod job;
 pub mod lease;

@@ -65,6 +65,22 @@ words! {
 }
 
 impl Format {
+    /// The format that a file's name declares, by its ending.
+    pub fn of_name(name: &str) -> Option<Self> {
+        let (_, ending) = name.rsplit_once('.')?;
+        match ending.to_ascii_lowercase().as_str() {
+            "raw" | "dd" | "img" => Some(Format::Raw),
+            "qcow2" | "qcow" => Some(Format::Qcow2),
+            "vmdk" => Some(Format::Vmdk),
+            "vhdx" => Some(Format::Vhdx),
+            "vhd" | "vpc" => Some(Format::Vhd),
+            "vdi" => Some(Format::Vdi),
+            "ova" => Some(Format::Ova),
+            "ovf" => Some(Format::Ovf),
+            _ => None,
+        }
+    }
+
     /// Whether its disks are stored as they are, always.
     pub fn is_plain(self) -> bool {
         matches!(self, Format::Raw | Format::Vhdx | Format::Vhd | Format::Vdi)

@@ -19,6 +19,8 @@ use std::sync::Arc;
 use cap_std::ambient_authority;
 pub use cap_std::fs::Dir;
 
+use crate::error::Code;
+
 /// Largest settings or key file that is read.
 const CONFIG_LIMIT: u64 = 1 << 20;
 
@@ -41,6 +43,20 @@ pub enum Error {
         /// Why.
         source: io::Error,
     },
+}
+
+impl Error {
+    /// The stable word for it.
+    pub fn code(&self) -> Code {
+        match self {
+            Error::Outside { .. } => Code::OutsideRoots,
+            Error::Io { source, .. } => match source.kind() {
+                io::ErrorKind::NotFound => Code::NotFound,
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Code::NoSpace,
+                _ => Code::Unprocessable,
+            },
+        }
+    }
 }
 
 /// A configured folder with a name.
@@ -146,6 +162,16 @@ impl Vault {
         self.explain(path, open_regular(place.root.dir(), &place.below))
     }
 
+    /// Opens a root, or a folder below one.
+    pub fn open_dir(&self, path: &str) -> Result<Dir, Error> {
+        let place = self.locate(path)?;
+        let opened = match place.below.as_os_str().is_empty() {
+            true => place.root.dir().try_clone(),
+            false => place.root.dir().open_dir(&place.below),
+        };
+        self.explain(path, opened)
+    }
+
     /// Opens a folder below a writable root, making it when it is not there.
     pub fn open_output_dir(&self, path: &str) -> Result<Dir, Error> {
         let place = self.locate(path)?;
@@ -161,7 +187,7 @@ impl Vault {
     }
 
     /// cap-std answers an escape with a permission error of its own; to the caller that is "outside".
-    fn explain<T>(&self, path: &str, result: io::Result<T>) -> Result<T, Error> {
+    pub(crate) fn explain<T>(&self, path: &str, result: io::Result<T>) -> Result<T, Error> {
         result.map_err(|source| match source.raw_os_error() {
             None if source.kind() == io::ErrorKind::PermissionDenied => self.outside(path),
             _ => Error::Io { path: path.to_owned(), source },
@@ -208,6 +234,22 @@ pub fn open_regular(dir: &Dir, below: &Path) -> io::Result<File> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
     }
     Ok(file)
+}
+
+/// Up to `length` bytes of a file from `offset`; fewer only at its end. The buffer is not written before the kernel writes it.
+pub fn read_chunk(file: &File, offset: u64, length: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::with_capacity(length);
+    while bytes.len() < length {
+        let at = offset.saturating_add(bytes.len() as u64);
+        match rustix::io::pread(file, rustix::buffer::spare_capacity(&mut bytes), at) {
+            Ok(0) => break,
+            Ok(_) => {}
+            Err(rustix::io::Errno::INTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    bytes.truncate(length);
+    Ok(bytes)
 }
 
 /// Makes or opens a folder of this process's own (data directory) for its owner alone.

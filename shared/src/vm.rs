@@ -79,3 +79,28 @@ pub struct Nic {
     /// MAC address, lower case with colons; empty where it is not known.
     pub mac: String,
 }
+
+/// Whether a VM of the catalogue may bear this name, which is its folder's: 1 to 120 bytes, no separator or control character, no leading dot
+/// or blank, and nothing that a job's folder is called.
+pub fn is_catalogue_name(name: &str) -> bool {
+    let clean = !name.contains(['/', '\\']) && !name.chars().any(char::is_control);
+    let job = name.strip_suffix(".part").unwrap_or(name);
+    clean && (1..=120).contains(&name.len()) && !name.starts_with('.') && name.trim() == name && job.parse::<crate::ids::JobId>().is_err()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_catalogue_name;
+
+    #[test]
+    fn a_catalogue_name_is_one_folder() {
+        for good in ["web", "Web server 01", "büro", "a.b", "job-x"] {
+            assert!(is_catalogue_name(good), "{good}");
+        }
+        for bad in
+            ["", ".", "..", ".hidden", "a/b", "a\\b", "a\0b", " web", "job-0123456789abcdef", "job-0123456789abcdef.part", &"x".repeat(121)]
+        {
+            assert!(!is_catalogue_name(bad), "{bad}");
+        }
+    }
+}

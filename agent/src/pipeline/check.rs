@@ -15,9 +15,10 @@ use shared::manifest::{BLOCK, Blocks, DiskEntry, FileEntry, Manifest};
 
 use super::control::Crew;
 use super::copy::workers;
-use super::files::sha256;
+use super::files::{STEP, sha256};
 use super::plan::{block_count, block_len};
 use super::target::open_output;
+use super::throttle::Throttle;
 use super::verify::{Look, compare};
 use super::{Error, Tuning};
 use crate::formats::{Disk, FormatError, Scratch, Window, ova};
@@ -90,16 +91,24 @@ pub type Opener<'a> = &'a (dyn Fn(&str) -> io::Result<File> + Sync);
 /// Reads all disks and files that `manifest` names and reports each bad block. `tick` is told the bytes of the disks' blocks read so far, about
 /// twenty times a second; when it answers false the check ends with [`Error::Cancelled`], the only error there is.
 pub fn verify_files(manifest: &Manifest, open: Opener<'_>, tick: &dyn Fn(u64) -> bool) -> Result<Report, Error> {
+    verify_files_at(manifest, open, None, tick)
+}
+
+/// As [`verify_files`], reading at most `bandwidth` bytes a second, the files' SHA-256 included.
+pub fn verify_files_at(manifest: &Manifest, open: Opener<'_>, bandwidth: Option<u64>, tick: &dyn Fn(u64) -> bool) -> Result<Report, Error> {
     let (stopped, read) = (AtomicBool::new(false), AtomicU64::new(0));
+    let throttle = Throttle::new(bandwidth);
+    let halt = || stopped.load(Ordering::Relaxed);
     let crew = Crew::new(2);
     let report = thread::scope(|scope| {
         let files = scope.spawn(|| {
             let _member = crew.member();
-            manifest.files.iter().map(|file| check_file(file, open, &|| stopped.load(Ordering::Relaxed))).collect()
+            manifest.files.iter().map(|file| check_file(file, open, &|| !throttle.take(STEP as u64, &halt))).collect()
         });
         let disks = scope.spawn(|| {
             let _member = crew.member();
-            manifest.disks.iter().map(|disk| check_disk(disk, manifest, open, &stopped, &read)).collect()
+            let pace = Pace { throttle: &throttle, stopped: &stopped, read: &read };
+            manifest.disks.iter().map(|disk| check_disk(disk, manifest, open, &pace)).collect()
         });
         crew.wait(|| {
             if !tick(read.load(Ordering::Relaxed)) {
@@ -139,7 +148,21 @@ fn check_file(entry: &FileEntry, open: Opener<'_>, stop: &dyn Fn() -> bool) -> F
     FileReport { path: entry.path.clone(), problem, hashed: entry.sha256.is_some() }
 }
 
-fn check_disk(entry: &DiskEntry, manifest: &Manifest, open: Opener<'_>, stopped: &AtomicBool, read: &AtomicU64) -> DiskReport {
+/// What all readers of a check share.
+struct Pace<'a> {
+    throttle: &'a Throttle,
+    stopped: &'a AtomicBool,
+    read: &'a AtomicU64,
+}
+
+impl Pace<'_> {
+    /// Waits for its turn; false when the check is to end.
+    fn take(&self, bytes: u64) -> bool {
+        self.throttle.take(bytes, &|| self.stopped.load(Ordering::Relaxed))
+    }
+}
+
+fn check_disk(entry: &DiskEntry, manifest: &Manifest, open: Opener<'_>, pace: &Pace<'_>) -> DiskReport {
     let report = DiskReport { name: entry.name.clone(), file: entry.file.clone(), ..DiskReport::default() };
     let opened = entry.blocks().map_err(|e| e.to_string()).and_then(|blocks| {
         let disk = open_disk(entry, manifest, open).map_err(|e| e.to_string())?;
@@ -149,7 +172,7 @@ fn check_disk(entry: &DiskEntry, manifest: &Manifest, open: Opener<'_>, stopped:
         }
     });
     match opened {
-        Ok((disk, blocks)) => check_blocks(disk.as_ref(), &blocks, report, stopped, read),
+        Ok((disk, blocks)) => check_blocks(disk.as_ref(), &blocks, report, pace),
         Err(reason) => DiskReport { unreadable: Some(reason), ..report },
     }
 }
@@ -211,17 +234,20 @@ impl Walk<'_> {
     }
 }
 
-fn check_blocks(disk: &dyn Disk, blocks: &Blocks, mut report: DiskReport, stopped: &AtomicBool, read: &AtomicU64) -> DiskReport {
+fn check_blocks(disk: &dyn Disk, blocks: &Blocks, mut report: DiskReport, pace: &Pace<'_>) -> DiskReport {
     let walk = Mutex::new(Walk { disk, blocks, next: 0, looks: BTreeMap::new().into_iter() });
     let found = Mutex::new(BTreeMap::new());
     let (checked, bad) = (AtomicU64::new(0), AtomicU64::new(0));
     let work = || {
         let (mut buf, mut scratch) = (Vec::new(), Scratch::default());
-        while !stopped.load(Ordering::Relaxed) {
+        while !pace.stopped.load(Ordering::Relaxed) {
             let Some(look) = walk.lock().unwrap_or_else(PoisonError::into_inner).next() else { return };
+            if !pace.take(block_len(look.block, disk.capacity()) as u64) {
+                return;
+            }
             let reason = compare(disk, &look, &mut buf, &mut scratch).unwrap_or_else(|e| Some(e.to_string()));
             checked.fetch_add(1, Ordering::Relaxed);
-            read.fetch_add(block_len(look.block, disk.capacity()) as u64, Ordering::Relaxed);
+            pace.read.fetch_add(block_len(look.block, disk.capacity()) as u64, Ordering::Relaxed);
             let Some(reason) = reason else { continue };
             bad.fetch_add(1, Ordering::Relaxed);
             let mut found = found.lock().unwrap_or_else(PoisonError::into_inner);

@@ -19,7 +19,7 @@ use super::{Error, output_error};
 use crate::journal::Record;
 
 /// Bytes read at a time.
-const STEP: usize = 1 << 20;
+pub(super) const STEP: usize = 1 << 20;
 
 /// Bytes between two published states.
 const PUBLISH: u64 = 64 << 20;

@@ -9,6 +9,7 @@
 mod check;
 mod control;
 mod copy;
+mod digest;
 mod files;
 mod package;
 mod part;
@@ -32,7 +33,8 @@ use serde::{Deserialize, Serialize};
 use shared::manifest::{Blocks, Digest, FileEntry, Receipt};
 use shared::vm::Vm;
 
-pub use check::{BadBlock, DiskReport, FileReport, Report, verify_files};
+pub use check::{BadBlock, DiskReport, FileReport, Report, verify_files, verify_files_at};
+pub use digest::{Digests, data_bytes, digest_disk, file_sha256};
 pub use part::PartDir;
 pub use stages::run;
 
@@ -169,6 +171,24 @@ impl Job {
             Some(_) => part::snapshot_file(&self.vm.name, self.format, &disk.name),
         }
     }
+}
+
+/// Bare names of the files that a job would make, its manifests aside.
+pub fn output_names(vm: &str, format: Format, disks: &[SourceDisk]) -> Vec<String> {
+    let present = disks.iter().filter(|disk| disk.snapshot.is_none()).count();
+    let name = |(n, disk): (usize, &SourceDisk)| match &disk.snapshot {
+        None => part::disk_file(vm, format, n, present),
+        Some(_) => part::snapshot_file(vm, format, &disk.name),
+    };
+    let mut names: Vec<String> = disks.iter().enumerate().map(name).collect();
+    match format {
+        Format::Ova => names.truncate(1),
+        Format::Ovf => {
+            names.splice(0..0, ["ovf", "mf"].map(|extension| format!("{}.{extension}", crate::formats::ova::stem(vm)))).for_each(drop)
+        }
+        _ => {}
+    }
+    names
 }
 
 /// The stages that a caller sees.

@@ -10,7 +10,7 @@
 //! |---|---|
 //! | `web.raw`, `web.img`, `web.qcow2`, `web.vmdk` | `web`, one disk; VMDK extents go with their descriptor |
 //! | `web.ova` | the name in its OVF |
-//! | `web/` with a `.ovf` | the name in it |
+//! | `web/` with a `.ovf`, or with an OVA alone | the name in it |
 //! | `web/` with images | `web`, its images sorted by name |
 
 mod chain;
@@ -69,7 +69,7 @@ struct Image {
 
 /// How much of a package is checked when it is opened.
 #[derive(Clone, Copy, PartialEq)]
-enum Depth {
+pub enum Depth {
     /// What an inventory needs.
     Structure,
     /// The digests of its manifest as well, which reads all of it once: before it is copied.
@@ -109,6 +109,11 @@ fn declared(name: &str) -> Option<Declared> {
     }
 }
 
+/// The folder in which a job's output grows is nobody's VM yet.
+fn is_unfinished(name: &str) -> bool {
+    name.strip_suffix(".part").is_some_and(|job| job.parse::<shared::ids::JobId>().is_ok())
+}
+
 fn stem(name: &str) -> &str {
     name.rsplit_once('.').map_or(name, |(stem, _)| stem)
 }
@@ -123,6 +128,19 @@ impl Local {
     /// What cannot be followed is refused ([`Code::BadImage`]) with what would be right.
     pub fn open_with(&self, vm_id: &str, options: OpenOptions) -> Result<(Vm, Vec<Opened>), Error> {
         self.open_at(vm_id, Depth::Digests, &options)
+    }
+
+    /// A file of this folder by its bare name: an image, an OVA, or an OVF whose members lie beside it.
+    pub fn open_file(&self, name: &str, depth: Depth) -> Result<(Vm, Vec<Opened>), Error> {
+        let opened = match declared(name) {
+            Some(Declared::Ovf) => self.ovf(Path::new(""), name, depth).map(Some),
+            _ => self.vm(name, false, depth, &OpenOptions::default()),
+        };
+        let nothing = || {
+            let known = ".raw, .dd, .img, .qcow2, .vmdk, .vhdx, .vhd, .vdi, .ova or .ovf";
+            Error::fatal(Code::BadImage, format!("{name} is no disk image: its name must end in {known}, after its format"))
+        };
+        opened.map_err(|e| refusal(name, e))?.ok_or_else(nothing)
     }
 
     fn open_at(&self, vm_id: &str, depth: Depth, options: &OpenOptions) -> Result<(Vm, Vec<Opened>), Error> {
@@ -263,7 +281,13 @@ impl Local {
             |name: &&String| declared(name).is_some_and(|kind| !matches!(kind, Declared::Ova | Declared::Ovf)) && !extents.contains(*name);
         let disks: Vec<PathBuf> = names.iter().filter(is_disk).map(|name| path.join(name)).collect();
         if disks.is_empty() {
-            return Ok(None);
+            // What an import of an OVA made: a folder with that one archive.
+            let mut archives = names.iter().filter(|name| declared(name) == Some(Declared::Ova));
+            return match (archives.next(), archives.next(), &options.snapshot) {
+                (Some(ova), None, None) => self.ova(&path.join(ova), depth).map(Some),
+                (Some(ova), None, Some(snapshot)) => Err(no_snapshot(ova, snapshot)),
+                _ => Ok(None),
+            };
         }
         if disks.len() > MAX_DISKS {
             return Err(FormatError::Unsupported(format!("{} disks in one folder; a VM has at most {MAX_DISKS}", disks.len())));
@@ -416,6 +440,10 @@ fn describe(n: usize, source: &str, disk: &dyn Disk) -> VmDisk {
 }
 
 impl Source for Local {
+    fn look(&self, vm_id: &str) -> Result<(Vm, Vec<Opened>), Error> {
+        self.open_at(vm_id, Depth::Structure, &OpenOptions::default())
+    }
+
     fn inventory(&self) -> Result<Vec<Vm>, Error> {
         let root = Path::new("");
         let entries = self.entries(root).map_err(|e| Error {
@@ -426,7 +454,7 @@ impl Source for Local {
         let names: Vec<String> = entries.iter().filter(|(_, is_dir)| !is_dir).map(|(name, _)| name.clone()).collect();
         let extents = self.extents(root, &names);
         let mut vms = Vec::new();
-        for (name, is_dir) in entries.iter().filter(|(name, _)| !name.starts_with('.') && !extents.contains(name)) {
+        for (name, is_dir) in entries.iter().filter(|(name, _)| !name.starts_with('.') && !extents.contains(name) && !is_unfinished(name)) {
             match self.vm(name, *is_dir, Depth::Structure, &OpenOptions::default()) {
                 Ok(Some((vm, _))) => vms.push(vm),
                 Ok(None) => {}

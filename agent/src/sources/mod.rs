@@ -3,6 +3,7 @@
 //! Owns: what every provider is to the worker: an inventory, and the disks of one VM opened for reading.
 //! Never: converts or writes. A crash here costs nothing: a source is only read.
 
+pub mod file;
 pub mod local;
 
 use std::sync::Arc;
@@ -47,6 +48,9 @@ impl Error {
 pub trait Source: Send + Sync {
     /// All VMs. One that cannot be exported is listed with its `problem`.
     fn inventory(&self) -> Result<Vec<Vm>, Error>;
+
+    /// The VM of this id with its disks, as far as an inventory looks: nothing is read through.
+    fn look(&self, vm_id: &str) -> Result<(Vm, Vec<Opened>), Error>;
 
     /// The VM of this id with its disks.
     fn open(&self, vm_id: &str) -> Result<(Vm, Vec<Opened>), Error>;

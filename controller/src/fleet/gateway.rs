@@ -1,15 +1,16 @@
 //! The gRPC server that agents dial.
 //!
 //! Owns: the listener, who may call what: Enroll needs no certificate, Renewal one of a known key (whose time may have run out),
-//! Session a current one. Never: believes a name in a message; who calls is what the certificate says.
+//! Session, Transfer and Pull a current one. Never: believes a name in a message; who calls is what the certificate says.
 //! A crash here costs the connections.
 
 use std::io;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use proto::v1::fleet_server::{Fleet, FleetServer};
-use proto::v1::{AgentMessage, ControllerMessage, EnrollReply, EnrollRequest, RenewalRequest};
+use proto::v1::{AgentMessage, ControllerMessage, EnrollReply, EnrollRequest, Piece, PullRequest, RenewalRequest, TransferReply};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Server;
@@ -17,6 +18,7 @@ use tonic::{Request, Response, Status, Streaming};
 
 use super::registry::Handle;
 use super::session::{OUTGOING, Session};
+use super::transfer::{self, Shelf};
 use super::{ca, enroll, store, tls};
 use crate::jobs::queue;
 use crate::store::entities::agents;
@@ -27,9 +29,15 @@ const KEEPALIVE: Duration = Duration::from_secs(10);
 /// How long sessions may take to end when the gateway stops.
 const STOP: Duration = Duration::from_secs(5);
 
+/// Bytes of a transfer that may be under way and not yet taken.
+const WINDOW: u32 = 2 << 20;
+/// Largest HTTP/2 frame: a piece of a transfer in one.
+const FRAME: u32 = 512 << 10;
+
 struct Service {
     registry: Handle,
     queue: queue::Handle,
+    shelf: Arc<dyn Shelf>,
 }
 
 impl Service {
@@ -46,6 +54,18 @@ impl Service {
             return Err(Status::permission_denied("this agent has joined again with another key"));
         }
         Ok((agent, bearer))
+    }
+
+    /// The agent that calls, where it may do more than renew its certificate.
+    async fn member<T>(&self, request: &Request<T>) -> Result<agents::Model, Status> {
+        let (agent, bearer) = self.caller(request).await?;
+        if !bearer.is_current {
+            return Err(Status::unauthenticated("the certificate has run out; Renewal gives a new one"));
+        }
+        if agent.revoked {
+            return Err(Status::permission_denied("this agent was removed from the fleet; it needs a new join token"));
+        }
+        Ok(agent)
     }
 }
 
@@ -82,6 +102,21 @@ impl Fleet for Service {
         tokio::spawn(session.run(request.into_inner()));
         Ok(Response::new(ReceiverStream::new(messages)))
     }
+
+    async fn transfer(&self, request: Request<Streaming<Piece>>) -> Result<Response<TransferReply>, Status> {
+        let agent = self.member(&request).await?;
+        transfer::take(self.registry.transfers(), &agent.id, request.into_inner()).await.map(Response::new)
+    }
+
+    type PullStream = ReceiverStream<Result<Piece, Status>>;
+
+    async fn pull(&self, request: Request<PullRequest>) -> Result<Response<Self::PullStream>, Status> {
+        let agent = self.member(&request).await?;
+        let wanted = request.into_inner();
+        let shelved = self.shelf.open(&agent.id, &wanted.job, wanted.epoch, &wanted.path).await;
+        let shelved = shelved.map_err(|error| transfer::status(&error))?;
+        Ok(Response::new(ReceiverStream::new(transfer::give(shelved, wanted.offset, &wanted.version))))
+    }
 }
 
 /// A running gateway.
@@ -100,6 +135,7 @@ impl Gateway {
         names: &[String],
         registry: Handle,
         queue: queue::Handle,
+        shelf: Arc<dyn Shelf>,
         runtime: &tokio::runtime::Handle,
     ) -> Result<Self, Error> {
         let config = tls::server_config(registry.authority(), names)?;
@@ -109,11 +145,14 @@ impl Gateway {
         let listener = tokio::net::TcpListener::from_std(listener)?;
         let (accepted, connections) = mpsc::channel(64);
         let (stop, mut stopped) = watch::channel(false);
-        let service = FleetServer::new(Service { registry: registry.clone(), queue }).max_decoding_message_size(MESSAGE);
+        let service = FleetServer::new(Service { registry: registry.clone(), queue, shelf }).max_decoding_message_size(MESSAGE);
         let server = Server::builder()
             .http2_keepalive_interval(Some(KEEPALIVE))
             .http2_keepalive_timeout(Some(KEEPALIVE))
             .max_concurrent_streams(16)
+            .initial_stream_window_size(WINDOW)
+            .initial_connection_window_size(2 * WINDOW)
+            .max_frame_size(FRAME)
             .add_service(service)
             .serve_with_incoming_shutdown(ReceiverStream::new(connections), async move {
                 // A sender that is gone means the same.

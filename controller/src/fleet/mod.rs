@@ -3,6 +3,7 @@
 //! ```text
 //! agent ══TLS 1.3══► gateway (tonic) ─► link (one actor per agent) ─► jobs::queue, vms
 //!                        │ Enroll, Renewal: enroll ▸ ca                registry ─► every link
+//!                        │ Transfer, Pull: transfer ◄─► files, uploads
 //! ```
 //! Owns: certificates, join tokens, sessions, the rows of `agents` and `join_tokens`.
 //! Never: dials out, takes a message from an agent that is not who its certificate says, waits for an agent that does not read.
@@ -17,6 +18,7 @@ pub mod routes;
 pub mod session;
 pub mod store;
 pub mod tls;
+pub mod transfer;
 
 #[cfg(test)]
 mod tests;

@@ -21,6 +21,7 @@ use super::ca::{self, Authority};
 use super::enroll::{self, Token};
 use super::link::{Ask, Link, Snapshot};
 use super::store::{self, RootRow};
+use super::transfer;
 use crate::http::reply::Error;
 use crate::jobs::core::Outbox;
 use crate::live::{self, Frame};
@@ -66,6 +67,7 @@ struct Inner {
     names: RwLock<HashMap<String, String>>,
     since: Instant,
     sessions: AtomicU64,
+    transfers: transfer::Table,
 }
 
 /// The registry, for any thread.
@@ -88,6 +90,7 @@ impl Handle {
             names: RwLock::new(names),
             since: Instant::now(),
             sessions: AtomicU64::new(0),
+            transfers: transfer::Table::default(),
         })))
     }
 
@@ -99,6 +102,11 @@ impl Handle {
     /// The store that the fleet is kept in.
     pub(super) fn store(&self) -> &Store {
         &self.0.store
+    }
+
+    /// The transfers that are waited for.
+    pub(super) fn transfers(&self) -> &transfer::Table {
+        &self.0.transfers
     }
 
     /// Makes a join token; see [`enroll::join_token`].

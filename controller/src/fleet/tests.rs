@@ -24,13 +24,18 @@ use crate::live;
 use crate::store::Store;
 use crate::store::sealing::Sealer;
 use crate::system::metrics::Metrics;
+use crate::uploads::shelf::Shelf;
 use shared::options::{Format, JobType, Options};
+
+mod transfer;
 
 struct Bench {
     store: Store,
     registry: Handle,
     queue: queue::Handle,
     gateway: Gateway,
+    /// The root `uploads`.
+    uploads: std::path::PathBuf,
 }
 
 impl Bench {
@@ -43,8 +48,12 @@ impl Bench {
         let queue = queue::Handle::start(store.clone(), std::sync::Arc::new(registry.clone()), live, metrics).await.unwrap();
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let names = ["localhost".to_owned(), "127.0.0.1".to_owned()];
-        let gateway = Gateway::start(listener, &names, registry.clone(), queue.clone(), &runtime()).unwrap();
-        Self { store, registry, queue, gateway }
+        let uploads = folder.join("uploads");
+        let mut vault = shared::vault::Vault::default();
+        vault.add(shared::vault::Root::open("uploads", &uploads, true).unwrap());
+        let shelf = std::sync::Arc::new(Shelf { store: store.clone(), vault: std::sync::Arc::new(vault) });
+        let gateway = Gateway::start(listener, &names, registry.clone(), queue.clone(), shelf, &runtime()).unwrap();
+        Self { store, registry, queue, gateway, uploads }
     }
 
     async fn token(&self, name: Option<&str>, ttl: Duration) -> Content {
@@ -100,6 +109,24 @@ fn hello(held: Vec<proto::v1::Held>) -> AgentMessage {
         parked: vec![],
     };
     AgentMessage { kind: Some(FromAgent::Hello(hello)) }
+}
+
+fn new_job(owner: &str) -> NewJob {
+    NewJob {
+        kind: JobType::Export,
+        provider: "vms".into(),
+        provider_kind: "local".into(),
+        provider_path: "/srv/vms".into(),
+        owner: owner.to_owned(),
+        vm_id: "web.raw".into(),
+        vm_name: "web".into(),
+        source: String::new(),
+        capacity: 100,
+        format: Format::Raw,
+        options: Options::default(),
+        created_by: "tester".into(),
+        notes: vec![],
+    }
 }
 
 struct Talk {
@@ -227,22 +254,7 @@ async fn a_job_goes_to_the_agent_over_the_wire_and_is_adopted_by_a_new_session()
     let mut client = bench.dial(Some((&reply.certificate_pem, &key))).await;
     let mut talk = Talk::open(&mut client, hello(vec![])).await.unwrap();
     assert!(matches!(talk.hear().await.unwrap(), Kind::Welcome(_)));
-    let new = NewJob {
-        kind: JobType::Export,
-        provider: "vms".into(),
-        provider_kind: "local".into(),
-        provider_path: "/srv/vms".into(),
-        owner: reply.agent_id.clone(),
-        vm_id: "web.raw".into(),
-        vm_name: "web".into(),
-        source: String::new(),
-        capacity: 100,
-        format: Format::Raw,
-        options: Options::default(),
-        created_by: "tester".into(),
-        notes: vec![],
-    };
-    let job = bench.queue.submit(new, None).await.unwrap();
+    let job = bench.queue.submit(new_job(&reply.agent_id), None).await.unwrap();
     let Kind::Assign(assign) = talk.hear().await.unwrap() else { panic!("no assignment came") };
     assert_eq!((assign.job.as_str(), assign.epoch, assign.vm_id.as_str()), (job.id.as_str(), 1, "web.raw"));
     let held = vec![proto::v1::Held { job: job.id.clone(), epoch: 1 }];

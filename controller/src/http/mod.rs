@@ -54,7 +54,12 @@ fn table(at: &mut dyn FnMut(&str, Vec<Operation>)) {
     at("/users/{name}", vec![patch(access::routes::user_update), delete(access::routes::user_delete)]);
 
     at("/jobs", vec![get(jobs::routes::list), post(jobs::routes::create)]);
-    at("/jobs/batch", vec![post(not_built)]);
+    at("/jobs/batch", vec![post(jobs::routes::batch)]);
+    at("/jobs/submit", vec![post(jobs::legacy::submit)]);
+    at("/jobs/query", vec![post(jobs::legacy::query)]);
+    at("/jobs/cancel", vec![post(jobs::legacy::cancel)]);
+    at("/jobs/progress/{id}", vec![get(jobs::legacy::progress)]);
+    at("/status", vec![get(jobs::legacy::status)]);
     at("/jobs/stats", vec![get(jobs::routes::stats)]);
     at("/jobs/{id}", vec![get(jobs::routes::get), delete(jobs::routes::cancel)]);
     at("/jobs/{id}/logs", vec![get(jobs::routes::logs)]);

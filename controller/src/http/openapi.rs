@@ -3,7 +3,7 @@
 //! Owns: the list of documented operations and what all of them share. Never: describes what is not built.
 
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
-use utoipa::openapi::{ContentBuilder, PathItem, Ref, RefOr, ResponseBuilder, path::Operation};
+use utoipa::openapi::{ContentBuilder, Deprecated, PathItem, Ref, RefOr, ResponseBuilder, path::Operation};
 use utoipa::{Modify, OpenApi};
 
 use super::reply::ErrorBody;
@@ -22,7 +22,8 @@ use crate::{access, fleet, jobs, live, providers, schedules, system, vms};
         access::routes::user_list, access::routes::user_create, access::routes::user_update, access::routes::user_delete,
         access::api_tokens::routes::list, access::api_tokens::routes::create, access::api_tokens::routes::revoke,
         jobs::routes::create, jobs::routes::list, jobs::routes::get, jobs::routes::cancel, jobs::routes::logs,
-        jobs::routes::retry, jobs::routes::pause, jobs::routes::resume, jobs::routes::stats,
+        jobs::routes::retry, jobs::routes::pause, jobs::routes::resume, jobs::routes::stats, jobs::routes::batch,
+        jobs::legacy::submit, jobs::legacy::query, jobs::legacy::cancel, jobs::legacy::progress, jobs::legacy::status,
         vms::routes::list, vms::routes::browse, vms::routes::get,
         providers::routes::list, providers::routes::connect, providers::routes::capabilities, providers::routes::get,
         providers::routes::remove, providers::routes::test, providers::routes::refresh,
@@ -48,6 +49,9 @@ impl Modify for Common {
         }
         for item in document.paths.paths.values_mut() {
             for operation in operations(item) {
+                if operation.tags.as_ref().is_some_and(|tags| tags.iter().any(|tag| tag == "Legacy")) {
+                    operation.deprecated = Some(Deprecated::True);
+                }
                 add(operation, "429", "too many requests; see Retry-After");
                 add(operation, "500", "our defect; the log has the cause under the request_id");
                 add(operation, "503", "the database is away; see Retry-After");

@@ -97,6 +97,17 @@ impl Error {
         self
     }
 
+    /// As it stands in an answer.
+    pub fn body(&self) -> ErrorBody {
+        ErrorBody {
+            error: self.message.clone(),
+            status: self.code.status(),
+            code: self.code.word().to_owned(),
+            request_id: request_id(),
+            detail: self.detail.clone(),
+        }
+    }
+
     /// Its code.
     pub fn code(&self) -> Code {
         self.code
@@ -135,13 +146,7 @@ impl ResponseError for Error {
         if self.status_code() == StatusCode::UNAUTHORIZED {
             response.insert_header((header::WWW_AUTHENTICATE, "Bearer"));
         }
-        response.json(ErrorBody {
-            error: self.message.clone(),
-            status: self.code.status(),
-            code: self.code.word().to_owned(),
-            request_id: request_id(),
-            detail: self.detail.clone(),
-        })
+        response.json(self.body())
     }
 }
 

@@ -18,6 +18,7 @@ use shared::ids::JobId;
 use shared::job::{Effect, Event, Hold, Refusal, State, Status, invariant, step};
 use tokio::sync::watch;
 
+use super::batches::{Batches, Picked};
 use super::board::Board;
 use super::intake::Draft;
 use super::logbook::{Logbook, Seen};
@@ -137,6 +138,7 @@ pub struct Core {
     pub(super) resting: HashMap<String, Instant>,
     pub(super) dispatch_due: bool,
     pub(super) draining: bool,
+    pub(super) batches: Batches,
     per_agent: usize,
 }
 
@@ -154,6 +156,7 @@ impl Core {
             resting: HashMap::new(),
             dispatch_due: false,
             draining: false,
+            batches: Batches::default(),
             per_agent,
             ports,
         };
@@ -175,8 +178,8 @@ impl Core {
         }
         let notes = new.notes.clone();
         let mut job = Job::new(JobId::generate().to_string(), new);
-        let rate = self.rates.get(&job.owner).and_then(|rates| rates.get(job.format.word())).copied().unwrap_or_default();
-        job.estimate = match (rate.seconds(job.capacity), job.options.bandwidth_limit) {
+        let rate = self.rates.get(&job.owner).and_then(|rates| rates.get(job.rate_word())).copied().unwrap_or_default();
+        job.estimate = match (rate.seconds(job.capacity).filter(|_| job.capacity > 0), job.options.bandwidth_limit) {
             (Some(seconds), Some(limit)) => Some(seconds.max(job.capacity / limit.max(1))),
             (seconds, _) => seconds,
         };
@@ -367,11 +370,12 @@ impl Core {
 
     fn pick(&self) -> Vec<Change> {
         let mut changes = Vec::new();
+        let mut picked = Picked::default();
         for (id, agent) in self.agents.iter().filter(|(_, agent)| agent.is_here()) {
             let room = self.per_agent.saturating_sub(agent.running.len());
             let rested = agent.ready.iter().filter(|(_, _, job)| !self.resting.contains_key(job));
-            for (_, _, job) in rested.take(room) {
-                let Some(live) = self.jobs.get(job) else { continue };
+            let live = rested.filter_map(|(_, _, job)| self.jobs.get(job));
+            for live in live.filter(|live| self.batches.admits(&live.job, &mut picked)).take(room) {
                 let Ok(mut change) = self.plan(&live.job, &Event::Assign { agent: id.clone() }) else { continue };
                 let name = self.ports.outbox.name(id);
                 change.line = Some(("info", format!("attempt {} begins at agent {name}", change.after.state.attempt)));
@@ -387,6 +391,7 @@ impl Core {
 
     /// Puts a job where its state belongs: memory and indexes while it is live, nowhere after.
     pub(super) fn remember(&mut self, job: Job) {
+        self.batches.note(&job);
         let key = (Reverse(job.priority), job.created_at, job.id.clone());
         self.agents.entry(job.owner.clone()).or_default().ready.remove(&key);
         if let Some(before) = self.jobs.get(&job.id).and_then(|live| live.job.state.agent.clone())

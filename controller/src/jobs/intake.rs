@@ -66,12 +66,12 @@ impl Core {
     pub async fn submit(&mut self, new: NewJob, key: Option<Idempotency>) -> Result<Job, Error> {
         let intake = Intake::default();
         let (_, answer) = intake.push(new, key);
-        self.submit_all(intake.take()).await;
+        self.take_in(intake.take()).await;
         answer.await.map_err(|_| Error::Gone)?
     }
 
     /// Takes new jobs, in one transaction; each requester is answered when it is committed.
-    pub async fn submit_all(&mut self, waiting: Vec<Waiting>) {
+    pub async fn take_in(&mut self, waiting: Vec<Waiting>) {
         let mut entries = Vec::with_capacity(waiting.len());
         for Waiting { new, key, tell } in waiting {
             match self.draft(new, key) {
@@ -96,10 +96,9 @@ impl Core {
         self.dispatch().await;
     }
 
-    fn with_lines(&mut self, draft: Draft) -> store::NewRow {
+    pub(super) fn with_lines(&mut self, draft: Draft) -> store::NewRow {
         let Draft { job, notes, answer } = draft;
-        let what = if job.vm_name.is_empty() { &job.source } else { &job.vm_name };
-        let queued = ("info", format!("{} of {what} into {} is queued", job.kind, job.format));
+        let queued = ("info", format!("{} of {} into {} is queued", job.kind, job.subject(), job.format));
         let lines = std::iter::once(queued).chain(notes.into_iter().map(|note| ("warn", note)));
         let lines = self.logs.begin(&job.id, job.state.public_stage(), lines);
         store::NewRow { job, answer, lines }
@@ -107,16 +106,23 @@ impl Core {
 
     /// A job is stored, or is not: memory, watchers and the requester learn it.
     fn admit(&mut self, row: store::NewRow, tell: oneshot::Sender<Result<Job, Error>>, stored: Result<(), StoreError>) {
+        // Who asked may have gone; the job stands all the same.
+        let _ = match stored {
+            Ok(()) => tell.send(Ok(self.enter(row))),
+            Err(error) => {
+                self.logs.forget(&row.job.id);
+                tell.send(Err(error.into()))
+            }
+        };
+    }
+
+    /// A job is stored: memory and watchers learn it.
+    pub(super) fn enter(&mut self, row: store::NewRow) -> Job {
         let store::NewRow { job, lines, .. } = row;
-        if let Err(error) = stored {
-            self.logs.forget(&job.id);
-            let _ = tell.send(Err(error.into()));
-            return;
-        }
         self.board.count(None, Some(job.state.status));
         lines.iter().for_each(|line: &job_logs::Model| self.tell_line(line));
         self.tell("job.created", &job);
         self.remember(job.clone());
-        let _ = tell.send(Ok(job));
+        job
     }
 }

@@ -8,18 +8,24 @@
 //! Owns: the rows of `jobs` and `job_logs`, the queue. Never: moves bytes, trusts an agent's message of another assignment.
 //! A crash here costs at most five seconds of progress counters.
 
+pub mod batch;
+pub mod batches;
 pub mod board;
 pub mod core;
 pub mod intake;
 pub mod leases;
+pub mod legacy;
 pub mod lists;
 pub mod logbook;
 pub mod logs;
+pub mod places;
+pub mod plan;
 pub mod queue;
 pub mod record;
 pub mod reports;
 pub mod routes;
 pub mod service;
+pub mod sources;
 pub mod store;
 pub mod view;
 

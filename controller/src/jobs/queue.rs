@@ -16,12 +16,13 @@ use actix::{Actor, ActorFutureExt, Addr, AsyncContext, AtomicResponse, Context, 
 use shared::job::Event;
 use tokio::sync::watch;
 
+use super::batches::Answer;
 use super::board::{Board, Observation};
 use super::core::{Core, Error, News, Outbox, PER_AGENT, Ports};
 use super::intake::Intake;
 use super::leases::{Arrival, Keep};
 use super::logbook::Seen;
-use super::record::{Job, NewJob};
+use super::record::{Batch, Job, NewJob};
 use super::reports::Report;
 use crate::http::idempotency::Idempotency;
 use crate::live::{self, Frame};
@@ -147,7 +148,7 @@ impl Handle {
             let intake = self.intake.clone();
             // Those who come until the queue gets there go along: one transaction for all. This call must not wait: who hangs up here
             // would leave the others behind.
-            let take: Work<()> = work!(|core| core.submit_all(intake.take()).await);
+            let take: Work<()> = work!(|core| core.take_in(intake.take()).await);
             match self.addr.try_send(Do(take)) {
                 Ok(()) => {}
                 Err(SendError::Full(take)) => self.addr.do_send(take),
@@ -155,6 +156,11 @@ impl Handle {
             }
         }
         answer.await.map_err(|_| Error::Gone)?
+    }
+
+    /// Takes jobs that were made together, all or none; see [`Handle::submit`].
+    pub async fn submit_all(&self, new: Vec<NewJob>, batch: Option<Batch>, answer: Option<Answer>) -> Result<Vec<Job>, Error> {
+        self.ask(work!(|core| core.submit_all(new, batch, answer).await)).await?
     }
 
     /// Cancels.

@@ -72,6 +72,15 @@ impl Speed {
     }
 }
 
+/// Jobs that were made together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    /// `batch-…`.
+    pub id: String,
+    /// How many of them may run at once; absent: any number.
+    pub limit: Option<u32>,
+}
+
 /// One job.
 #[derive(Clone, Debug)]
 pub struct Job {
@@ -115,6 +124,8 @@ pub struct Job {
     pub error_code: Option<String>,
     /// What came of it.
     pub result: Option<serde_json::Value>,
+    /// The batch that it was made in.
+    pub batch: Option<Batch>,
     /// Who made it.
     pub created_by: String,
     /// Milliseconds since 1970.
@@ -127,6 +138,11 @@ pub struct Job {
     pub finished_at: Option<i64>,
     /// Speed of the running attempt; not stored.
     pub speed: Speed,
+}
+
+/// The word under which the speed of such a job is kept.
+pub fn rate_word(kind: JobType, format: Format) -> &'static str {
+    if kind == JobType::Verify { kind.word() } else { format.word() }
 }
 
 /// A stored number as a count; what is negative was never written by us.
@@ -169,6 +185,7 @@ impl Job {
             error: None,
             error_code: None,
             result: None,
+            batch: None,
             created_by: new.created_by,
             created_at: now,
             updated_at: now,
@@ -188,6 +205,16 @@ impl Job {
         crate::store::fold(&format!("{}\n{}", self.vm_name, self.id))
     }
 
+    /// What it works on, as people call it: the VM, or the path of the source.
+    pub fn subject(&self) -> &str {
+        if self.source.is_empty() { &self.vm_name } else { &self.source }
+    }
+
+    /// The word under which its speed is kept: the format, and all checks as one.
+    pub fn rate_word(&self) -> &'static str {
+        rate_word(self.kind, self.format)
+    }
+
     /// Takes newer counters of the running attempt.
     pub fn note_progress(&mut self, counters: Progress, now: Instant) {
         self.counters = counters;
@@ -198,7 +225,7 @@ impl Job {
     /// Whole percent by the counters alone. Before the source was opened nothing is known, so nothing is claimed.
     fn percent(&self) -> u8 {
         let unknown = self.counters.data == 0 && self.state.stage == Stage::Preparing;
-        if unknown { 0 } else { self.counters.percent(self.options.verifies()) }
+        if unknown { 0 } else { self.counters.percent(self.options.verifies() || self.kind == JobType::Verify) }
     }
 
     /// Reads a row; `None` where a word or JSON in it is none of ours.
@@ -244,6 +271,7 @@ impl Job {
             error: row.error,
             error_code: row.error_code,
             result,
+            batch: row.batch.map(|id| Batch { id, limit: row.batch_limit.and_then(|limit| u32::try_from(limit).ok()) }),
             created_by: row.created_by,
             created_at: row.created_at,
             updated_at: row.updated_at,
@@ -262,7 +290,7 @@ impl Job {
             epoch: self.state.epoch,
             attempt: self.state.attempt,
             r#type: self.kind.word().to_owned(),
-            connection: Some(Connection {
+            connection: self.source.is_empty().then(|| Connection {
                 name: self.provider.clone(),
                 kind: self.provider_kind.clone(),
                 path: self.provider_path.clone(),
@@ -291,6 +319,8 @@ impl Job {
             format: Set(self.format.word().to_owned()),
             options: Set(serde_json::to_string(&self.options).unwrap_or_else(|_| "{}".to_owned())),
             priority: Set(i64::from(self.priority)),
+            batch: Set(self.batch.as_ref().map(|batch| batch.id.clone())),
+            batch_limit: Set(self.batch.as_ref().and_then(|batch| batch.limit).map(i64::from)),
             created_by: Set(self.created_by.clone()),
             created_at: Set(self.created_at),
             ..self.to_changes()

@@ -218,12 +218,13 @@ impl Core {
             || job.counters.resumed > 0
             || job.options.bandwidth_limit.is_some()
             || job.counters.data == 0
+            || job.capacity == 0
         {
             return;
         }
         let seconds = assigned.elapsed().as_secs_f64();
         let rates = self.rates.entry(agent.to_owned()).or_default();
-        rates.entry(job.format.word().to_owned()).or_default().note(job.capacity, job.counters.data, seconds);
+        rates.entry(job.rate_word().to_owned()).or_default().note(job.capacity, job.counters.data, seconds);
         if let Err(error) = store::save_rates(&self.ports.store, agent, rates).await {
             tracing::warn!(%error, agent, "measured rates could not be stored");
         }

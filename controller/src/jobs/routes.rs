@@ -10,13 +10,15 @@ use shared::job::Status;
 use shared::options::JobType;
 use utoipa::ToSchema;
 
-use super::core;
+use super::batch::{self, Batch};
 use super::lists;
 use super::logs::{self, Form};
-use super::record::Job;
+use super::plan::{self, Plan};
+use super::record::{self, Job, NewJob};
 use super::service::{self, Create};
 use super::store::{self, Filter, SortBy};
 use super::view::View;
+use super::{batches, core};
 use crate::app::App;
 use crate::http::body::Json;
 use crate::http::guard::{Operator, Viewer};
@@ -31,17 +33,17 @@ use crate::system::audit;
 const STATUSES: &[&str] = &["queued", "running", "completed", "failed", "cancelled"];
 const SORTS: &[&str] = &["created_at", "updated_at", "vm_name", "status", "priority"];
 
-fn view(app: &App, job: &Job) -> View {
+pub(super) fn view(app: &App, job: &Job) -> View {
     View::of(job, |agent| app.fleet.name(agent))
 }
 
 /// What is no id is no job.
-fn id_of(text: &str) -> Result<String, Error> {
+pub(super) fn id_of(text: &str) -> Result<String, Error> {
     let missing = || Error::not_found(format!("no job `{}`; GET /jobs lists them", text.chars().take(60).collect::<String>()));
     text.parse::<JobId>().map(String::from).map_err(|_| missing())
 }
 
-async fn job_of(app: &App, id: &str) -> Result<Job, Error> {
+pub(super) async fn job_of(app: &App, id: &str) -> Result<Job, Error> {
     let id = id_of(id)?;
     match store::load(&app.store, &id).await? {
         Some(job) => Ok(app.queue.board().freshen(job)),
@@ -50,29 +52,42 @@ async fn job_of(app: &App, id: &str) -> Result<Job, Error> {
 }
 
 /// Makes a job. It is in the store when this answers.
+///
+/// `export` reads a VM of a connection. `convert`, `import` and `verify` read the file `source` at the agent that has its root; the file is
+/// opened before the job is made, so one that is missing, refused or outside the roots is refused here. `convert` writes into a folder of its own
+/// in the destination, as an export does. `import` writes into the agent's root `images`, as a folder that bears the VM's name, which is then a
+/// VM of the connection `images` and can be exported, compared and deployed from there. `verify` writes nothing: where a manifest lies beside the
+/// file every block, size and SHA-256 is compared with it and its signature checked; else the structure is checked, every block read, and
+/// `result.verified` is false. A bad block fails the job with `verification_failed` and is named.
 #[utoipa::path(post, path = "/jobs", tag = "Jobs", security(("token" = [])), request_body = Create,
     params(("Idempotency-Key" = Option<String>, Header, description = "the same key and body give the first answer again")),
     responses(
+        (status = 200, description = "`options.dry_run`: what it would do; nothing was made", body = Plan),
         (status = 201, description = "the job, queued", body = View, headers(("Location" = String, description = "where it is"))),
         (status = 400, description = "the body cannot be read, a field is wrong or an unknown word; the known ones are listed", body = ErrorBody),
         (status = 401, description = "no valid token", body = ErrorBody),
         (status = 403, description = "not an operator, or the destination lies outside the roots", body = ErrorBody),
-        (status = 404, description = "no such VM", body = ErrorBody),
-        (status = 409, description = "several VMs bear the name, or the Idempotency-Key came with another body", body = ErrorBody),
+        (status = 404, description = "no such VM or file", body = ErrorBody),
+        (status = 409, description = "several VMs bear the name, several agents have the source's root, the catalogue has the name already, or the Idempotency-Key came with another body", body = ErrorBody),
         (status = 413, description = "the body is too large", body = ErrorBody),
         (status = 415, description = "no JSON", body = ErrorBody),
         (status = 422, description = "not built yet, or the image is refused", body = ErrorBody),
         (status = 429, description = "too many requests", body = ErrorBody),
-        (status = 503, description = "the database is away or the controller drains", body = ErrorBody),
+        (status = 502, description = "the agent did not answer, or could not read the source", body = ErrorBody),
+        (status = 503, description = "the database is away or the controller drains; for a dry run also: the agent is away", body = ErrorBody),
     ))]
-pub async fn create(caller: Operator, request: HttpRequest, app: web::Data<App>, body: Json<Create>) -> Result<HttpResponse, Error> {
+pub async fn create(caller: Operator, request: HttpRequest, app: web::Data<App>, mut body: Json<Create>) -> Result<HttpResponse, Error> {
     let key = Idempotency::of(&request, &caller, &body.digest)?;
     if let Some(key) = &key
         && let Some(first) = key.replay(&app.store).await?
     {
         return Ok(first);
     }
+    let dry_run = body.value.options.as_mut().and_then(|options| options.dry_run.take()) == Some(true);
     let new = service::check(&app, &caller.name, body.value).await?;
+    if dry_run {
+        return Ok(HttpResponse::Ok().json(plan::of(&app, new).await?));
+    }
     let job = match app.queue.submit(new, key.clone()).await {
         Ok(job) => job,
         // A twin request with the same key was quicker: its answer is the answer.
@@ -83,6 +98,71 @@ pub async fn create(caller: Operator, request: HttpRequest, app: web::Data<App>,
         Err(error) => return Err(error.into()),
     };
     Ok(HttpResponse::Created().insert_header((header::LOCATION, format!("/api/v1/jobs/{}", job.id))).json(view(&app, &job)))
+}
+
+/// Makes many jobs, at most 500, of which at most `concurrency` run at once.
+///
+/// Those that pass their checks are made together, or none of them; the others have their error in their place.
+#[utoipa::path(post, path = "/jobs/batch", tag = "Jobs", security(("token" = [])), request_body = Batch,
+    params(("Idempotency-Key" = Option<String>, Header, description = "the same key and body give the first answer again")),
+    responses(
+        (status = 201, description = "every one was made", body = batch::Answer),
+        (status = 207, description = "some or all were not; `results` says which and why", body = batch::Answer),
+        (status = 400, description = "the body cannot be read, is empty or has more than 500 jobs", body = ErrorBody),
+        (status = 401, description = "no valid token", body = ErrorBody),
+        (status = 403, description = "not an operator", body = ErrorBody),
+        (status = 409, description = "the Idempotency-Key came with another body", body = ErrorBody),
+        (status = 413, description = "the body is too large", body = ErrorBody),
+        (status = 415, description = "no JSON", body = ErrorBody),
+        (status = 429, description = "too many requests", body = ErrorBody),
+        (status = 503, description = "the database is away or the controller drains", body = ErrorBody),
+    ))]
+pub async fn batch(caller: Operator, request: HttpRequest, app: web::Data<App>, body: Json<Batch>) -> Result<HttpResponse, Error> {
+    let key = Idempotency::of(&request, &caller, &body.digest)?;
+    if let Some(key) = &key
+        && let Some(first) = key.replay(&app.store).await?
+    {
+        return Ok(first);
+    }
+    let (checked, new) = batch::check(&app, &caller.name, body.value).await?;
+    let made = record::Batch { id: checked.id.clone(), limit: checked.limit };
+    make_all(&app, new, Some(made), key, |views| {
+        let answer = checked.answer(views);
+        (answer.status(), serde_json::to_value(answer))
+    })
+    .await
+}
+
+/// Makes jobs together; `compose` makes status and body of the answer from what is shown of them.
+pub(super) async fn make_all(
+    app: &App,
+    new: Vec<NewJob>,
+    batch: Option<record::Batch>,
+    key: Option<Idempotency>,
+    compose: impl FnOnce(Vec<View>) -> (u16, serde_json::Result<serde_json::Value>) + Send + 'static,
+) -> Result<HttpResponse, Error> {
+    // The answer is composed where the jobs get their ids, so that it is stored with them.
+    let (tell, told) = tokio::sync::oneshot::channel();
+    let again = key.clone();
+    let answer: batches::Answer = Box::new(move |views| {
+        let (status, body) = compose(views.to_vec());
+        let body = body.map_err(|e| StoreError::Other(e.to_string()))?;
+        let row = key.map(|key| key.row(status, "", body.to_string()));
+        // Who asked may be gone; the jobs are made all the same.
+        let _ = tell.send((status, body));
+        Ok(row)
+    });
+    match app.queue.submit_all(new, batch, Some(answer)).await {
+        Ok(_) => {}
+        Err(core::Error::Store(StoreError::Conflict(cause))) => match &again {
+            Some(key) => return key.replay(&app.store).await?.ok_or_else(|| Error::internal(cause)),
+            None => return Err(Error::internal(cause)),
+        },
+        Err(error) => return Err(error.into()),
+    }
+    let (status, body) = told.await.map_err(Error::internal)?;
+    let status = actix_web::http::StatusCode::from_u16(status).map_err(Error::internal)?;
+    Ok(HttpResponse::build(status).json(body))
 }
 
 /// Jobs, newest first.

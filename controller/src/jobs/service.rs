@@ -3,25 +3,19 @@
 //! Owns: the body of `POST /jobs` and every reason to refuse it. Never: makes a job (the queue does), touches an agent's disk.
 //! A crash here costs one answer.
 
-use std::path::PathBuf;
-
 use serde::Deserialize;
 use shared::error::Code;
 use shared::options::{Algorithm, Format, JobType, Options};
 use utoipa::ToSchema;
 
-use super::core;
 use super::record::NewJob;
+use super::{core, places, sources};
 use crate::app::App;
-use crate::fleet::store::RootRow;
 use crate::http::reply::Error;
-use crate::store::entities::connections;
 use crate::{providers, vms};
 
-/// Root that outputs go to where no destination is named.
-const EXPORTS: &str = "exports";
 /// Longest path or name.
-const MOST: usize = 4096;
+pub(super) const MOST: usize = 4096;
 
 /// What a job shall do.
 #[derive(Clone, Debug, Default, Deserialize, ToSchema)]
@@ -31,19 +25,24 @@ const MOST: usize = 4096;
     "options": {"compress": true, "include_snapshots": false, "destination": "exports/"}
 }))]
 pub struct Create {
-    /// `export`; `convert`, `import`, `migrate`, `verify` and `backup` are not built yet.
+    /// `export` (VM → files); `convert` (file → file), `import` (file → a VM of the connection `images`) and `verify` (read an artifact again)
+    /// name a `source`; `migrate` and `backup` are not built yet.
     #[serde(rename = "type")]
     #[schema(example = "export")]
     pub kind: Option<String>,
-    /// A connection's name, or its kind where just one of that kind is connected.
+    /// Of an export: a connection's name, or its kind where just one of that kind is connected.
     #[schema(example = "local")]
     pub provider: Option<String>,
-    /// Name, inventory path or id.
+    /// Name, inventory path or id; of an import the name that the VM gets (default: the one that the source has).
     #[schema(example = "web-server-01")]
     pub vm_name: Option<String>,
-    /// Path of the source for types that name no VM.
+    /// The file that `convert`, `import` and `verify` read: `ROOT/…` or absolute, inside a root of an agent; of a package the `.ova` or the
+    /// `.ovf`. The format is the one that its name declares. `verify` takes a manifest as well.
+    #[schema(example = "exports/job-5f0c2a9be1d34c77/web-server-01.qcow2")]
     pub source: Option<String>,
-    /// `ova`, `ovf`, `vmdk`, `qcow2`, `raw`, `vhdx`, `vhd` or `vdi`.
+    /// Id or name of the agent whose file `source` is, where several have such a root.
+    pub agent: Option<String>,
+    /// `ova`, `ovf`, `vmdk`, `qcow2`, `raw`, `vhdx`, `vhd` or `vdi`; `verify` needs none.
     #[schema(example = "qcow2")]
     pub format: Option<String>,
     /// How.
@@ -66,7 +65,8 @@ pub struct Wishes {
     pub narrow_window: Option<bool>,
     /// Bring the snapshots along, each as a disk of its own; not with ova and ovf.
     pub include_snapshots: Option<bool>,
-    /// Folder inside a root of the agent, `ROOT/…` or absolute; default: the root `exports`.
+    /// Folder inside a root of the agent, `ROOT/…` or absolute; default: the root `exports`. An import goes into the root `images`. `s3://…` is
+    /// not built yet.
     #[schema(example = "exports/night")]
     pub destination: Option<String>,
     /// Read the output back and compare; default true.
@@ -86,7 +86,7 @@ pub struct Wishes {
     /// Not built yet.
     #[schema(value_type = Option<Object>)]
     pub target: Option<serde_json::Value>,
-    /// Not built yet where true.
+    /// Answers 200 with the plan and makes nothing.
     pub dry_run: Option<bool>,
 }
 
@@ -104,7 +104,14 @@ impl From<core::Error> for Error {
 
 /// Checks a request and makes of it what the queue takes.
 pub async fn check(app: &App, caller: &str, wanted: Create) -> Result<NewJob, Error> {
-    let kind = job_type(wanted.kind.as_deref())?;
+    match job_type(wanted.kind.as_deref())? {
+        JobType::Export => export(app, caller, wanted).await,
+        kind @ (JobType::Convert | JobType::Import | JobType::Verify) => sources::check(app, caller, kind, wanted).await,
+        other => Err(Error::not_built(format!("job type `{other}`"))),
+    }
+}
+
+async fn export(app: &App, caller: &str, wanted: Create) -> Result<NewJob, Error> {
     if wanted.source.is_some() {
         return Err(Error::bad_request("`source` is for convert, import and verify; an export names `provider` and `vm_name`"));
     }
@@ -131,9 +138,9 @@ pub async fn check(app: &App, caller: &str, wanted: Create) -> Result<NewJob, Er
     if options.include_snapshots == Some(true) && found.vm.snapshots == 0 {
         notes.push(format!("include_snapshots adds nothing: {} has no snapshots", found.vm.name));
     }
-    check_agent(app, &connection, format, options.destination.as_deref()).await?;
+    places::check_agent(app, &connection, wanted.agent.as_deref(), format, options.destination.as_deref()).await?;
     Ok(NewJob {
-        kind,
+        kind: JobType::Export,
         capacity: found.vm.disks.iter().fold(0u64, |sum, disk| sum.saturating_add(disk.capacity)),
         provider: connection.name,
         provider_kind: connection.kind,
@@ -149,7 +156,7 @@ pub async fn check(app: &App, caller: &str, wanted: Create) -> Result<NewJob, Er
     })
 }
 
-fn required(name: &str, value: Option<String>, what: &str) -> Result<String, Error> {
+pub(super) fn required(name: &str, value: Option<String>, what: &str) -> Result<String, Error> {
     match value.filter(|value| !value.trim().is_empty()) {
         Some(value) if value.len() <= MOST => Ok(value),
         Some(_) => Err(Error::bad_request(format!("`{name}` is longer than {MOST} bytes"))),
@@ -161,13 +168,12 @@ fn job_type(word: Option<&str>) -> Result<JobType, Error> {
     let known = || JobType::ALL.join(", ");
     let word = word.ok_or_else(|| Error::bad_request(format!("`type` is missing; known: {}", known())))?;
     match JobType::from_word(word) {
-        Some(JobType::Export) => Ok(JobType::Export),
-        Some(other) => Err(Error::not_built(format!("job type `{other}`"))),
+        Some(kind) => Ok(kind),
         None => Err(Error::bad_request(format!("type `{}` is unknown; known: {}", clip(word), known()))),
     }
 }
 
-fn output_format(word: Option<&str>) -> Result<Format, Error> {
+pub(super) fn output_format(word: Option<&str>) -> Result<Format, Error> {
     let known = || Format::ALL.join(", ");
     let word = word.ok_or_else(|| Error::bad_request(format!("`format` is missing; known: {}", known())))?;
     match Format::from_word(word) {
@@ -177,15 +183,17 @@ fn output_format(word: Option<&str>) -> Result<Format, Error> {
 }
 
 /// Numbers in range, combinations that make sense, and nothing that is silently left out.
-fn options(wishes: Wishes, format: Format, notes: &mut Vec<String>) -> Result<Options, Error> {
+pub(super) fn options(wishes: Wishes, format: Format, notes: &mut Vec<String>) -> Result<Options, Error> {
     let unprocessable = |message: String| Err(Error::new(Code::Unprocessable, message));
     let unbuilt = [
         (wishes.carbon_aware == Some(true), "option `carbon_aware`"),
-        (wishes.dry_run == Some(true), "option `dry_run`"),
         (wishes.not_before.is_some(), "option `not_before`"),
         (wishes.deadline.is_some(), "option `deadline`"),
         (wishes.target.is_some(), "option `target`"),
     ];
+    if wishes.dry_run == Some(true) {
+        return Err(Error::bad_request("`dry_run` belongs to POST /jobs: leave it out here"));
+    }
     if let Some((_, what)) = unbuilt.iter().find(|(asked, _)| *asked) {
         return Err(Error::not_built(what));
     }
@@ -262,51 +270,8 @@ fn options(wishes: Wishes, format: Format, notes: &mut Vec<String>) -> Result<Op
     })
 }
 
-/// The agent writes this format, and the destination lies in a root that it may write.
-async fn check_agent(app: &App, connection: &connections::Model, format: Format, destination: Option<&str>) -> Result<(), Error> {
-    let agent = app.fleet.resolve(&connection.agent_id).await.map_err(|e| match e.code() {
-        Code::NotFound => {
-            Error::new(Code::Conflict, format!("the agent of `{}` was removed from the fleet; connect it again", connection.name))
-        }
-        _ => e,
-    })?;
-    let formats: Vec<String> = serde_json::from_str(&agent.formats).unwrap_or_default();
-    if !formats.is_empty() && !formats.iter().any(|word| word == format.word()) {
-        return Err(Error::not_built(format!("format `{format}` at agent `{}` (it writes: {})", agent.name, formats.join(", "))));
-    }
-    check_destination(&crate::fleet::store::roots(&agent), destination)
-}
-
-fn check_destination(roots: &[RootRow], destination: Option<&str>) -> Result<(), Error> {
-    let writable = roots.iter().filter(|root| root.writable).map(|root| format!("{}/", root.name)).collect::<Vec<_>>();
-    let usable = if writable.is_empty() { "none: the agent has no writable root".to_owned() } else { writable.join(", ") };
-    let Some(destination) = destination else {
-        if roots.iter().any(|root| root.name == EXPORTS && root.writable) {
-            return Ok(());
-        }
-        return Err(Error::new(
-            Code::Unprocessable,
-            format!("the agent has no writable root `{EXPORTS}`; name a `destination` in one of: {usable}"),
-        ));
-    };
-    if destination.starts_with("s3://") {
-        return Err(Error::not_built("a destination in an object store"));
-    }
-    let outside =
-        |why: &str| Err(Error::new(Code::OutsideRoots, format!("destination `{}` {why}; use one of: {usable}", clip(destination))));
-    if destination.is_empty() || destination.len() > MOST {
-        return Err(Error::bad_request(format!("destination must be a path of 1 to {MOST} bytes in one of: {usable}")));
-    }
-    let named = roots.iter().map(|root| (root.name.clone(), PathBuf::from(&root.path)));
-    match shared::vault::locate(named, destination) {
-        None => outside("lies outside the configured roots"),
-        Some((name, _)) if !roots.iter().any(|root| root.name == name && root.writable) => outside("lies in a root that is only read"),
-        Some(_) => Ok(()),
-    }
-}
-
 /// What somebody sent, as it stands in a message.
-fn clip(text: &str) -> String {
+pub(super) fn clip(text: &str) -> String {
     text.chars().take(80).collect()
 }
 
@@ -314,25 +279,6 @@ fn clip(text: &str) -> String {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-
-    fn roots() -> Vec<RootRow> {
-        let root =
-            |name: &str, path: &str, writable| RootRow { name: name.into(), path: path.into(), free_bytes: 1, total_bytes: 2, writable };
-        vec![root("exports", "/srv/exports", true), root("vms", "/srv/vms", false)]
-    }
-
-    #[test]
-    fn a_destination_lies_in_a_writable_root() {
-        for good in [None, Some("exports"), Some("exports/night/1"), Some("/srv/exports/"), Some("/srv/exports/a")] {
-            check_destination(&roots(), good).unwrap();
-        }
-        for bad in ["exports/../vms", "/etc", "vms/x", "/srv/exportsx", "relative", "exports\0"] {
-            let error = check_destination(&roots(), Some(bad)).unwrap_err();
-            assert!(error.code() == Code::OutsideRoots && error.message().contains("exports/"), "{bad}: {error}");
-        }
-        assert_eq!(check_destination(&roots(), Some("s3://bucket/x")).unwrap_err().code(), Code::NotBuilt);
-        assert_eq!(check_destination(&[], None).unwrap_err().code(), Code::Unprocessable);
-    }
 
     #[test]
     fn options_fit_the_format_or_are_refused_with_what_would_fit() {
@@ -353,9 +299,9 @@ mod tests {
         }
         assert!(check(Format::Raw, serde_json::json!({"include_snapshots": true})).is_ok());
         assert_eq!(code(Format::Ova, serde_json::json!({"include_snapshots": true})), Code::Unprocessable);
-        for unbuilt in [serde_json::json!({"dry_run": true}), serde_json::json!({"target": {}})] {
-            assert_eq!(code(Format::Raw, unbuilt), Code::NotBuilt);
-        }
+        assert_eq!(code(Format::Raw, serde_json::json!({"target": {}})), Code::NotBuilt);
+        // POST /jobs takes it off before it asks here.
+        assert_eq!(code(Format::Raw, serde_json::json!({"dry_run": true})), Code::BadRequest);
         assert!(check(Format::Raw, serde_json::json!({"include_snapshots": false, "carbon_aware": false})).is_ok());
         let unknown = serde_json::from_value::<Wishes>(serde_json::json!({"colour": "red"})).unwrap_err().to_string();
         assert!(unknown.contains("colour") && unknown.contains("bandwidth_limit"), "{unknown}");

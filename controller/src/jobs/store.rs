@@ -50,6 +50,11 @@ impl Rate {
         self.samples += 1;
     }
 
+    /// Seconds for so much data; `None` before any measurement.
+    pub fn seconds_of_data(&self, data: u64) -> Option<u64> {
+        (self.samples > 0 && self.data > 0.0).then(|| (data as f64 / self.data).ceil() as u64)
+    }
+
     /// Seconds for a disk of this capacity; `None` before any measurement.
     pub fn seconds(&self, capacity: u64) -> Option<u64> {
         (self.samples > 0 && self.capacity > 0.0).then(|| (capacity as f64 / self.capacity).ceil() as u64)

@@ -4,7 +4,7 @@
 
 use serde::Serialize;
 use shared::job::{Stage, Status};
-use shared::options::Options;
+use shared::options::{JobType, Options};
 use utoipa::ToSchema;
 
 use super::record::Job;
@@ -32,11 +32,14 @@ pub struct View {
     /// Why it waits, where it does.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub waiting_for: Option<String>,
-    /// Name of the connection.
-    pub provider: String,
-    /// The VM's name.
+    /// Name of the connection; null where the job reads a file.
+    pub provider: Option<String>,
+    /// The VM's name; where the job reads a file, what its output is named after.
     pub vm_name: String,
-    /// Output format.
+    /// The file that it reads, `ROOT/…`; absent where it names a VM.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
+    /// Output format; of `verify` the artifact's.
     pub format: &'static str,
     /// Whole percent; 100 only when published.
     pub progress: u8,
@@ -66,6 +69,9 @@ pub struct View {
     pub error_code: Option<String>,
     /// 0–100, higher first.
     pub priority: u8,
+    /// The batch that it was made in.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub batch: Option<String>,
     /// Who made it.
     pub created_by: String,
     /// RFC 3339.
@@ -95,8 +101,9 @@ impl View {
             status: job.state.status.public(),
             stage: job.state.public_stage(),
             waiting_for: waits.then(|| format!("agent {}, which is away or draining", agent_name(&job.owner))),
-            provider: job.provider.clone(),
+            provider: (!job.provider.is_empty()).then(|| job.provider.clone()),
             vm_name: job.vm_name.clone(),
+            source: (!job.source.is_empty()).then(|| job.source.clone()),
             format: job.format.word(),
             progress: progress(job),
             bytes_done: job.counters.durable,
@@ -112,6 +119,7 @@ impl View {
             error: job.error.clone(),
             error_code: job.error_code.clone(),
             priority: job.priority,
+            batch: job.batch.as_ref().map(|batch| batch.id.clone()),
             created_by: job.created_by.clone(),
             created_at: time(job.created_at),
             updated_at: time(job.updated_at),
@@ -143,7 +151,8 @@ fn rate_and_eta(job: &Job) -> (u64, Option<u64>) {
     if !matches!(job.state.status, Status::Running) || rate < 1.0 {
         return (0, None);
     }
-    let passes = if job.options.verifies() { 2 } else { 1 };
+    // A check moves both counters at once.
+    let passes = if job.options.verifies() || job.kind == JobType::Verify { 2 } else { 1 };
     let all = job.counters.data.saturating_mul(passes);
     let left = all.saturating_sub(job.safe_bytes());
     (rate as u64, is_opened(job).then(|| (left as f64 / rate).ceil() as u64))

@@ -16,6 +16,9 @@ use crate::store::{self, Store};
 /// Kinds of the contract; only `local` is built.
 pub const KINDS: &[&str] = &["local", "libvirt", "vsphere"];
 
+/// The connection that every agent offers over its root `images`.
+pub const CATALOGUE: &str = "images";
+
 /// Whether a name can be a connection's: 1 to 63 of `[a-z0-9-_.]`, beginning with a letter or digit.
 pub fn is_name(name: &str) -> bool {
     let inner = name.bytes().all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || matches!(byte, b'-' | b'_' | b'.'));
@@ -45,7 +48,11 @@ pub async fn resolve(store: &Store, provider: &str) -> Result<connections::Model
     if let Some(row) = list.iter().find(|row| row.name == provider) {
         return Ok(row.clone());
     }
-    let of_kind: Vec<&connections::Model> = list.iter().filter(|row| row.kind == provider).collect();
+    let mut of_kind: Vec<&connections::Model> = list.iter().filter(|row| row.kind == provider).collect();
+    // The catalogue of imports is of kind `local` and always there: it makes no other one ambiguous.
+    if of_kind.len() > 1 {
+        of_kind.retain(|row| row.name != CATALOGUE || row.origin != "agent");
+    }
     if let [only] = of_kind.as_slice() {
         return Ok((*only).clone());
     }

@@ -67,7 +67,8 @@ impl Door for Stage {
     async fn submit(&self, new: NewJob, key: Idempotency) -> Result<Job, jobs::core::Error> {
         let job = Job::new(JobId::generate().to_string(), new);
         let answer = key.row(201, &format!("/api/v1/jobs/{}", job.id), "{}".into());
-        jobs::store::insert(&self.store, &job, Some(answer)).await?;
+        let row = jobs::store::NewRow { job: job.clone(), answer: Some(answer), lines: Vec::new() };
+        jobs::store::insert_all(&self.store, &[row]).await?;
         Ok(job)
     }
     fn has(&self, _: &str) -> bool {

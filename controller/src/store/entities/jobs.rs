@@ -74,6 +74,10 @@ pub struct Model {
     pub result: Option<String>,
     /// Who made it.
     pub created_by: String,
+    /// The batch that it was made in.
+    pub batch: Option<String>,
+    /// Jobs of that batch that may run at once; absent: any number.
+    pub batch_limit: Option<i64>,
     /// When it was made.
     pub created_at: i64,
     /// When its state last changed.

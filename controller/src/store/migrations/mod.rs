@@ -9,6 +9,7 @@ pub mod m0003_inventory;
 pub mod m0008_schedules;
 pub mod m0011_api_tokens;
 pub mod m0012_job_lists;
+pub mod m0040_batches;
 
 use sea_orm_migration::prelude::*;
 
@@ -25,6 +26,7 @@ impl MigratorTrait for Migrator {
             Box::new(m0008_schedules::Migration),
             Box::new(m0011_api_tokens::Migration),
             Box::new(m0012_job_lists::Migration),
+            Box::new(m0040_batches::Migration),
         ]
     }
 }

@@ -1,0 +1,115 @@
+//! What lies in this host's roots, for people who look from afar; and the removal of what a job published.
+//!
+//! Owns: the answers to `list`, `stat` and `remove_export`. Never: opens a path but through the vault, removes what a job still writes.
+//! A crash here costs one answer; a removal that it cut off is finished by the next, because the folder lost its name first.
+
+use std::fs::File;
+use std::io;
+
+use proto::v1;
+use serde_json::{Value, json};
+use shared::error::Code;
+use shared::folder::{self, Ask, Sort};
+use shared::ids::JobId;
+use shared::vault::{self, Dir, Vault};
+
+use crate::Agent;
+use crate::formats::disk::Window;
+use crate::formats::sniff;
+use crate::sources::Error;
+
+/// Most entries of one answer.
+const MOST: u32 = 1000;
+
+/// A page of a folder.
+pub fn list(vault: &Vault, wanted: &v1::List) -> Result<Value, Error> {
+    let ask = Ask {
+        offset: wanted.offset,
+        limit: u64::from(wanted.limit.min(MOST)),
+        sort: Sort::from_word(&wanted.sort),
+        descending: wanted.descending,
+        search: wanted.search.clone(),
+    };
+    let (entries, total) = folder::list(vault, &wanted.path, &ask, &format_of).map_err(refused)?;
+    Ok(json!({"entries": entries, "total": total}))
+}
+
+/// One path.
+pub fn stat(vault: &Vault, path: &str) -> Result<Value, Error> {
+    let entry = folder::stat(vault, path, &format_of).map_err(refused)?;
+    serde_json::to_value(entry).map_err(|e| Error::fatal(Code::Internal, e.to_string()))
+}
+
+/// Removes the folder that a job published. A job that this agent still holds is not touched.
+pub fn remove_export(agent: &Agent, wanted: &v1::RemoveExport) -> Result<Value, Error> {
+    let job: JobId = wanted.job.parse().map_err(|e: String| Error::fatal(Code::BadRequest, e))?;
+    if agent.table.get(job.as_str()).is_some_and(|held| !held.is_over()) {
+        return Err(Error::fatal(Code::Conflict, format!("{job} is running here; cancel it instead")));
+    }
+    let place = agent.vault.locate(&wanted.destination).map_err(refused)?;
+    if !place.root.writable {
+        return Err(Error::fatal(Code::OutsideRoots, format!("{} lies in a root that is only read", wanted.destination)));
+    }
+    let removed = match agent.vault.open_dir(&wanted.destination) {
+        Ok(folder) => remove(&folder, job.as_str()).map_err(|source| refused(vault::Error::Io { path: place.named(), source }))?,
+        Err(e) if e.code() == Code::NotFound => false,
+        Err(e) => return Err(refused(e)),
+    };
+    Ok(json!({"removed": removed}))
+}
+
+/// The folder loses its name first, so that half of an export never looks like one.
+fn remove(folder: &Dir, job: &str) -> io::Result<bool> {
+    let going = format!(".{job}.removing");
+    let named = match vault::rename_without_replacing(folder, job, &going) {
+        Ok(()) => true,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => false,
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {
+            // An earlier removal was cut off, and the job has published again since.
+            folder.remove_dir_all(&going)?;
+            vault::rename_without_replacing(folder, job, &going)?;
+            true
+        }
+        Err(e) => return Err(e),
+    };
+    match folder.remove_dir_all(&going) {
+        Ok(()) => {
+            vault::sync_dir(folder)?;
+            Ok(true)
+        }
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(named),
+        Err(e) => Err(e),
+    }
+}
+
+/// What the content of a file says it is; nothing where it cannot be read.
+fn format_of(file: File) -> Option<String> {
+    let window = Window::whole(file).ok()?;
+    sniff::sniff(&window).ok().map(|kind| kind.name().to_owned())
+}
+
+fn refused(error: vault::Error) -> Error {
+    Error::fatal(error.code(), error.to_string())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::disallowed_methods)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_removal_that_was_cut_off_is_finished_by_the_next() {
+        let base = vault::temporary_dir("browse").unwrap();
+        let folder = vault::open_data_dir(&base).unwrap();
+        let job = "job-0123456789abcdef";
+        assert!(!remove(&folder, job).unwrap());
+        for name in [job.to_owned(), format!(".{job}.removing")] {
+            std::fs::create_dir_all(base.join(&name)).unwrap();
+            std::fs::write(base.join(&name).join("disk.raw"), b"x").unwrap();
+        }
+        assert!(remove(&folder, job).unwrap() && std::fs::read_dir(&base).unwrap().count() == 0);
+        std::fs::create_dir_all(base.join(format!(".{job}.removing"))).unwrap();
+        assert!(remove(&folder, job).unwrap() && std::fs::read_dir(&base).unwrap().count() == 0);
+        std::fs::remove_dir_all(base).unwrap();
+    }
+}

@@ -1,0 +1,112 @@
+//! What a job that is not made yet would read and write.
+//!
+//! Owns: the answer to the controller's `Inspect`: the source opened as an inventory opens it, the names of the files that would be made, the
+//! room at the destination. Never: makes a file or a folder, reads a disk through. A crash here costs one answer.
+
+use std::time::{Duration, Instant};
+
+use proto::v1;
+use serde_json::{Value, json};
+use shared::error::Code;
+use shared::manifest::{Manifest, Signed};
+use shared::options::JobType;
+use shared::vm::Vm;
+
+use crate::sources::file::FileSource;
+use crate::sources::local::Depth;
+use crate::sources::{Error, Opened};
+use crate::{Agent, config, pipeline, proof, worker};
+
+/// How long data is counted; the controller waits 10 s for the whole answer.
+const COUNT: Duration = Duration::from_secs(6);
+
+/// Answers `{"vm", "format", "size", "source", "disks": [{"name","capacity","data_bytes","format"}], "data_bytes", "files", "manifest",
+/// "destination": {"root","path","free_bytes","total_bytes"}, "taken"}`.
+pub fn inspect(agent: &Agent, asked: &v1::Inspect) -> Result<Value, Error> {
+    let kind = JobType::from_word(&asked.r#type);
+    let file = if asked.source.is_empty() { None } else { Some(FileSource::find(&agent.vault, &asked.source)?) };
+    let manifest = match (&file, kind) {
+        (Some(file), Some(JobType::Verify)) => manifest(file)?,
+        _ => None,
+    };
+    let mut answer = match &manifest {
+        Some((manifest, name)) => of_manifest(manifest, name),
+        None => of_disks(agent, asked, file.as_ref())?,
+    };
+    if let Some(file) = &file {
+        answer["source"] = json!(file.named);
+        answer["size"] = json!(file.size);
+    }
+    if kind == Some(JobType::Verify) {
+        return Ok(answer);
+    }
+    let destination = match (kind, asked.destination.as_str()) {
+        (Some(JobType::Import), _) => config::IMAGES,
+        (_, "") => "exports",
+        (_, named) => named,
+    };
+    answer["destination"] = agent.free_space(destination)?;
+    if kind == Some(JobType::Import) {
+        let root = agent.vault.locate(config::IMAGES).map_err(|e| Error::fatal(Code::OutsideRoots, e.to_string()))?;
+        let name = if asked.name.is_empty() { answer["vm"].as_str().unwrap_or_default() } else { &asked.name };
+        let taken = shared::vm::is_catalogue_name(name) && root.root.dir().try_exists(name).unwrap_or(false);
+        answer["taken"] = json!(taken);
+    }
+    Ok(answer)
+}
+
+fn manifest(file: &FileSource) -> Result<Option<(Manifest, String)>, Error> {
+    let failed = |e: String| Error::fatal(Code::VerificationFailed, format!("{}: {e}", file.named));
+    let Some((bytes, name)) = proof::find_manifest(&file.folder, &file.name).map_err(|e| failed(e.to_string()))? else { return Ok(None) };
+    let (manifest, _) = Signed::open(&bytes, None).map_err(|e| failed(e.to_string()))?;
+    Ok(Some((manifest, name)))
+}
+
+fn of_manifest(manifest: &Manifest, name: &str) -> Value {
+    let disks = manifest.disks.iter().map(|disk| {
+        let listed = (disk.blocks.len() as u64).saturating_mul(shared::manifest::BLOCK).min(disk.capacity);
+        json!({"name": disk.name, "capacity": disk.capacity, "data_bytes": listed})
+    });
+    let disks: Vec<_> = disks.collect();
+    let data = disks.iter().filter_map(|disk| disk["data_bytes"].as_u64()).fold(0, u64::saturating_add);
+    json!({"vm": manifest.vm, "disks": disks, "data_bytes": data, "manifest": name, "files": []})
+}
+
+fn of_disks(agent: &Agent, asked: &v1::Inspect, file: Option<&FileSource>) -> Result<Value, Error> {
+    let (vm, opened): (Vm, Vec<Opened>) = match (file, &asked.connection) {
+        (Some(file), _) => {
+            let (vm, mut opened) = file.open(Depth::Structure)?;
+            if asked.include_snapshots {
+                opened.extend(file.open_snapshots()?);
+            }
+            (vm, opened)
+        }
+        (None, Some(connection)) => {
+            let source = agent.source(connection)?;
+            let (vm, mut opened) = source.look(&asked.vm_id)?;
+            if asked.include_snapshots {
+                opened.extend(source.open_snapshots(&asked.vm_id)?);
+            }
+            (vm, opened)
+        }
+        (None, None) => return Err(Error::fatal(Code::BadRequest, "neither a source nor a connection is named")),
+    };
+    let deadline = Instant::now() + COUNT;
+    let mut disks = Vec::with_capacity(opened.len());
+    let mut sum = asked.count.then_some(0u64);
+    for disk in &opened {
+        let refused = |e: crate::formats::FormatError| Error::fatal(Code::BadImage, format!("{}: {e}", disk.name));
+        let data = if asked.count { pipeline::data_bytes(disk.disk.as_ref(), deadline).map_err(refused)? } else { None };
+        sum = sum.zip(data).map(|(sum, data)| sum.saturating_add(data));
+        disks.push(json!({
+            "name": disk.name, "capacity": disk.disk.capacity(), "data_bytes": data, "format": disk.disk.format(), "snapshot": disk.snapshot,
+        }));
+    }
+    let name = if asked.name.is_empty() { vm.name.clone() } else { asked.name.clone() };
+    let disks_to_write: Vec<_> = opened.into_iter().map(worker::source_disk).collect();
+    let files = match worker::output_format(&asked.format) {
+        Ok(format) => pipeline::output_names(&name, format, &disks_to_write),
+        Err(_) => Vec::new(),
+    };
+    Ok(json!({"vm": vm.name, "disks": disks, "data_bytes": sum, "manifest": null, "files": files}))
+}
