@@ -10,6 +10,8 @@
 
 pub mod board;
 pub mod core;
+pub mod footprint;
+pub mod holds;
 pub mod leases;
 pub mod logbook;
 pub mod logs;
@@ -19,6 +21,7 @@ pub mod reports;
 pub mod routes;
 pub mod service;
 pub mod store;
+pub mod timing;
 pub mod view;
 
 #[cfg(test)]
