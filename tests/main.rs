@@ -11,6 +11,7 @@ mod harness;
 mod architecture;
 mod bad_input;
 mod boot;
+mod carbon;
 mod cli;
 mod contract;
 mod identity;

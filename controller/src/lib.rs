@@ -5,6 +5,7 @@
 
 pub mod access;
 pub mod app;
+pub mod carbon;
 pub mod config;
 pub mod egress;
 pub mod fleet;
