@@ -48,7 +48,8 @@ pub async fn run(app: web::Data<App>) {
 
 /// It was not planned yet.
 fn is_new(job: &Job) -> bool {
-    job.carbon.as_ref().is_some_and(|carbon| carbon.zone.is_empty())
+    let waits = job.state.hold == Hold::Carbon;
+    job.carbon.as_ref().is_some_and(|carbon| carbon.zone.is_empty() || (waits && carbon.planned_start.is_none()))
 }
 
 async fn look(app: &App, job: Job, reading: &Reading) -> Result<(), Error> {

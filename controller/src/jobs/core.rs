@@ -107,7 +107,7 @@ pub(super) struct Agent {
 }
 
 impl Agent {
-    fn is_here(&self) -> bool {
+    pub(super) fn is_here(&self) -> bool {
         self.connected && !self.draining
     }
 }
@@ -247,16 +247,6 @@ impl Core {
             Some(live) => Ok(Some(live.job.clone())),
             None => store::load(&self.ports.store, id).await,
         }
-    }
-
-    /// What is queued and held by nothing waits for its time or the grid, else for its agent while that is away.
-    fn settled(&self, job: &Job, state: State, now: i64) -> State {
-        if state.status != Status::Queued || state.hold != Hold::None {
-            return state;
-        }
-        let held = holds::due(job, now).and_then(|hold| step(&state, &Event::Hold(hold)).ok());
-        let away = || if self.is_here(&job.owner) { None } else { step(&state, &Event::AgentHere(false)).ok() };
-        held.or_else(away).map_or(state, |(waiting, _)| waiting)
     }
 
     /// Works out one transition. What goes back into the queue before its time, or while its agent is away, waits.

@@ -11,7 +11,7 @@
 //! Owns: the columns `hold_until`, `deadline`, `deadline_missed`, `carbon`. Never: decides what a clean grid is.
 //! A crash here costs nothing: all of it is in the store.
 
-use shared::job::{Event, Hold, Stage, State, Status};
+use shared::job::{Event, Hold, Stage, State, Status, step};
 
 use super::core::{Core, Error};
 use super::footprint::{Footprint, Grid, Plan};
@@ -64,7 +64,9 @@ pub(super) fn begin(job: &mut Job, now: i64) {
     job.deadline = millis(job.options.deadline.as_ref());
     let not_before = not_before(job);
     if job.options.carbon_aware == Some(true) {
-        job.carbon.get_or_insert_with(Box::default);
+        let carbon = job.carbon.get_or_insert_with(Box::default);
+        // A job that is tried again is planned again.
+        (carbon.planned_start, carbon.planned_average) = (None, None);
     }
     let until = if job.waits_for_grid() { Some(latest_start(job).max(not_before.unwrap_or(i64::MIN))) } else { not_before };
     job.hold_until = until.filter(|until| *until > now);
@@ -94,6 +96,16 @@ pub(super) fn follow(job: &mut Job, before: &State, next: &State, event: &Event,
 }
 
 impl Core {
+    /// What is queued and held by nothing waits for its time or the grid, else for its agent while that is away.
+    pub(super) fn settled(&self, job: &Job, state: State, now: i64) -> State {
+        if state.status != Status::Queued || state.hold != Hold::None {
+            return state;
+        }
+        let held = due(job, now).and_then(|hold| step(&state, &Event::Hold(hold)).ok());
+        let away = || if self.is_here(&job.owner) { None } else { step(&state, &Event::AgentHere(false)).ok() };
+        held.or_else(away).map_or(state, |(waiting, _)| waiting)
+    }
+
     /// Releases what is due and says which deadlines have passed.
     pub(super) async fn tick_holds(&mut self, now: i64) -> Result<(), StoreError> {
         let (mut due, mut missed) = (Vec::new(), Vec::new());
