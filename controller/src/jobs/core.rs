@@ -107,7 +107,7 @@ pub(super) struct Agent {
 }
 
 impl Agent {
-    pub(super) fn is_here(&self) -> bool {
+    fn is_here(&self) -> bool {
         self.connected && !self.draining
     }
 }
@@ -392,7 +392,7 @@ impl Core {
         changes
     }
 
-    fn is_here(&self, agent: &str) -> bool {
+    pub(super) fn is_here(&self, agent: &str) -> bool {
         self.agents.get(agent).is_some_and(Agent::is_here)
     }
 
