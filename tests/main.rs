@@ -12,6 +12,7 @@ mod access;
 mod architecture;
 mod bad_input;
 mod boot;
+mod carbon;
 mod cli;
 mod contract;
 mod identity;

@@ -24,7 +24,7 @@ use crate::live::Frame;
 use crate::store::sealing::{self, Sealer};
 use crate::store::{self, Store};
 use crate::system::{metrics::Metrics, process};
-use crate::{access, admin, fleet, jobs, live, schedules, uploads};
+use crate::{access, admin, carbon, fleet, jobs, live, schedules, uploads};
 
 /// How long a drain waits for requests that are under way.
 const REQUESTS: Duration = Duration::from_secs(15);
@@ -53,6 +53,8 @@ pub struct App {
     pub fleet: fleet::registry::Handle,
     /// The roots of this controller.
     pub vault: Arc<Vault>,
+    /// The grid.
+    pub carbon: carbon::service::Service,
     /// Figures.
     pub metrics: Metrics,
     /// The runtime of tonic and the database.
@@ -190,6 +192,7 @@ pub async fn run(config: Config) -> Result<Running, Error> {
     let live = live::Handle::start();
     let fleet = fleet::registry::Handle::open(store.clone(), &sealer, live.clone(), metrics.clone()).await?;
     let queue = jobs::queue::Handle::start(store.clone(), Arc::new(fleet.clone()), live.clone(), metrics.clone()).await?;
+    let carbon = carbon::service::Service::open(&config.carbon, handle.clone()).map_err(Error::Start)?;
     let names = grpc_names(&config);
     let mut vault = Vault::default();
     vault.add(Root::open("uploads", &config.uploads(), true).map_err(|e| Error::Data(config.uploads(), e))?);
@@ -205,6 +208,7 @@ pub async fn run(config: Config) -> Result<Running, Error> {
         queue,
         fleet,
         vault,
+        carbon,
         metrics,
         runtime: handle,
         started_at: shared::clock::now(),
@@ -213,6 +217,7 @@ pub async fn run(config: Config) -> Result<Running, Error> {
     let server = serve(&config, app.clone(), rest_listener, tls)?;
     actix::spawn(tell_figures(app.clone()));
     actix::spawn(schedules::ticker::run(app.clone()));
+    actix::spawn(carbon::waiter::run(app.clone()));
     if let Some(path) = config.join_token_out.clone() {
         write_join_token(&app, &path).await?;
         actix::spawn(renew_join_token(app.clone(), path));

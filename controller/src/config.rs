@@ -2,6 +2,8 @@
 //!
 //! Owns: their names, defaults and checks. Never: prints a secret. A crash here costs nothing: it is read once, before anything starts.
 
+pub mod carbon;
+
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 
@@ -144,6 +146,8 @@ pub struct Config {
     pub token_minutes: u32,
     /// Threads that answer HTTP; 0: one per processor.
     pub workers: usize,
+    /// The grid.
+    pub carbon: carbon::Carbon,
 }
 
 impl Default for Config {
@@ -168,6 +172,7 @@ impl Default for Config {
             bcrypt_cost: 12,
             token_minutes: 720,
             workers: 0,
+            carbon: carbon::Carbon::default(),
         }
     }
 }
@@ -196,6 +201,7 @@ struct File {
     bcrypt_cost: Option<u32>,
     token_minutes: Option<u32>,
     workers: Option<usize>,
+    carbon: Option<carbon::File>,
 }
 
 #[derive(Deserialize)]
@@ -232,6 +238,9 @@ impl Config {
             ($($field:ident),*) => { $(if let Some(value) = file.$field { self.$field = Some(Secret::new(value)); })* };
         }
         take_secret!(database_url, admin_password, sealing_key);
+        if let Some(carbon) = file.carbon {
+            self.carbon.take(carbon);
+        }
         if let Some(metrics) = file.metrics {
             self.metrics_public = metrics.public;
         }
@@ -285,6 +294,7 @@ impl Config {
             let networks = list(text).into_iter().map(Network::try_from).collect::<Result<_, _>>();
             self.trusted_proxies = networks.map_err(|message| wrong("HYPERSDK_TRUSTED_PROXIES", message))?;
         }
+        self.carbon.take_environment(&get)?;
         let secrets = [
             (&mut self.database_url, "DATABASE_URL"),
             (&mut self.admin_password, "ADMIN_PASSWORD"),
@@ -312,6 +322,7 @@ impl Config {
         if self.tls_cert.is_some() != self.tls_key.is_some() {
             return Err(wrong("tls_cert, tls_key", "give both or none"));
         }
+        self.carbon.check()?;
         Ok(())
     }
 

@@ -6,6 +6,7 @@
 pub mod access;
 pub mod admin;
 pub mod app;
+pub mod carbon;
 pub mod config;
 pub mod egress;
 pub mod fleet;

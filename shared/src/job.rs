@@ -1,10 +1,12 @@
 //! The job machine: which state follows which, and what is to be done about it.
 //!
 //! ```text
-//!  queued{hold: none | paused | agent} ─assign→ running{preparing ▸ copying ▸ verifying ▸ publishing} ─ok→ completed
+//!  queued{hold: none | not_before | carbon | paused | agent} ─assign→ running{preparing ▸ copying ▸ verifying ▸ publishing} ─ok→ completed
 //!    ▲      ▲            │ lease lost or parked: checkpoint kept, next assign raises the epoch; strikes spent → failed ─retry→ queued
 //!    │      └─ pause ────┤
-//!    └───────────────────┘     any live state before publishing ─cancel→ cancelling ─stopped│lease lost→ cancelled
+//!    └─ hold: carbon ────┘     any live state before publishing ─cancel→ cancelling ─stopped│lease lost→ cancelled
+//!
+//!  hold none | agent ─hold→ not_before | carbon ─release, resume→ none        paused stands above them: neither hold nor release moves it
 //! ```
 //!
 //! Owns: [`step`], pure and total: no clock, no I/O, no randomness. Effects are data; the queue carries them out after the store has committed.
@@ -71,6 +73,10 @@ words! {
     Hold {
         /// Nothing holds it.
         None = "none",
+        /// Its time has not come.
+        NotBefore = "not_before",
+        /// It waits for a cleaner grid.
+        Carbon = "carbon",
         /// A person paused it.
         Paused = "paused",
         /// It hangs on an agent that is away: its source or its half-written output lies there.
@@ -133,6 +139,8 @@ impl State {
     pub fn public_stage(&self) -> &'static str {
         match (self.status, self.hold) {
             (Status::Queued, Hold::None) => "queued",
+            (Status::Queued, Hold::NotBefore) => "not_before",
+            (Status::Queued, Hold::Carbon) => "carbon",
             (Status::Queued, Hold::Paused) => "paused",
             (Status::Queued, Hold::Agent) => "waiting",
             (Status::Running, _) => self.stage.word(),
@@ -208,8 +216,12 @@ pub enum Event {
     Retry,
     /// A person pauses.
     Pause,
-    /// A person lets it go on.
+    /// A person lets it go on; a job that waits for its time or for the grid goes on at once.
     Resume,
+    /// Its time has not come (`NotBefore`), or the grid is dirty (`Carbon`, which parks a job that runs).
+    Hold(Hold),
+    /// Its time has come, or the grid is clean.
+    Release,
 }
 
 /// What the queue must do after the new state is committed.
@@ -308,7 +320,7 @@ pub fn step(state: &State, event: &Event) -> Result<(State, Vec<Effect>), Refusa
             vec![Effect::Announce, Effect::Dispatch]
         }
         Event::AgentHere(here) => {
-            if state.status != Status::Queued || state.hold == Hold::Paused {
+            if state.status != Status::Queued || !matches!(state.hold, Hold::None | Hold::Agent) {
                 return Ok((next, vec![]));
             }
             next.hold = if *here { Hold::None } else { Hold::Agent };
@@ -355,8 +367,30 @@ pub fn step(state: &State, event: &Event) -> Result<(State, Vec<Effect>), Refusa
             _ => return illegal("paused"),
         },
         Event::Resume => {
-            if state.status != Status::Queued || state.hold != Hold::Paused {
+            if state.status != Status::Queued || matches!(state.hold, Hold::None | Hold::Agent) {
                 return illegal("resumed");
+            }
+            next.hold = Hold::None;
+            vec![Effect::Announce, Effect::Dispatch]
+        }
+        Event::Hold(hold) => match (state.status, hold) {
+            (Status::Queued, Hold::NotBefore | Hold::Carbon) if !state.is_granted() => {
+                if state.hold == Hold::Paused || state.hold == *hold {
+                    return Ok((next, vec![]));
+                }
+                next.hold = *hold;
+                vec![Effect::Announce]
+            }
+            (Status::Running, Hold::Carbon) if !state.is_publishing() => {
+                next.status = Status::Queued;
+                next.hold = Hold::Carbon;
+                vec![Effect::SendPark, Effect::Announce]
+            }
+            _ => return illegal("held"),
+        },
+        Event::Release => {
+            if state.status != Status::Queued || !matches!(state.hold, Hold::NotBefore | Hold::Carbon) {
+                return Ok((next, vec![]));
             }
             next.hold = Hold::None;
             vec![Effect::Announce, Effect::Dispatch]

@@ -131,6 +131,15 @@ pub struct Options {
     /// 0–100, higher first; default 50.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub priority: Option<u8>,
+    /// Not to begin before this time, RFC 3339 in UTC.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub not_before: Option<String>,
+    /// To be done by this time, RFC 3339 in UTC.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub deadline: Option<String>,
+    /// Waits for a clean grid, within the deadline.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub carbon_aware: Option<bool>,
 }
 
 impl Options {

@@ -302,6 +302,22 @@ pub async fn rows(fleet: &Fleet, admin: &Client, operator: &Client) -> Vec<Row> 
         row("GET", "/readyz", Nobody).gives(200, Value::Null),
         row("GET", "/metrics", Viewer).gives(200, Value::Null),
         row("GET", "/audit", Admin).gives(200, page(json!({"id": 0, "time": "", "caller": "", "action": "", "target": ""}))),
+        row("GET", "/carbon/intensity", Viewer)
+            .at("/carbon/intensity?zone=DE")
+            .fails_at(400, "bad_request", "/carbon/intensity?zone=XX")
+            .gives(
+                200,
+                json!({"zone": "DE", "intensity": 1.5, "unit": "", "rating": "", "source": "", "estimated": true, "updated_at": "",
+                "forecast": [{"time": "", "intensity": 1.5}]}),
+            ),
+        row("GET", "/carbon/schedule", Viewer)
+            .at("/carbon/schedule?zone=DE&duration=2h")
+            .fails_at(400, "bad_request", "/carbon/schedule?zone=DE&deadline=2020-01-01T00:00:00Z")
+            .gives(
+                200,
+                json!({"zone": "DE", "duration": "2h", "source": "", "now": {"start": "", "average_intensity": 1.5},
+                "windows": [{"start": "", "end": "", "average_intensity": 1.5, "savings_percent": 1.5, "rank": 1}]}),
+            ),
         row("POST", "/ws/ticket", Viewer).gives(201, json!({"ticket": "", "expires_at": ""})),
         // The handshake is shown by `contract::the_websocket_wants_to_know_who_comes`.
         row("GET", "/ws", Viewer).fails_at(400, "bad_request", "/ws").fails_by(403, "forbidden", "Origin", "https://elsewhere.example"),

@@ -33,7 +33,7 @@ use shared::error::Code;
 use tracing_actix_web::TracingLogger;
 
 use crate::app::App as Shared;
-use crate::{access, fleet, jobs, live, providers, schedules, system, vms};
+use crate::{access, carbon, fleet, jobs, live, providers, schedules, system, vms};
 use guard::Viewer;
 use reply::Error;
 
@@ -112,8 +112,8 @@ fn table(at: &mut dyn FnMut(&str, Vec<Operation>)) {
     at("/schedules/{id}", vec![get(schedules::routes::get), patch(schedules::routes::update), delete(schedules::routes::remove)]);
     at("/schedules/{id}/run", vec![post(schedules::routes::run)]);
     at("/schedules/{id}/runs", vec![get(schedules::routes::runs)]);
-    at("/carbon/intensity", vec![get(not_built)]);
-    at("/carbon/schedule", vec![get(not_built)]);
+    at("/carbon/intensity", vec![get(carbon::routes::intensity)]);
+    at("/carbon/schedule", vec![get(carbon::routes::schedule)]);
 
     at("/ws", vec![get(live::routes::open)]);
     at("/ws/ticket", vec![post(live::routes::ticket)]);

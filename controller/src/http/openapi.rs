@@ -8,7 +8,7 @@ use utoipa::{Modify, OpenApi};
 
 use super::reply::ErrorBody;
 use super::unbuilt;
-use crate::{access, fleet, jobs, live, providers, schedules, system, vms};
+use crate::{access, carbon, fleet, jobs, live, providers, schedules, system, vms};
 
 /// The document.
 #[derive(OpenApi)]
@@ -34,6 +34,7 @@ use crate::{access, fleet, jobs, live, providers, schedules, system, vms};
         live::routes::open, live::routes::ticket,
         schedules::routes::list, schedules::routes::create, schedules::routes::get, schedules::routes::update, schedules::routes::remove,
         schedules::routes::run, schedules::routes::runs,
+        carbon::routes::intensity, carbon::routes::schedule,
     )
 )]
 pub struct Document;

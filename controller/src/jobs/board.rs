@@ -45,6 +45,12 @@ impl Board {
         self.0.live.read().unwrap_or_else(PoisonError::into_inner).get(id).cloned()
     }
 
+    /// The carbon-aware jobs that are live.
+    pub fn carbon_aware(&self) -> Vec<Job> {
+        let live = self.0.live.read().unwrap_or_else(PoisonError::into_inner);
+        live.values().filter(|job| job.carbon.is_some()).cloned().collect()
+    }
+
     /// Puts the newest counters into a job that was read from the store, where it is the same assignment.
     pub fn freshen(&self, job: Job) -> Job {
         let live = self.0.live.read().unwrap_or_else(PoisonError::into_inner);

@@ -20,6 +20,7 @@ use tokio::sync::watch;
 
 use super::batches::{Batches, Picked};
 use super::board::Board;
+use super::holds;
 use super::intake::Draft;
 use super::logbook::{Logbook, Seen};
 use super::record::{Job, NewJob, now_millis};
@@ -183,11 +184,9 @@ impl Core {
             (Some(seconds), Some(limit)) => Some(seconds.max(job.capacity / limit.max(1))),
             (seconds, _) => seconds,
         };
-        if !self.is_here(&job.owner)
-            && let Ok((waiting, _)) = step(&job.state, &Event::AgentHere(false))
-        {
-            job.state = waiting;
-        }
+        let now = job.created_at;
+        holds::begin(&mut job, now);
+        job.state = self.settled(&job, job.state.clone(), now);
         let answer = match key {
             Some(key) => {
                 let body = serde_json::to_string(&self.view(&job)).map_err(|e| StoreError::Other(e.to_string()))?;
@@ -200,7 +199,10 @@ impl Core {
 
     /// A person cancels, retries, pauses or resumes.
     pub async fn person(&mut self, id: &str, event: Event, line: &str) -> Result<Job, Error> {
-        let job = self.find(id).await?.ok_or_else(|| Error::NotFound(id.to_owned()))?;
+        let mut job = self.find(id).await?.ok_or_else(|| Error::NotFound(id.to_owned()))?;
+        if event == Event::Retry {
+            holds::begin(&mut job, now_millis());
+        }
         let mut change = self.plan(&job, &event)?;
         if event == Event::Retry {
             (change.after.error, change.after.error_code, change.after.result, change.after.finished_at) = (None, None, None, None);
@@ -238,19 +240,16 @@ impl Core {
         }
     }
 
-    /// Works out one transition. What goes back into the queue while its agent is away waits for that agent.
+    /// Works out one transition. What goes back into the queue before its time, or while its agent is away, waits.
     pub(super) fn plan(&self, job: &Job, event: &Event) -> Result<Change, Refusal> {
         let (mut next, mut effects) = step(&job.state, event)?;
-        let turns_back = next.status == Status::Queued && next.hold == Hold::None && !matches!(event, Event::AgentHere(_));
-        if turns_back
-            && !self.is_here(&job.owner)
-            && let Ok((waiting, _)) = step(&next, &Event::AgentHere(false))
-        {
-            next = waiting;
-        }
-        debug_assert_eq!(invariant(&next), Ok(()), "after {event:?}");
         let mut after = job.clone();
         let now = now_millis();
+        holds::follow(&mut after, &job.state, &next, event, now);
+        if !matches!(event, Event::AgentHere(_)) {
+            next = self.settled(&after, next, now);
+        }
+        debug_assert_eq!(invariant(&next), Ok(()), "after {event:?}");
         after.updated_at = now;
         if matches!(event, Event::Assign { .. }) {
             after.started_at.get_or_insert(now);
@@ -330,7 +329,7 @@ impl Core {
                 let epoch = if job.state.status == Status::Cancelled { 0 } else { job.state.epoch };
                 self.stop(&agent, &job.id, epoch, true, "cancelled");
             }
-            Effect::SendPark => self.stop(&agent, &job.id, job.state.epoch, false, "paused"),
+            Effect::SendPark => self.stop(&agent, &job.id, job.state.epoch, false, job.state.public_stage()),
             Effect::GrantCommit => {
                 let reply = CommitReply { job: job.id.clone(), epoch: job.state.epoch, granted: true, reason: String::new() };
                 self.ports.outbox.send(&agent, Kind::CommitReply(reply));
@@ -385,7 +384,7 @@ impl Core {
         changes
     }
 
-    fn is_here(&self, agent: &str) -> bool {
+    pub(super) fn is_here(&self, agent: &str) -> bool {
         self.agents.get(agent).is_some_and(Agent::is_here)
     }
 

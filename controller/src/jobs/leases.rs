@@ -168,6 +168,9 @@ impl Core {
         if let Err(error) = self.check_leases(now).await {
             tracing::warn!(%error, "leases could not be checked");
         }
+        if let Err(error) = self.tick_holds(now_millis()).await {
+            tracing::warn!(%error, "jobs that wait for their time could not be looked at");
+        }
         self.save_counters(now).await;
         self.flush_logs().await;
         self.dispatch().await;

@@ -12,6 +12,8 @@ pub mod batch;
 pub mod batches;
 pub mod board;
 pub mod core;
+pub mod footprint;
+pub mod holds;
 pub mod intake;
 pub mod leases;
 pub mod legacy;
@@ -27,6 +29,7 @@ pub mod routes;
 pub mod service;
 pub mod sources;
 pub mod store;
+pub mod timing;
 pub mod view;
 
 #[cfg(test)]

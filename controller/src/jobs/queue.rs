@@ -19,6 +19,7 @@ use tokio::sync::watch;
 use super::batches::Answer;
 use super::board::{Board, Observation};
 use super::core::{Core, Error, News, Outbox, PER_AGENT, Ports};
+use super::footprint::{Grid, Plan};
 use super::intake::Intake;
 use super::leases::{Arrival, Keep};
 use super::logbook::Seen;
@@ -129,8 +130,10 @@ macro_rules! work {
 impl Handle {
     /// Loads the live jobs and starts the actor on this thread's actix system.
     pub async fn start(store: Store, outbox: Arc<dyn Outbox>, live: live::Handle, metrics: Metrics) -> Result<Self, StoreError> {
-        let news: News =
-            Arc::new(move |kind, job, data| live.publish(Frame::new(kind, vec!["jobs".to_owned(), format!("job:{job}")], data)));
+        let news: News = Arc::new(move |kind, job, data| {
+            let topics = if kind == "alert" { vec!["alerts".to_owned()] } else { vec!["jobs".to_owned(), format!("job:{job}")] };
+            live.publish(Frame::new(kind, topics, data));
+        });
         let board = Board::new(metrics);
         let core = Core::load(Ports { store, outbox, news }, board.clone(), PER_AGENT).await?;
         let addr = Queue { core: Some(Box::new(core)) }.start();
@@ -181,6 +184,21 @@ impl Handle {
     /// Lets a paused job go on.
     pub async fn resume(&self, id: String, who: String) -> Result<Job, Error> {
         self.ask(work!(|core| core.person(&id, Event::Resume, &format!("resumed by {who}")).await)).await?
+    }
+
+    /// Lets a carbon-aware job wait until a planned start; one that runs is parked.
+    pub async fn hold(&self, id: String, plan: Plan, grid: Grid, why: String) -> Result<(), Error> {
+        self.ask(work!(|core| core.hold(&id, plan, grid, &why).await)).await?
+    }
+
+    /// Ends its wait for the grid.
+    pub async fn release(&self, id: String, plan: Plan, grid: Grid, why: String) -> Result<(), Error> {
+        self.ask(work!(|core| core.release(&id, plan, grid, &why).await)).await?
+    }
+
+    /// Takes what the grid says into its record.
+    pub async fn note_grid(&self, id: String, plan: Option<Plan>, grid: Grid) -> Result<(), Error> {
+        self.ask(work!(|core| core.note_grid(&id, plan, grid).await)).await?
     }
 
     /// Follows a job's log: what to read is in the store, how far it goes comes here.

@@ -11,6 +11,7 @@ use shared::job::{Hold, Stage, State, Status};
 use shared::options::{Format, JobType, Options};
 use shared::progress::Progress;
 
+use super::footprint::Footprint;
 use crate::store::entities::jobs as row;
 
 /// What a new job is asked to do, after every check.
@@ -136,6 +137,14 @@ pub struct Job {
     pub started_at: Option<i64>,
     /// Milliseconds since 1970.
     pub finished_at: Option<i64>,
+    /// Until when it waits for its time or for the grid; milliseconds since 1970.
+    pub hold_until: Option<i64>,
+    /// By when it should be done; milliseconds since 1970.
+    pub deadline: Option<i64>,
+    /// Whether the deadline has passed and was told.
+    pub deadline_missed: bool,
+    /// What the grid says, of a carbon-aware job.
+    pub carbon: Option<Box<Footprint>>,
     /// Speed of the running attempt; not stored.
     pub speed: Speed,
 }
@@ -191,6 +200,10 @@ impl Job {
             updated_at: now,
             started_at: None,
             finished_at: None,
+            hold_until: None,
+            deadline: None,
+            deadline_missed: false,
+            carbon: None,
             speed: Speed::default(),
         }
     }
@@ -277,6 +290,13 @@ impl Job {
             updated_at: row.updated_at,
             started_at: row.started_at,
             finished_at: row.finished_at,
+            hold_until: row.hold_until,
+            deadline: row.deadline,
+            deadline_missed: row.deadline_missed,
+            carbon: match row.carbon.as_deref().map(serde_json::from_str) {
+                Some(carbon) => Some(carbon.ok()?),
+                None => None,
+            },
             speed: Speed::default(),
         };
         job.shown = job.percent();
@@ -285,6 +305,8 @@ impl Job {
 
     /// As its agent is told to begin.
     pub fn to_assign(&self) -> Assign {
+        // When it runs is none of the agent's business, and one of an older version would refuse the words.
+        let options = Options { not_before: None, deadline: None, carbon_aware: None, ..self.options.clone() };
         Assign {
             job: self.id.clone(),
             epoch: self.state.epoch,
@@ -298,7 +320,7 @@ impl Job {
             vm_id: self.vm_id.clone(),
             source: self.source.clone(),
             format: self.format.word().to_owned(),
-            options_json: serde_json::to_string(&self.options).unwrap_or_else(|_| "{}".to_owned()),
+            options_json: serde_json::to_string(&options).unwrap_or_else(|_| "{}".to_owned()),
         }
     }
 
@@ -345,6 +367,17 @@ impl Job {
             updated_at: Set(self.updated_at),
             started_at: Set(self.started_at),
             finished_at: Set(self.finished_at),
+            ..self.to_holds()
+        }
+    }
+
+    /// What may change while the state stays: the hold, the record of the grid, and the counters.
+    pub fn to_holds(&self) -> row::ActiveModel {
+        row::ActiveModel {
+            hold_until: Set(self.hold_until),
+            deadline: Set(self.deadline),
+            deadline_missed: Set(self.deadline_missed),
+            carbon: Set(self.carbon.as_ref().and_then(|carbon| serde_json::to_string(carbon).ok())),
             ..self.to_counters()
         }
     }

@@ -77,11 +77,13 @@ pub struct Wishes {
     pub bandwidth_limit: Option<i64>,
     /// 0–100, higher first; default 50.
     pub priority: Option<i64>,
-    /// Not built yet.
+    /// Not to begin before this time, RFC 3339; `resume` begins at once.
+    #[schema(example = "2025-06-15T22:00:00Z")]
     pub not_before: Option<String>,
-    /// Not built yet.
+    /// To be done by this time, RFC 3339. One that is missed ends nothing: the job goes on, its log and an alert say so.
+    #[schema(example = "2025-06-16T06:00:00Z")]
     pub deadline: Option<String>,
-    /// Not built yet where true.
+    /// Wait for a clean grid, within the deadline (where none is named: within 24 h).
     pub carbon_aware: Option<bool>,
     /// Not built yet.
     #[schema(value_type = Option<Object>)]
@@ -185,12 +187,7 @@ pub(super) fn output_format(word: Option<&str>) -> Result<Format, Error> {
 /// Numbers in range, combinations that make sense, and nothing that is silently left out.
 pub(super) fn options(wishes: Wishes, format: Format, notes: &mut Vec<String>) -> Result<Options, Error> {
     let unprocessable = |message: String| Err(Error::new(Code::Unprocessable, message));
-    let unbuilt = [
-        (wishes.carbon_aware == Some(true), "option `carbon_aware`"),
-        (wishes.not_before.is_some(), "option `not_before`"),
-        (wishes.deadline.is_some(), "option `deadline`"),
-        (wishes.target.is_some(), "option `target`"),
-    ];
+    let unbuilt = [(wishes.target.is_some(), "option `target`")];
     if wishes.dry_run == Some(true) {
         return Err(Error::bad_request("`dry_run` belongs to POST /jobs: leave it out here"));
     }
@@ -254,6 +251,7 @@ pub(super) fn options(wishes: Wishes, format: Format, notes: &mut Vec<String>) -
         }
         _ => {}
     }
+    let (not_before, deadline) = super::timing::check(wishes.not_before, wishes.deadline, shared::clock::now())?;
     // Naming an algorithm or a level means to use it.
     let implied = format == Format::Qcow2 && (wishes.compression.is_some() || level.is_some() || narrow);
     Ok(Options {
@@ -267,6 +265,9 @@ pub(super) fn options(wishes: Wishes, format: Format, notes: &mut Vec<String>) -
         power_off: wishes.power_off,
         bandwidth_limit,
         priority,
+        not_before,
+        deadline,
+        carbon_aware: wishes.carbon_aware,
     })
 }
 

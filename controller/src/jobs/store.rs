@@ -202,6 +202,15 @@ pub async fn save_counters(store: &Store, jobs_now: &[Job]) -> Result<(), Error>
         .await
 }
 
+/// Stores what changed of a job beside its state; where its assignment is over, nothing.
+pub async fn save_hold(store: &Store, job: &Job) -> Result<(), Error> {
+    let update = jobs::Entity::update_many()
+        .set(job.to_holds())
+        .filter(jobs::Column::Id.eq(job.id.clone()))
+        .filter(jobs::Column::Epoch.eq(stored(job.state.epoch)));
+    store.run(move |db| async move { Ok(update.exec(&db).await.map(drop)?) }).await
+}
+
 #[derive(FromQueryResult)]
 struct StatusCount {
     status: String,

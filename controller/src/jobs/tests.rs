@@ -1,6 +1,7 @@
 //! The queue against a real SQLite: what the store holds after each message, what agents are told, what a restart finds.
 #![allow(clippy::unwrap_used, clippy::disallowed_methods)]
 
+mod holds;
 mod logs;
 
 use std::collections::HashMap;
@@ -77,9 +78,8 @@ impl Bench {
         Self { core, wire, news, store, session: 0 }
     }
 
-    async fn submit(&mut self, priority: u8) -> Job {
-        let options = Options { priority: Some(priority), ..Options::default() };
-        let new = NewJob {
+    fn new_job(&self) -> NewJob {
+        NewJob {
             kind: JobType::Export,
             provider: "vms".into(),
             provider_kind: "local".into(),
@@ -90,10 +90,15 @@ impl Bench {
             source: String::new(),
             capacity: 1 << 30,
             format: Format::Qcow2,
-            options,
+            options: Options::default(),
             created_by: "tester".into(),
             notes: vec![],
-        };
+        }
+    }
+
+    async fn submit(&mut self, priority: u8) -> Job {
+        let options = Options { priority: Some(priority), ..Options::default() };
+        let new = NewJob { options, ..self.new_job() };
         self.core.submit(new, None).await.unwrap()
     }
 

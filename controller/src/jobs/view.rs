@@ -27,7 +27,7 @@ pub struct View {
     pub kind: &'static str,
     /// `queued`, `running`, `completed`, `failed` or `cancelled`.
     pub status: &'static str,
-    /// Finer than the status: `queued`, `waiting` (for its agent), `paused`, `preparing`, `copying`, `verifying`, `publishing`, `cancelling`, or the end.
+    /// Finer than the status: `queued`, `waiting` (for its agent), `not_before`, `carbon` (waits for a clean grid), `paused`, `preparing`, `copying`, `verifying`, `publishing`, `cancelling`, or the end.
     pub stage: &'static str,
     /// Why it waits, where it does.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -88,19 +88,31 @@ pub struct View {
     /// Files, manifest, `verified`, receipt; null before the end.
     #[schema(value_type = Option<Object>)]
     pub result: Option<serde_json::Value>,
+    /// True once the deadline passed before the end.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub deadline_missed: bool,
+    /// What the grid costs, of a carbon-aware job that was planned.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub carbon: Option<super::footprint::Shown>,
 }
 
 impl View {
     /// Of a job; `agent_name` gives an agent's name for its id.
     pub fn of(job: &Job, agent_name: impl Fn(&str) -> String) -> Self {
         let (rate, eta) = rate_and_eta(job);
-        let waits = job.state.public_stage() == "waiting";
+        let until = job.hold_until.map(time).unwrap_or_default();
+        let waiting_for = match job.state.public_stage() {
+            "waiting" => Some(format!("agent {}, which is away or draining", agent_name(&job.owner))),
+            "not_before" => Some(format!("its time, {until}")),
+            "carbon" => Some(format!("a cleaner grid, until {until} at the latest plan")),
+            _ => None,
+        };
         Self {
             id: job.id.clone(),
             kind: job.kind.word(),
             status: job.state.status.public(),
             stage: job.state.public_stage(),
-            waiting_for: waits.then(|| format!("agent {}, which is away or draining", agent_name(&job.owner))),
+            waiting_for,
             provider: (!job.provider.is_empty()).then(|| job.provider.clone()),
             vm_name: job.vm_name.clone(),
             source: (!job.source.is_empty()).then(|| job.source.clone()),
@@ -127,6 +139,8 @@ impl View {
             finished_at: job.finished_at.map(time),
             options: job.options.clone(),
             result: job.result.clone(),
+            deadline_missed: job.deadline_missed,
+            carbon: job.carbon.as_ref().and_then(|carbon| carbon.shown(super::record::now_millis())),
         }
     }
 }

@@ -7,6 +7,8 @@ use super::*;
 
 fn events(state: &State) -> Vec<Event> {
     let mut events = vec![Event::Cancel, Event::Retry, Event::Pause, Event::Resume, Event::AgentHere(true), Event::AgentHere(false)];
+    events.push(Event::Release);
+    events.extend([Hold::None, Hold::NotBefore, Hold::Carbon, Hold::Paused, Hold::Agent].map(Event::Hold));
     for agent in ["a", "b"] {
         events.push(Event::Assign { agent: agent.into() });
         for epoch in [state.epoch.saturating_sub(1), state.epoch] {
@@ -57,6 +59,15 @@ fn every_reachable_state_keeps_the_invariants() {
             if state.is_granted() && next.is_granted() {
                 assert_eq!(state.agent, next.agent, "{event:?} gave a granted job to another agent");
             }
+            if matches!(event, Event::Assign { .. }) {
+                assert_eq!(state.hold, Hold::None, "{event:?} took a job that is held");
+            }
+            if state.hold == Hold::Paused && next.status == Status::Queued && next.hold != Hold::Paused {
+                assert_eq!(event, Event::Resume, "only a person ends a person's pause");
+            }
+            if state.status == Status::Running && next.hold != Hold::None {
+                assert!(matches!(event, Event::Pause | Event::Hold(Hold::Carbon)) && effects.contains(&Effect::SendPark), "{event:?}");
+            }
             if effects.contains(&Effect::GrantCommit) {
                 assert!(next.is_publishing());
             }
@@ -92,4 +103,26 @@ fn what_is_granted_can_not_be_cancelled_and_only_its_agent_completes_it() {
     assert_eq!(done.status, Status::Completed);
     let again = step(&done, &Event::Finished { epoch: 1, agent: "a".into(), outcome: Outcome::Completed, bytes: 9 }).unwrap();
     assert_eq!(again, (done, vec![Effect::Acknowledge]));
+}
+
+#[test]
+fn a_hold_is_released_by_the_clock_or_by_a_person_and_parks_what_runs() {
+    let after = |state: &State, event: Event| step(state, &event).unwrap().0;
+    let held = after(&State::queued(), Event::Hold(Hold::NotBefore));
+    assert_eq!(held.public_stage(), "not_before");
+    assert!(step(&held, &Event::Assign { agent: "a".into() }).is_err());
+    // Whether its agent is here says nothing while its time has not come.
+    assert_eq!(after(&held, Event::AgentHere(false)), held);
+    assert_eq!(after(&held, Event::Release).hold, Hold::None);
+    assert_eq!(after(&held, Event::Resume).hold, Hold::None);
+    assert_eq!(after(&held, Event::Cancel).status, Status::Cancelled);
+    let paused = after(&held, Event::Pause);
+    assert_eq!(after(&after(&paused, Event::Release), Event::Hold(Hold::Carbon)), paused);
+    let running = after(&State::queued(), Event::Assign { agent: "a".into() });
+    assert!(step(&running, &Event::Hold(Hold::NotBefore)).is_err());
+    let (parked, effects) = step(&running, &Event::Hold(Hold::Carbon)).unwrap();
+    assert_eq!((parked.public_stage(), parked.strikes), ("carbon", 0));
+    assert!(effects.contains(&Effect::SendPark));
+    let granted = after(&running, Event::CommitRequested { epoch: 1, agent: "a".into() });
+    assert!(step(&granted, &Event::Hold(Hold::Carbon)).is_err());
 }

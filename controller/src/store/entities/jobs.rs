@@ -86,6 +86,14 @@ pub struct Model {
     pub started_at: Option<i64>,
     /// When it ended.
     pub finished_at: Option<i64>,
+    /// Until when it waits for its time or for the grid.
+    pub hold_until: Option<i64>,
+    /// By when it should be done.
+    pub deadline: Option<i64>,
+    /// Whether that time has passed and was told.
+    pub deadline_missed: bool,
+    /// `jobs::footprint::Footprint` as JSON, of a carbon-aware job.
+    pub carbon: Option<String>,
 }
 
 /// No relations are followed by the ORM.

@@ -6,6 +6,7 @@
 pub mod m0001_access;
 pub mod m0002_jobs;
 pub mod m0003_inventory;
+pub mod m0005_holds;
 pub mod m0008_schedules;
 pub mod m0011_api_tokens;
 pub mod m0012_job_lists;
@@ -23,6 +24,7 @@ impl MigratorTrait for Migrator {
             Box::new(m0001_access::Migration),
             Box::new(m0002_jobs::Migration),
             Box::new(m0003_inventory::Migration),
+            Box::new(m0005_holds::Migration),
             Box::new(m0008_schedules::Migration),
             Box::new(m0011_api_tokens::Migration),
             Box::new(m0012_job_lists::Migration),
