@@ -24,7 +24,7 @@ use crate::live::Frame;
 use crate::store::sealing::{self, Sealer};
 use crate::store::{self, Store};
 use crate::system::{metrics::Metrics, process};
-use crate::{access, fleet, jobs, live, uploads};
+use crate::{access, files, fleet, jobs, live, uploads};
 
 /// How long a drain waits for requests that are under way.
 const REQUESTS: Duration = Duration::from_secs(15);
@@ -51,6 +51,8 @@ pub struct App {
     pub fleet: fleet::registry::Handle,
     /// The roots of this controller.
     pub vault: Arc<Vault>,
+    /// What people send.
+    pub uploads: uploads::service::Service,
     /// Figures.
     pub metrics: Metrics,
     /// The runtime of tonic and the database.
@@ -190,6 +192,7 @@ pub async fn run(config: Config) -> Result<Running, Error> {
     let shelf = Arc::new(uploads::shelf::Shelf { store: store.clone(), vault: vault.clone() });
     let gateway = Gateway::start(grpc_listener, &names, fleet.clone(), queue.clone(), shelf, &handle)?;
     let app = web::Data::new(App {
+        uploads: uploads::service::Service::new(store.clone(), vault.clone(), &config),
         config: Arc::clone(&config),
         store,
         sealer,
@@ -205,6 +208,8 @@ pub async fn run(config: Config) -> Result<Running, Error> {
     });
     let server = serve(&config, app.clone(), rest_listener, tls)?;
     actix::spawn(tell_figures(app.clone()));
+    actix::spawn(files::sweep::uploads(app.clone()));
+    actix::spawn(files::sweep::exports(app.clone()));
     if let Some(path) = config.join_token_out.clone() {
         write_join_token(&app, &path).await?;
         actix::spawn(renew_join_token(app.clone(), path));

@@ -7,6 +7,7 @@ pub mod access;
 pub mod app;
 pub mod config;
 pub mod egress;
+pub mod files;
 pub mod fleet;
 pub mod http;
 pub mod jobs;

@@ -8,7 +8,7 @@ use utoipa::{Modify, OpenApi};
 
 use super::reply::ErrorBody;
 use super::unbuilt;
-use crate::{access, fleet, jobs, live, providers, system, vms};
+use crate::{access, files, fleet, jobs, live, providers, system, uploads, vms};
 
 /// The document.
 #[derive(OpenApi)]
@@ -30,6 +30,8 @@ use crate::{access, fleet, jobs, live, providers, system, vms};
         system::routes::health, system::routes::livez, system::routes::readyz, system::routes::metrics, system::routes::audit_list,
         unbuilt::deploy, unbuilt::power, unbuilt::snapshots, unbuilt::snapshot, unbuilt::snapshot_remove,
         live::routes::open, live::routes::ticket,
+        uploads::routes::init, uploads::routes::chunk, uploads::routes::complete, uploads::routes::status, uploads::routes::remove,
+        files::routes::browse, files::routes::download, files::routes::manifest, files::routes::export_remove,
     )
 )]
 pub struct Document;

@@ -11,5 +11,7 @@ pub mod jobs;
 pub mod join_tokens;
 pub mod sessions;
 pub mod settings;
+pub mod upload_chunks;
+pub mod uploads;
 pub mod users;
 pub mod vms;

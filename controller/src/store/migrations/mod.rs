@@ -6,6 +6,7 @@
 pub mod m0001_access;
 pub mod m0002_jobs;
 pub mod m0003_inventory;
+pub mod m0020_uploads;
 
 use sea_orm_migration::prelude::*;
 
@@ -15,6 +16,11 @@ pub struct Migrator;
 #[async_trait::async_trait]
 impl MigratorTrait for Migrator {
     fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![Box::new(m0001_access::Migration), Box::new(m0002_jobs::Migration), Box::new(m0003_inventory::Migration)]
+        vec![
+            Box::new(m0001_access::Migration),
+            Box::new(m0002_jobs::Migration),
+            Box::new(m0003_inventory::Migration),
+            Box::new(m0020_uploads::Migration),
+        ]
     }
 }
