@@ -3,7 +3,6 @@
 //! Owns: the answers to `list`, `stat` and `remove_export`. Never: opens a path but through the vault, removes what a job still writes.
 //! A crash here costs one answer; a removal that it cut off is finished by the next, because the folder lost its name first.
 
-use std::fs::File;
 use std::io;
 
 use proto::v1;
@@ -11,11 +10,10 @@ use serde_json::{Value, json};
 use shared::error::Code;
 use shared::folder::{self, Ask, Sort};
 use shared::ids::JobId;
+use shared::sniff;
 use shared::vault::{self, Dir, Vault};
 
 use crate::Agent;
-use crate::formats::disk::Window;
-use crate::formats::sniff;
 use crate::sources::Error;
 
 /// Most entries of one answer.
@@ -30,13 +28,13 @@ pub fn list(vault: &Vault, wanted: &v1::List) -> Result<Value, Error> {
         descending: wanted.descending,
         search: wanted.search.clone(),
     };
-    let (entries, total) = folder::list(vault, &wanted.path, &ask, &format_of).map_err(refused)?;
+    let (entries, total) = folder::list(vault, &wanted.path, &ask, &sniff::format_of).map_err(refused)?;
     Ok(json!({"entries": entries, "total": total}))
 }
 
 /// One path.
 pub fn stat(vault: &Vault, path: &str) -> Result<Value, Error> {
-    let entry = folder::stat(vault, path, &format_of).map_err(refused)?;
+    let entry = folder::stat(vault, path, &sniff::format_of).map_err(refused)?;
     serde_json::to_value(entry).map_err(|e| Error::fatal(Code::Internal, e.to_string()))
 }
 
@@ -80,12 +78,6 @@ fn remove(folder: &Dir, job: &str) -> io::Result<bool> {
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(named),
         Err(e) => Err(e),
     }
-}
-
-/// What the content of a file says it is; nothing where it cannot be read.
-fn format_of(file: File) -> Option<String> {
-    let window = Window::whole(file).ok()?;
-    sniff::sniff(&window).ok().map(|kind| kind.name().to_owned())
 }
 
 fn refused(error: vault::Error) -> Error {

@@ -24,7 +24,7 @@ use crate::live::Frame;
 use crate::store::sealing::{self, Sealer};
 use crate::store::{self, Store};
 use crate::system::{metrics::Metrics, process};
-use crate::{access, admin, carbon, fleet, jobs, live, schedules, uploads};
+use crate::{access, admin, carbon, files, fleet, jobs, live, schedules, uploads};
 
 /// How long a drain waits for requests that are under way.
 const REQUESTS: Duration = Duration::from_secs(15);
@@ -55,6 +55,8 @@ pub struct App {
     pub vault: Arc<Vault>,
     /// The grid.
     pub carbon: carbon::service::Service,
+    /// What people send.
+    pub uploads: uploads::service::Service,
     /// Figures.
     pub metrics: Metrics,
     /// The runtime of tonic and the database.
@@ -200,6 +202,7 @@ pub async fn run(config: Config) -> Result<Running, Error> {
     let shelf = Arc::new(uploads::shelf::Shelf { store: store.clone(), vault: vault.clone() });
     let gateway = Gateway::start(grpc_listener, &names, fleet.clone(), queue.clone(), shelf, &handle)?;
     let app = web::Data::new(App {
+        uploads: uploads::service::Service::new(store.clone(), vault.clone(), &config),
         config: Arc::clone(&config),
         store,
         sealer,
@@ -218,6 +221,8 @@ pub async fn run(config: Config) -> Result<Running, Error> {
     actix::spawn(tell_figures(app.clone()));
     actix::spawn(schedules::ticker::run(app.clone()));
     actix::spawn(carbon::waiter::run(app.clone()));
+    actix::spawn(files::sweep::uploads(app.clone()));
+    actix::spawn(files::sweep::exports(app.clone()));
     if let Some(path) = config.join_token_out.clone() {
         write_join_token(&app, &path).await?;
         actix::spawn(renew_join_token(app.clone(), path));

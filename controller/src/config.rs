@@ -118,6 +118,12 @@ pub struct Config {
     pub data_dir: PathBuf,
     /// The root `uploads`; absent: `uploads` in the data directory.
     pub uploads_dir: Option<PathBuf>,
+    /// Bytes that all uploads together may have; 0: as much as the disk has.
+    pub uploads_quota_bytes: u64,
+    /// Hours without a chunk after which an unfinished upload goes.
+    pub uploads_expiry_hours: f64,
+    /// Days after which the files of finished jobs go from their agents' disks; 0: never.
+    pub exports_retention_days: f64,
     /// `postgres://…` or `sqlite://…`; absent: SQLite in the data directory. May hold a password.
     pub database_url: Option<Secret>,
     /// Password of the first admin; absent: one is made.
@@ -158,6 +164,9 @@ impl Default for Config {
             grpc_names: Vec::new(),
             data_dir: PathBuf::from("/var/lib/hypersdk/controller"),
             uploads_dir: None,
+            uploads_quota_bytes: 0,
+            uploads_expiry_hours: 24.0,
+            exports_retention_days: 0.0,
             database_url: None,
             admin_password: None,
             sealing_key: None,
@@ -186,6 +195,9 @@ struct File {
     grpc_names: Option<Vec<String>>,
     data_dir: Option<PathBuf>,
     uploads_dir: Option<PathBuf>,
+    uploads_quota_bytes: Option<u64>,
+    uploads_expiry_hours: Option<f64>,
+    exports_retention_days: Option<f64>,
     database_url: Option<String>,
     admin_password: Option<String>,
     sealing_key: Option<String>,
@@ -230,6 +242,7 @@ impl Config {
         }
         take!(listen, grpc_listen, grpc_names, data_dir, metrics_public, limits, trusted_proxies, allowed_origins);
         take!(log_json, bcrypt_cost, token_minutes, workers);
+        take!(uploads_quota_bytes, uploads_expiry_hours, exports_retention_days);
         macro_rules! take_optional {
             ($($field:ident),*) => { $(if file.$field.is_some() { self.$field = file.$field; })* };
         }
@@ -265,6 +278,9 @@ impl Config {
             self.bcrypt_cost, "BCRYPT_COST", "must be a whole number from 10 to 16";
             self.token_minutes, "TOKEN_MINUTES", "must be a whole number of minutes";
             self.workers, "WORKERS", "must be a whole number";
+            self.uploads_quota_bytes, "UPLOADS_QUOTA_BYTES", "must be a whole number of bytes";
+            self.uploads_expiry_hours, "UPLOADS_EXPIRY_HOURS", "must be a number of hours";
+            self.exports_retention_days, "EXPORTS_RETENTION_DAYS", "must be a number of days";
             self.limits.anonymous_burst, "LIMITS_ANONYMOUS_BURST", "must be a whole number";
             self.limits.anonymous_replenish_ms, "LIMITS_ANONYMOUS_REPLENISH_MS", "must be a whole number of milliseconds";
             self.limits.user_per_minute, "LIMITS_USER_PER_MINUTE", "must be a whole number";
@@ -318,6 +334,12 @@ impl Config {
         }
         if self.limits.anonymous_burst == 0 || self.limits.anonymous_replenish_ms == 0 || self.limits.user_per_minute == 0 {
             return Err(wrong("limits", "must be 1 or more"));
+        }
+        if !(self.uploads_expiry_hours > 0.0 && self.uploads_expiry_hours <= 87_600.0) {
+            return Err(wrong("uploads_expiry_hours", "must be above 0 and at most 87600"));
+        }
+        if !(self.exports_retention_days >= 0.0 && self.exports_retention_days <= 36_500.0) {
+            return Err(wrong("exports_retention_days", "must be 0 (for ever) to 36500"));
         }
         if self.tls_cert.is_some() != self.tls_key.is_some() {
             return Err(wrong("tls_cert, tls_key", "give both or none"));

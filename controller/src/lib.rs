@@ -9,6 +9,7 @@ pub mod app;
 pub mod carbon;
 pub mod config;
 pub mod egress;
+pub mod files;
 pub mod fleet;
 pub mod http;
 pub mod jobs;

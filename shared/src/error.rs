@@ -49,6 +49,8 @@ codes! {
     TooLarge = "too_large" 413,
     /// Not JSON where JSON is due.
     UnsupportedMediaType = "unsupported_media_type" 415,
+    /// The file has no such bytes.
+    RangeNotSatisfiable = "range_not_satisfiable" 416,
     /// Understood, and cannot be done as asked.
     Unprocessable = "unprocessable" 422,
     /// Part of the contract, and not there yet.

@@ -14,6 +14,7 @@ pub mod manifest;
 pub mod options;
 pub mod progress;
 pub mod secret;
+pub mod sniff;
 pub mod telemetry;
 pub mod vault;
 pub mod vm;

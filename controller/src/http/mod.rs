@@ -33,7 +33,7 @@ use shared::error::Code;
 use tracing_actix_web::TracingLogger;
 
 use crate::app::App as Shared;
-use crate::{access, carbon, fleet, jobs, live, providers, schedules, system, vms};
+use crate::{access, carbon, files, fleet, jobs, live, providers, schedules, system, uploads, vms};
 use guard::Viewer;
 use reply::Error;
 
@@ -63,11 +63,11 @@ fn table(at: &mut dyn FnMut(&str, Vec<Operation>)) {
     at("/jobs/stats", vec![get(jobs::routes::stats)]);
     at("/jobs/{id}", vec![get(jobs::routes::get), delete(jobs::routes::cancel)]);
     at("/jobs/{id}/logs", vec![get(jobs::routes::logs)]);
-    at("/jobs/{id}/manifest", vec![get(not_built)]);
+    at("/jobs/{id}/manifest", vec![get(files::routes::manifest)]);
     at("/jobs/{id}/retry", vec![post(jobs::routes::retry)]);
     at("/jobs/{id}/pause", vec![post(jobs::routes::pause)]);
     at("/jobs/{id}/resume", vec![post(jobs::routes::resume)]);
-    at("/exports/{id}", vec![delete(not_built)]);
+    at("/exports/{id}", vec![delete(files::routes::export_remove)]);
 
     at("/vms/list", vec![get(vms::routes::list)]);
     at("/vms/browse", vec![post(vms::routes::browse)]);
@@ -100,13 +100,13 @@ fn table(at: &mut dyn FnMut(&str, Vec<Operation>)) {
     at("/system/alerts", vec![get(not_built)]);
     at("/readiness", vec![get(not_built)]);
 
-    at("/upload/init", vec![post(not_built)]);
-    at("/upload/chunk", vec![post(not_built)]);
-    at("/upload/complete", vec![post(not_built)]);
-    at("/upload/status/{id}", vec![get(not_built)]);
-    at("/upload/{id}", vec![delete(not_built)]);
-    at("/download", vec![get(not_built)]);
-    at("/browse/files", vec![get(not_built)]);
+    at("/upload/init", vec![post(uploads::routes::init)]);
+    at("/upload/chunk", vec![post(uploads::routes::chunk)]);
+    at("/upload/complete", vec![post(uploads::routes::complete)]);
+    at("/upload/status/{id}", vec![get(uploads::routes::status)]);
+    at("/upload/{id}", vec![delete(uploads::routes::remove)]);
+    at("/download", vec![get(files::routes::download)]);
+    at("/browse/files", vec![get(files::routes::browse)]);
 
     at("/schedules", vec![get(schedules::routes::list), post(schedules::routes::create)]);
     at("/schedules/{id}", vec![get(schedules::routes::get), patch(schedules::routes::update), delete(schedules::routes::remove)]);

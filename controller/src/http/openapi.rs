@@ -8,7 +8,7 @@ use utoipa::{Modify, OpenApi};
 
 use super::reply::ErrorBody;
 use super::unbuilt;
-use crate::{access, carbon, fleet, jobs, live, providers, schedules, system, vms};
+use crate::{access, carbon, files, fleet, jobs, live, providers, schedules, system, uploads, vms};
 
 /// The document.
 #[derive(OpenApi)]
@@ -35,6 +35,8 @@ use crate::{access, carbon, fleet, jobs, live, providers, schedules, system, vms
         schedules::routes::list, schedules::routes::create, schedules::routes::get, schedules::routes::update, schedules::routes::remove,
         schedules::routes::run, schedules::routes::runs,
         carbon::routes::intensity, carbon::routes::schedule,
+        uploads::routes::init, uploads::routes::chunk, uploads::routes::complete, uploads::routes::status, uploads::routes::remove,
+        files::routes::browse, files::routes::download, files::routes::manifest, files::routes::export_remove,
     )
 )]
 pub struct Document;

@@ -186,6 +186,30 @@ pub async fn commit(store: &Store, transitions: &[Transition]) -> Result<Vec<boo
         .await
 }
 
+/// Changes what is said of a finished job's output.
+pub async fn save_result(store: &Store, id: &str, result: &serde_json::Value) -> Result<(), Error> {
+    let text = result.to_string();
+    let update = jobs::Entity::update_many()
+        .col_expr(jobs::Column::Result, Expr::value(Some(text)))
+        .filter(jobs::Column::Id.eq(id))
+        .filter(jobs::Column::Status.eq(Status::Completed.word()));
+    store.run(move |db| async move { Ok(update.exec(&db).await.map(drop)?) }).await
+}
+
+/// Completed jobs that ended before a time (milliseconds since 1970) and whose result does not hold the field `without`; the oldest first,
+/// 1,000 at most.
+pub async fn with_files(store: &Store, before: i64, without: &str) -> Result<Vec<Job>, Error> {
+    let find = jobs::Entity::find()
+        .filter(jobs::Column::Status.eq(Status::Completed.word()))
+        .filter(jobs::Column::FinishedAt.lt(before))
+        .filter(jobs::Column::Result.is_not_null())
+        .filter(jobs::Column::Result.not_like(format!("%\"{without}\"%")))
+        .order_by_asc(jobs::Column::FinishedAt)
+        .limit(1000);
+    let rows = store.read(move |db| async move { Ok(find.all(&db).await?) }).await?;
+    Ok(rows.into_iter().filter_map(readable).collect())
+}
+
 /// Stores the counters of running jobs; a job whose assignment is over keeps what it has.
 pub async fn save_counters(store: &Store, jobs_now: &[Job]) -> Result<(), Error> {
     let updates: Vec<_> = jobs_now.iter().map(|job| (job.id.clone(), job.state.epoch, job.to_counters())).collect();

@@ -44,11 +44,16 @@ impl transfer::Shelf for Shelf {
             if !is_theirs || place(path).is_none() || place(path) != place(&job.source) {
                 return Err(refused());
             }
+            let named = place(path).unwrap_or_default();
+            let id = named.split('/').nth(1).unwrap_or_default().to_owned();
+            let upload = super::store::load(&self.store, &id).await?.filter(|row| row.status == super::store::COMPLETE);
+            let upload = upload.ok_or_else(|| Error::not_found("this upload is not complete, or is gone"))?;
+            let sha256 = upload.sha256.unwrap_or_default();
             let (vault, path) = (self.vault.clone(), path.to_owned());
             let opened = tokio::task::spawn_blocking(move || {
                 let file = vault.open_file(&path).map_err(|e| Error::new(e.code(), e.to_string()))?;
                 let metadata = file.metadata().map_err(Error::internal)?;
-                Ok(Shelved { size: metadata.len(), version: folder::version(&metadata), sha256: String::new(), file })
+                Ok(Shelved { size: metadata.len(), version: folder::version(&metadata), sha256, file })
             });
             opened.await.map_err(Error::internal)?
         })

@@ -101,6 +101,19 @@ async fn an_upload_goes_to_the_agent_whose_assignment_names_it() {
     let content: Vec<u8> = (0..700_000u32).flat_map(u32::to_le_bytes).collect();
     std::fs::write(bench.uploads.join("up-1/disk.raw"), &content).unwrap();
     std::fs::write(bench.uploads.join("up-1/other.raw"), b"other").unwrap();
+    let row = crate::store::entities::uploads::Model {
+        id: "up-1".into(),
+        filename: "disk.raw".into(),
+        size: content.len() as i64,
+        expected: None,
+        sha256: None,
+        status: "open".into(),
+        created_by: "tester".into(),
+        created_at: 0,
+        expires_at: 0,
+        finished_at: None,
+    };
+    crate::uploads::store::begin(&bench.store, row, 0, None).await.unwrap().unwrap();
     let (a, mut talk, mut client) = member(&bench, "kvm-1").await;
     let (_, _other_talk, mut other) = member(&bench, "kvm-2").await;
     let job = bench.queue.submit(NewJob { source: "uploads/up-1/disk.raw".into(), ..new_job(&a) }, None).await.unwrap();
@@ -125,13 +138,15 @@ async fn an_upload_goes_to_the_agent_whose_assignment_names_it() {
     ] {
         assert_eq!(client.pull(bad.clone()).await.unwrap_err().code(), Code::PermissionDenied, "{bad:?}");
     }
+    assert_eq!(client.pull(good).await.unwrap_err().code(), Code::NotFound, "it is not whole yet");
+    crate::uploads::store::complete(&bench.store, "up-1", "its digest", 1).await.unwrap();
     let mut version = String::new();
     // Whole, then the rest of it, then whole again because what the agent has is of another version.
     for (offset, of, from) in [(0, "", 0), (1_000_000, "same", 1_000_000), (1_000_000, "another", 0)] {
         let of = if of == "same" { version.clone() } else { of.to_owned() };
         let mut pieces = client.pull(request("uploads/up-1/disk.raw", offset, &of)).await.unwrap().into_inner();
         let Some(Piece { kind: Some(Part::Opened(opened)), .. }) = pieces.message().await.unwrap() else { panic!("no opened") };
-        assert_eq!((opened.size, opened.offset), (content.len() as u64, from));
+        assert_eq!((opened.size, opened.offset, opened.sha256.as_str()), (content.len() as u64, from, "its digest"));
         version = opened.version;
         let mut got = Vec::new();
         while let Some(Piece { kind: Some(Part::Data(bytes)), .. }) = pieces.message().await.unwrap() {

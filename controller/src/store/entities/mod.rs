@@ -14,5 +14,7 @@ pub mod schedule_runs;
 pub mod schedules;
 pub mod sessions;
 pub mod settings;
+pub mod upload_chunks;
+pub mod uploads;
 pub mod users;
 pub mod vms;

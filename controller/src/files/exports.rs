@@ -1,0 +1,118 @@
+//! What finished jobs left on their agents' disks: the manifest, the removal, and for how long it stays.
+//!
+//! Owns: these decisions. Never: removes what a job still writes, or what lies in an object store.
+//! A crash here costs nothing: a removal that was cut off is finished by the next.
+
+use std::time::Duration;
+
+use proto::v1;
+use proto::v1::browse::Question;
+use serde_json::Value;
+use shared::error::Code;
+use shared::job::Status;
+
+use super::body::Body;
+use super::service::{self, Place};
+use crate::app::App;
+use crate::http::reply::Error;
+use crate::jobs;
+use crate::jobs::core::Outbox as _;
+use crate::jobs::record::Job;
+use crate::system::audit;
+
+/// Where a job's output goes that names no destination.
+const EXPORTS: &str = "exports";
+/// What a job's result says once its files are gone.
+const REMOVED: &str = "removed_at";
+/// Largest manifest that is served.
+const LARGEST_MANIFEST: u64 = 256 << 20;
+
+/// A job that ended well, with its result; else why it has no files.
+fn published(job: &Job) -> Result<&Value, Error> {
+    if !job.state.status.is_final() {
+        return Err(Error::new(Code::Conflict, format!("{} is not finished; DELETE /jobs/{} cancels it", job.id, job.id)));
+    }
+    let result = job.result.as_ref().filter(|_| job.state.status == Status::Completed);
+    let result = result.ok_or_else(|| Error::not_found(format!("{} is {} and published nothing", job.id, job.state.status.public())))?;
+    match result.get(REMOVED).and_then(Value::as_str) {
+        Some(when) => Err(Error::not_found(format!("the files of {} were removed at {when}", job.id))),
+        None => Ok(result),
+    }
+}
+
+fn place_of(app: &App, job: &Job) -> Result<Place, Error> {
+    let id = job.state.agent.clone().ok_or_else(|| Error::not_found(format!("{} ran at no agent", job.id)))?;
+    Ok(Place::Agent { name: app.fleet.name(&id), id })
+}
+
+/// The signed manifest of a job's output: of the first file, or of the one that `file` names.
+pub async fn manifest(app: &App, job: &Job, file: Option<&str>) -> Result<(u64, Body), Error> {
+    let result = published(job)?;
+    let all = result.get("manifests").and_then(Value::as_array).into_iter().flatten().chain(result.get("manifest"));
+    let all: Vec<&str> = all.filter_map(Value::as_str).collect();
+    let bare = |path: &&str| path.rsplit('/').next().unwrap_or_default().to_owned();
+    let path = match file {
+        None => all.first(),
+        Some(file) => all.iter().find(|path| bare(path) == file || bare(path) == format!("{file}.manifest.json")),
+    };
+    let Some(path) = path.copied() else {
+        let known = all.iter().map(bare).collect::<Vec<_>>().join(", ");
+        return Err(Error::not_found(match known.is_empty() {
+            true => format!("{} has no manifest", job.id),
+            false => format!("{} has no such manifest; it has: {known}", job.id),
+        }));
+    };
+    let place = place_of(app, job)?;
+    let entry = service::file(app, &place, path).await?;
+    if entry.size > LARGEST_MANIFEST {
+        return Err(Error::new(Code::Unprocessable, format!("{} has {} bytes; download it", entry.path, entry.size)));
+    }
+    Ok((entry.size, service::open(app, &place, path, &entry, 0, entry.size).await?))
+}
+
+/// Removes a job's files from its agent's disk; the job and its result stay, and say when that was.
+pub async fn remove(app: &App, caller: &str, job: &Job) -> Result<(), Error> {
+    let result = published(job)?;
+    let destination = job.options.destination.as_deref().unwrap_or(EXPORTS);
+    if destination.contains("://") {
+        return Err(Error::not_built("removing an export from an object store"));
+    }
+    let Place::Agent { id, .. } = place_of(app, job)? else { return Err(Error::internal("an export lies at an agent")) };
+    let act = audit::begin(&app.store, caller, "export.delete", &job.id).await?;
+    let removed = remove_at(app, &id, job, destination, result.clone()).await;
+    act.finish(&removed).await;
+    match removed? {
+        true => Ok(()),
+        false => Err(Error::not_found(format!("the files of {} are not on the disk of its agent any more", job.id))),
+    }
+}
+
+async fn remove_at(app: &App, agent: &str, job: &Job, destination: &str, mut result: Value) -> Result<bool, Error> {
+    let question = v1::RemoveExport { job: job.id.clone(), destination: destination.to_owned() };
+    let answer = app.fleet.ask(agent, Question::RemoveExport(question)).await?;
+    if let Some(result) = result.as_object_mut() {
+        result.insert(REMOVED.to_owned(), shared::clock::rfc3339(shared::clock::now()).into());
+    }
+    jobs::store::save_result(&app.store, &job.id, &result).await?;
+    Ok(answer.get("removed").and_then(Value::as_bool).unwrap_or(false))
+}
+
+/// Removes the files of jobs that ended longer ago than `age`, where their agents are connected. Answers how many.
+pub async fn retire(app: &App, age: Duration) -> Result<usize, Error> {
+    let before = shared::clock::now().timestamp_millis().saturating_sub(i64::try_from(age.as_millis()).unwrap_or(i64::MAX));
+    let mut removed = 0;
+    for job in jobs::store::with_files(&app.store, before, REMOVED).await? {
+        let here = job.state.agent.as_ref().is_some_and(|agent| app.fleet.is_connected(agent));
+        let in_a_root = job.options.destination.as_ref().is_none_or(|destination| !destination.contains("://"));
+        if app.is_draining() || !here || !in_a_root {
+            continue;
+        }
+        match remove(app, "retention", &job).await {
+            Ok(()) => removed += 1,
+            // Somebody was quicker.
+            Err(error) if error.code() == Code::NotFound => {}
+            Err(error) => tracing::warn!(job = job.id, cause = %error, "an export whose time is over could not be removed yet"),
+        }
+    }
+    Ok(removed)
+}
