@@ -127,6 +127,10 @@ fn assert_right(folder: &Folder, job: &Job, outcome: &Outcome, contents: &[Vec<u
         };
         let disk = super::super::target::open_output(job.format.disk_format(), window).unwrap();
         assert!(read_all(disk.as_ref()) == *data, "{what}: disk {n} is another");
+        if job.format == Format::Qcow2 {
+            let check = qemu_img(&["check", "-f", "qcow2", text(&folder.part_path(&job.disk_file(n)))]);
+            assert!(check.contains("No errors were found"), "{what}: disk {n}: {check}");
+        }
     }
 }
 
@@ -156,11 +160,14 @@ fn survive(seed: u64, folder: &Folder, disks: &[Arc<dyn Disk>], contents: &[Vec<
             Ok(outcome) => {
                 assert_eq!(outcome.bytes_read + outcome.resumed_from, outcome.data_bytes, "{what}");
                 assert_right(folder, &job, &outcome, contents, &what);
-                if seed.is_multiple_of(8) {
+                if (seed / targets.len() as u64).is_multiple_of(8) {
                     let report =
                         super::super::verify_files(&manifest(&outcome), &|name| File::open(folder.part_path(name)), &|_| true).unwrap();
                     assert!(report.intact(), "{what}: {report:?}");
-                    assert_same_as_uninterrupted(folder, disks, &job, &outcome, &what);
+                    // A plain qcow2's clusters lie as the threads came to them.
+                    if (format, compression) != (Format::Qcow2, None) {
+                        assert_same_as_uninterrupted(folder, disks, &job, &outcome, &what);
+                    }
                 }
                 return attempt;
             }
