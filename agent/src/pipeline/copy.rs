@@ -111,6 +111,8 @@ impl DiskCopy<'_> {
                         let (_member, _alarm) = (crew.member(), Alarm(&queue));
                         if let Err(error) = self.work(&queue, &plan, hot.as_ref()) {
                             queue.fail(error);
+                            // Else nobody might: the others may have failed, too, and the writer may wait for the sealer, which waits for these.
+                            self.drain(&queue);
                         }
                     })
                 })
@@ -198,6 +200,17 @@ impl DiskCopy<'_> {
         Ok(())
     }
 
+    /// Writes what was placed and nobody has taken; false when that fails.
+    fn drain(&self, queue: &Queue) -> bool {
+        while let Some(placed) = queue.take_placed() {
+            if let Err(error) = self.write_placed(queue, placed) {
+                queue.fail(error);
+                return false;
+            }
+        }
+        true
+    }
+
     /// Lays a block down, takes note of one that its worker has written (`hot`), or gives it its place and leaves the writing to the workers.
     /// Under a bandwidth limit they sleep, so that it is done here.
     fn lay(&self, queue: &Queue, seq: u64, encoded: Encoded, hot: bool, writer: &mut dyn DiskWriter) -> Result<(), Error> {
@@ -244,13 +257,8 @@ impl DiskCopy<'_> {
                 Next::Halted => true,
             };
             // Once the queue has halted or ended the workers leave, and whoever waits for these bytes would wait for ever.
-            while (ended || queue.halted())
-                && let Some(placed) = queue.take_placed()
-            {
-                if let Err(error) = self.write_placed(queue, placed) {
-                    queue.fail(error);
-                    return written;
-                }
+            if (ended || queue.halted()) && !self.drain(queue) {
+                return written;
             }
             // Before the next block would make it more.
             let full = pending.data + BLOCK > self.tuning.checkpoint_bytes || pending.digests.len() >= MAX_DIGESTS;
