@@ -87,7 +87,7 @@ fn stages(criterion: &mut Criterion) {
         b.iter(|| raw::Writer::new(output.clone(), capacity).write_block(&encoded).unwrap());
     });
     group.bench_function("write: qcow2", |b| {
-        b.iter(|| qcow2::Writer::new(output.clone(), capacity, None).unwrap().write_block(&encoded).unwrap());
+        b.iter(|| qcow2::PlainWriter::new(output.clone(), capacity).unwrap().write_block(&encoded).unwrap());
     });
     group.finish();
 }

@@ -20,6 +20,8 @@ PAIRS = [
     ("streamOptimized → raw", "-O raw", "stream.vmdk", "", "raw"),
     ("streamOptimized → qcow2", "-O qcow2", "stream.vmdk", "", "qcow2"),
     ("raw → streamOptimized, level 6", STREAM, "disk.raw", "--level 6", "vmdk"),
+    # libdeflate's level 4 makes what qemu-img makes with zlib's level 6, within half a per cent.
+    ("raw → streamOptimized, level 4", STREAM, "disk.raw", "--level 4", "vmdk"),
     ("raw → streamOptimized, level 1", STREAM, "disk.raw", "--level 1", "vmdk"),
     ("raw → streamOptimized, fast", STREAM, "disk.raw", "", "vmdk"),
     # With the whole window level 1 makes what qemu-img makes at its level in 4 KiB of window.

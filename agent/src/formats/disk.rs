@@ -9,6 +9,8 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
+use super::places::{Places, Span};
+
 /// Bytes in one unit of output allocation: a qcow2 cluster and a streamOptimized grain are both 64 KiB as we write them.
 pub const UNIT: usize = 64 << 10;
 
@@ -228,9 +230,29 @@ pub struct Unit {
     pub compressed: bool,
 }
 
+/// Where adjacent units of an [`Encoded`] block lie that were written before the block came in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Number of the first unit.
+    pub index: u64,
+    /// The clusters that they fill.
+    pub span: Span,
+}
+
+/// How units may be written by whoever has them at hand, before their block comes in order.
+#[derive(Clone, Debug)]
+pub enum Hot {
+    /// At their own offsets, as on the disk, no further than its end.
+    Offsets,
+    /// In places taken from here; each unit is filled up with zeros.
+    Places(Arc<Places>),
+}
+
 /// A block as an encoder left it: the non-zero units, ready to be laid into the file.
 #[derive(Default)]
 pub struct Encoded {
+    /// Where units lie that were written already, for [`DiskWriter::took_block`].
+    pub placed: Vec<Place>,
     /// Ascending by index; all-zero units are absent.
     pub units: Vec<Unit>,
     /// Holds their bytes, one after the other, and may be longer: units say which of its bytes count.
@@ -241,6 +263,7 @@ impl Encoded {
     /// Empties it and keeps the memory.
     pub fn clear(&mut self) {
         self.units.clear();
+        self.placed.clear();
     }
 
     /// `len` bytes behind the last unit, with unspecified content. Grows by whole blocks and never shrinks, so that the memory is not
@@ -336,7 +359,12 @@ pub trait DiskWriter: Send {
         Ok(false)
     }
 
-    /// Takes note of units whose bytes the caller has written at their own offsets. Only for raw, where they have such; others refuse.
+    /// How the caller may write units before their block comes; then `took_block` is told of them instead of `write_block`.
+    fn hot(&self) -> Option<Hot> {
+        None
+    }
+
+    /// Takes note of units whose bytes the caller has written as [`DiskWriter::hot`] says. Others refuse.
     fn took_block(&mut self, block: &Encoded) -> Result<()> {
         let text = format!("{} units were written past a writer that places them itself", block.units.len());
         Err(io::Error::new(io::ErrorKind::InvalidInput, text).into())

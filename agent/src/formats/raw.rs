@@ -7,7 +7,7 @@
 use std::io;
 
 use super::disk::{
-    Disk, DiskWriter, EncodeState, Encoded, Encoder as Encode, Extent, FormatError, Output, Result, Run, Scratch, UNIT, Unit, Window,
+    Disk, DiskWriter, EncodeState, Encoded, Encoder as Encode, Extent, FormatError, Hot, Output, Result, Run, Scratch, UNIT, Unit, Window,
     is_zero,
 };
 
@@ -180,6 +180,10 @@ impl DiskWriter for Writer {
             out.push(Run { start, len, offset });
         }
         Ok(true)
+    }
+
+    fn hot(&self) -> Option<Hot> {
+        Some(Hot::Offsets)
     }
 
     fn took_block(&mut self, block: &Encoded) -> Result<()> {

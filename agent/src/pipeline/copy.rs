@@ -3,7 +3,7 @@
 //! Owns: the threads of one disk's copy and what flows between them.
 //! ```text
 //!  plan ─► worker × N ─► queue (in order, bounded) ─► writer ─► sealer (hash, fdatasync, journal)
-//!             ▲ raw units, and plain blocks that the writer has placed, go to the file from here
+//!             ▲ units of raw and plain qcow2, and plain blocks that the writer has placed, go to the file from here
 //!  caller's thread: polls stop, reports progress
 //! ```
 //! Never: holds more than the slots of the queue and one block a worker, goes on after a failed write or sync.
@@ -29,7 +29,7 @@ use super::target::{Evidence, Target};
 use super::throttle::Throttle;
 use super::work::{Fault, Form, Worker};
 use super::{Error, Stop, Tuning, output_error};
-use crate::formats::{Disk, DiskWriter, Encoded, FormatError, Output};
+use crate::formats::{Disk, DiskWriter, Encoded, FormatError, Hot, Output};
 use crate::journal::{Checkpoint, Journal, MAX_DIGESTS, Record};
 
 /// One disk and where it goes.
@@ -92,6 +92,7 @@ impl DiskCopy<'_> {
         let queue = Queue::new((workers * 2).clamp(workers + 2, SLOTS));
         let crew = Crew::new(workers + 2);
         let plan = Mutex::new((Plan::new(self.disk, start.next_block), 0u64));
+        let hot = start.writer.hot();
         // No room: a checkpoint waits in the writer, which then takes no further block.
         let (send, receive) = sync_channel(0);
         let written = thread::scope(|scope| {
@@ -102,14 +103,16 @@ impl DiskCopy<'_> {
             });
             let writer = scope.spawn(|| {
                 let (_member, _alarm) = (crew.member(), Alarm(&queue));
-                self.write_all(&queue, start, send)
+                self.write_all(&queue, start, hot.is_some(), send)
             });
             let readers: Vec<_> = (0..workers)
                 .map(|_| {
                     scope.spawn(|| {
                         let (_member, _alarm) = (crew.member(), Alarm(&queue));
-                        if let Err(error) = self.work(&queue, &plan) {
+                        if let Err(error) = self.work(&queue, &plan, hot.as_ref()) {
                             queue.fail(error);
+                            // Else nobody might: the others may have failed, too, and the writer may wait for the sealer, which waits for these.
+                            self.drain(&queue);
                         }
                     })
                 })
@@ -132,8 +135,8 @@ impl DiskCopy<'_> {
     }
 
     /// One worker: reads, hashes and encodes blocks until there are none, and writes those that have their place.
-    fn work(&self, queue: &Queue, plan: &Mutex<(Plan<'_>, u64)>) -> Result<(), Error> {
-        let mut worker = Worker::new(self.disk, self.form()?);
+    fn work(&self, queue: &Queue, plan: &Mutex<(Plan<'_>, u64)>, hot: Option<&Hot>) -> Result<(), Error> {
+        let mut worker = Worker::new(self.disk, self.form(hot)?);
         let mut task = Task::default();
         let mut exhausted = false;
         let stop = || self.control.stopped() || queue.halted();
@@ -175,9 +178,9 @@ impl DiskCopy<'_> {
         }
     }
 
-    fn form(&self) -> Result<Form, Error> {
-        if self.target.is_raw() {
-            return Ok(Form::Direct(Output { file: self.file.clone(), base: self.base }));
+    fn form(&self, hot: Option<&Hot>) -> Result<Form, Error> {
+        if let Some(hot) = hot {
+            return Ok(Form::Direct(Output { file: self.file.clone(), base: self.base }, hot.clone()));
         }
         if self.target.plain() {
             return Ok(Form::Plain);
@@ -197,10 +200,22 @@ impl DiskCopy<'_> {
         Ok(())
     }
 
-    /// Lays a block down, takes note of one that its worker has written, or gives it its place and leaves the writing to the workers. Under a bandwidth limit they sleep, so that it is done here.
-    fn lay(&self, queue: &Queue, seq: u64, encoded: Encoded, writer: &mut dyn DiskWriter) -> Result<(), Error> {
+    /// Writes what was placed and nobody has taken; false when that fails.
+    fn drain(&self, queue: &Queue) -> bool {
+        while let Some(placed) = queue.take_placed() {
+            if let Err(error) = self.write_placed(queue, placed) {
+                queue.fail(error);
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Lays a block down, takes note of one that its worker has written (`hot`), or gives it its place and leaves the writing to the workers.
+    /// Under a bandwidth limit they sleep, so that it is done here.
+    fn lay(&self, queue: &Queue, seq: u64, encoded: Encoded, hot: bool, writer: &mut dyn DiskWriter) -> Result<(), Error> {
         let fail = |e| output_error(e, self.file_name);
-        if self.target.is_raw() {
+        if hot {
             writer.took_block(&encoded).map_err(fail)?;
             queue.give_back(encoded);
             return Ok(());
@@ -220,7 +235,7 @@ impl DiskCopy<'_> {
     }
 
     /// The writer: lays blocks down in order and hands over checkpoints. Answers with what it has when all blocks are written.
-    fn write_all(&self, queue: &Queue, start: Start, seals: SyncSender<Sealing>) -> Written {
+    fn write_all(&self, queue: &Queue, start: Start, hot: bool, seals: SyncSender<Sealing>) -> Written {
         let mut written = Written { writer: start.writer, blocks: start.blocks, from: start.from, data: start.data, next_seq: 0 };
         let mut pending = Pending { next_block: start.next_block, ..Pending::new() };
         loop {
@@ -229,7 +244,7 @@ impl DiskCopy<'_> {
                 Next::Block(seq, done) => {
                     pending.add(&done, &mut written);
                     written.next_seq = seq + 1;
-                    if let Err(error) = self.lay(queue, seq, done.encoded, written.writer.as_mut()) {
+                    if let Err(error) = self.lay(queue, seq, done.encoded, hot, written.writer.as_mut()) {
                         queue.fail(error);
                         return written;
                     }
@@ -242,13 +257,8 @@ impl DiskCopy<'_> {
                 Next::Halted => true,
             };
             // Once the queue has halted or ended the workers leave, and whoever waits for these bytes would wait for ever.
-            while (ended || queue.halted())
-                && let Some(placed) = queue.take_placed()
-            {
-                if let Err(error) = self.write_placed(queue, placed) {
-                    queue.fail(error);
-                    return written;
-                }
+            if (ended || queue.halted()) && !self.drain(queue) {
+                return written;
             }
             // Before the next block would make it more.
             let full = pending.data + BLOCK > self.tuning.checkpoint_bytes || pending.digests.len() >= MAX_DIGESTS;

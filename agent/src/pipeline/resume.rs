@@ -8,7 +8,6 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 
@@ -22,8 +21,8 @@ use super::plan::block_len;
 use super::seal::{hash_region, read_padded};
 use super::target::{Evidence, Target};
 use super::{Error, Job, output_error};
+use crate::formats::UNIT;
 use crate::formats::qcow2::{Placed, Tracer};
-use crate::formats::{Output, UNIT};
 use crate::journal::{Checkpoint, Journal, Record};
 
 /// A disk whose output is complete.
@@ -111,7 +110,7 @@ pub(super) fn survey(
         let base = package.base(number, &places);
         let name = job.disk_file(number);
         let file = match part.open_existing(&name) {
-            Ok(file) => Arc::new(file),
+            Ok(file) => file,
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 if first < journal.len() {
                     control.log(tracing::Level::WARN, &format!("{name} is gone, its disk starts again"));
@@ -122,8 +121,7 @@ pub(super) fn survey(
             Err(e) => return Err(output_error(e.into(), &name)),
         };
         let capacity = source.disk.capacity();
-        let output = Output { file: file.clone(), base };
-        let tracer = (target.evidence() == Evidence::Placed).then(|| Tracer::new(output, capacity)).transpose().map_err(Error::Output)?;
+        let tracer = (target.evidence() == Evidence::Placed).then(|| Tracer::new(capacity)).transpose().map_err(Error::Output)?;
         let Some(told) = read_disk(journal, number as u32, tracer, &mut at)?.filter(|told| told.base == base) else {
             journal.cut(first).map_err(Error::journal)?;
             return Ok(found);

@@ -103,7 +103,8 @@ impl Target {
     pub(super) fn create(self, output: Output, capacity: u64, number: usize) -> Result<Box<dyn DiskWriter>> {
         Ok(match self {
             Self::Raw => Box::new(raw::Writer::new(output, capacity)),
-            Self::Qcow2(compression) => Box::new(qcow2::Writer::new(output, capacity, compression.map(|c| c.method))?),
+            Self::Qcow2(None) => Box::new(qcow2::PlainWriter::new(output, capacity)?),
+            Self::Qcow2(Some(c)) => Box::new(qcow2::Writer::new(output, capacity, c.method)?),
             Self::Stream(_, cid) => Box::new(vmdk::StreamWriter::create(output, capacity, cid)?),
             Self::Dynamic(Dynamic::Vhdx, id, _) => Box::new(vhdx::Writer::new(output, capacity, of_disk(id, number))?),
             Self::Dynamic(Dynamic::Vhd, id, created) => Box::new(vhd::Writer::new(output, capacity, identity(id, number, created))?),
@@ -122,7 +123,8 @@ impl Target {
     ) -> Result<Box<dyn DiskWriter>> {
         Ok(match self {
             Self::Raw => Box::new(raw::Writer::resume(output, capacity, position)),
-            Self::Qcow2(compression) => Box::new(qcow2::Writer::resume(output, capacity, compression.map(|c| c.method), pieces, position)?),
+            Self::Qcow2(None) => Box::new(qcow2::PlainWriter::resume(output, capacity, pieces, position)?),
+            Self::Qcow2(Some(c)) => Box::new(qcow2::Writer::resume(output, capacity, c.method, pieces, position)?),
             Self::Stream(..) => Box::new(vmdk::StreamWriter::resume(output, capacity, &pieces.collect::<Result<Vec<_>>>()?, position)?),
             Self::Dynamic(Dynamic::Vhdx, id, _) => Box::new(vhdx::Writer::resume(output, capacity, of_disk(id, number), pieces, position)?),
             Self::Dynamic(Dynamic::Vhd, id, created) => {

@@ -1,7 +1,7 @@
-//! One worker of a copy: reads a block, hashes it, encodes it, and writes it where it lies in the output as on the disk.
+//! One worker of a copy: reads a block, hashes it, encodes it, and writes it where the output lets it.
 //!
-//! Owns: a thread's buffers, and the order in which a block's bytes are touched: read, hashed, encoded and, for raw, written a piece at a
-//! time, while the piece is still in the core's cache.
+//! Owns: a thread's buffers, and the order in which a block's bytes are touched: read, hashed, encoded and, for raw and plain qcow2, written a
+//! piece at a time, while the piece is still in the core's cache.
 //! Never: knows of other blocks. A crash here costs the block.
 
 use std::io;
@@ -9,7 +9,10 @@ use std::io;
 use shared::manifest::Digest;
 
 use super::plan::{Task, block_len};
-use crate::formats::{Disk, EncodeState, Encoded, Extent, FormatError, Output, Packing, Result, Scratch, UNIT, Unit, is_zero, raw};
+use crate::formats::places::{Places, Span};
+use crate::formats::{
+    Disk, EncodeState, Encoded, Extent, FormatError, Hot, Output, Packing, Place, Result, Scratch, UNIT, Unit, is_zero, raw,
+};
 
 /// Bytes of a plain block that are read and hashed at a time: they fit the second-level cache of a core.
 const STEP: usize = 256 << 10;
@@ -20,8 +23,8 @@ static ZEROS: [u8; UNIT] = [0; UNIT];
 pub(super) enum Form {
     /// Units as they are.
     Plain,
-    /// Written at their own offsets here and now; only which they are is left.
-    Direct(Output),
+    /// Written here and now; only which they are, and where, is left.
+    Direct(Output, Hot),
     /// Encoded; units that are stored in the given packing at the source are passed on.
     Encoded(Box<dyn EncodeState>, Option<Packing>),
 }
@@ -57,7 +60,7 @@ impl<'a> Worker<'a> {
         let Self { disk, form, scratch, data } = self;
         match form {
             Form::Plain => Ok(plain(*disk, task, data, out, scratch)?),
-            Form::Direct(output) => direct(*disk, task, output, data, out, scratch),
+            Form::Direct(output, hot) => direct(*disk, task, output, hot, data, out, scratch),
             Form::Encoded(state, want) => Ok(encoded(*disk, task, state.as_mut(), *want, data, out, scratch)?),
         }
     }
@@ -67,6 +70,7 @@ fn direct(
     disk: &dyn Disk,
     task: &Task,
     output: &Output,
+    hot: &Hot,
     data: &mut Vec<u8>,
     out: &mut Encoded,
     scratch: &mut Scratch,
@@ -74,22 +78,80 @@ fn direct(
     data.resize(STEP, 0);
     let mut hasher = blake3::Hasher::new();
     let end = task.offset() + block_len(task.block, disk.capacity()) as u64;
+    let mut shelf = match hot {
+        Hot::Offsets => None,
+        Hot::Places(places) => Some(Shelf { places, room: Span { first: 0, count: 0 }, wanted: units_of(&task.extents) }),
+    };
     let mut at = task.offset();
     while at < end {
-        let step = &mut data[..(end - at).min(STEP as u64) as usize];
-        fill(disk, &task.extents, at, step, scratch)?;
-        hasher.update(step);
+        let len = (end - at).min(STEP as u64) as usize;
+        fill(disk, &task.extents, at, &mut data[..len], scratch)?;
+        data[len..len.next_multiple_of(UNIT)].fill(0);
+        hasher.update(&data[..len]);
         let first = out.units.len();
-        for (i, _) in step.chunks(UNIT).enumerate().filter(|(_, unit)| !is_zero(unit)) {
+        for (i, _) in data[..len].chunks(UNIT).enumerate().filter(|(_, unit)| !is_zero(unit)) {
             out.units.push(Unit { index: at / UNIT as u64 + i as u64, start: i * UNIT, len: UNIT, compressed: false });
         }
-        for units in out.units[first..].chunk_by(|a, b| a.index + 1 == b.index) {
-            let (from, to) = (units[0].start, (units[units.len() - 1].start + UNIT).min(step.len()));
-            output.write_all_at(&step[from..to], at + from as u64).map_err(Fault::Output)?;
+        let Encoded { placed, units, .. } = out;
+        for run in units[first..].chunk_by(|a, b| a.index + 1 == b.index) {
+            let (from, to) = (run[0].start, run[run.len() - 1].start + UNIT);
+            let written = match &mut shelf {
+                None => output.write_all_at(&data[from..to.min(len)], at + from as u64),
+                Some(shelf) => shelf.write(output, run[0].index, &data[from..to], placed),
+            };
+            written.map_err(Fault::Output)?;
         }
-        at += step.len() as u64;
+        at += len as u64;
+    }
+    if let Some(shelf) = shelf {
+        shelf.places.give_back(shelf.room);
     }
     Ok((!out.units.is_empty()).then(|| *hasher.finalize().as_bytes()))
+}
+
+/// Places of one block: taken for all that it may need at once, so that it lies in one piece where it can.
+struct Shelf<'a> {
+    places: &'a Places,
+    /// Taken and not written.
+    room: Span,
+    /// Units that may still come.
+    wanted: u64,
+}
+
+impl Shelf<'_> {
+    fn write(&mut self, output: &Output, mut index: u64, mut bytes: &[u8], placed: &mut Vec<Place>) -> io::Result<()> {
+        while !bytes.is_empty() {
+            let count = (bytes.len() / UNIT) as u64;
+            if self.room.count == 0 {
+                self.room = self.places.take(self.wanted.max(count));
+            }
+            let span = Span { first: self.room.first, count: count.min(self.room.count) };
+            let (now, later) = bytes.split_at(span.count as usize * UNIT);
+            output.write_all_at(now, span.offset())?;
+            match placed.last_mut() {
+                Some(last) if last.index + last.span.count == index && last.span.first + last.span.count == span.first => {
+                    last.span.count += span.count;
+                }
+                _ => placed.push(Place { index, span }),
+            }
+            self.room = Span { first: span.first + span.count, count: self.room.count - span.count };
+            self.wanted = self.wanted.saturating_sub(span.count);
+            index += span.count;
+            bytes = later;
+        }
+        Ok(())
+    }
+}
+
+/// Units that the extents touch.
+fn units_of(extents: &[Extent]) -> u64 {
+    let (mut count, mut next) = (0, 0);
+    for extent in extents {
+        let (from, to) = (extent.offset / UNIT as u64, (extent.offset + extent.len).div_ceil(UNIT as u64));
+        count += to.saturating_sub(next.max(from));
+        next = to;
+    }
+    count
 }
 
 fn plain(disk: &dyn Disk, task: &Task, data: &mut Vec<u8>, out: &mut Encoded, scratch: &mut Scratch) -> Result<Option<Digest>> {

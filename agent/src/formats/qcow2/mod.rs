@@ -1,8 +1,8 @@
 //! qcow2: read versions 2 and 3 as QEMU writes them, write version 3, plain or compressed with deflate or zstd.
 //!
 //! Owns: the structures of the format. `header` parses and refuses, `audit` proves that no two clusters share a place, `reader` reads,
-//! `snapshots` lists and picks internal snapshots, `encode` compresses, `refcounts` counts, `writer` lays the image out,
-//! `piece` is what its checkpoints remember.
+//! `snapshots` lists and picks internal snapshots, `encode` compresses, `refcounts` counts, `writer` lays a compressed image out in order and
+//! `plain` a plain one in any, `front` is what both write at last, `piece` what their checkpoints remember.
 //! Never: follows a backing file (an image with one is refused, or by [`Reader::open_layer`] given to `chain` as the layer that it is) or
 //! a data file, opens a path, trusts a number of the image before it is held against the file's length
 //! and QEMU's own limits.
@@ -12,8 +12,10 @@
 
 mod audit;
 mod encode;
+mod front;
 mod header;
 mod piece;
+mod plain;
 mod reader;
 mod refcounts;
 mod snapshots;
@@ -22,10 +24,12 @@ mod tests;
 mod writer;
 
 pub use encode::Encoder;
+pub use front::MAX_CAPACITY;
 pub use header::{Backing, Header};
+pub use plain::{Placed, PlainWriter, Tracer};
 pub use reader::Reader;
 pub use snapshots::Snapshot;
-pub use writer::{MAX_CAPACITY, Placed, Tracer, Writer};
+pub use writer::Writer;
 
 use super::disk::FormatError;
 

@@ -10,7 +10,9 @@ use std::time::{Duration, Instant};
 
 use super::super::disk::{Compression, Disk, DiskWriter, Encoded, Encoder as _, FormatError, Method, Output, Scratch, UNIT, Window};
 use super::super::raw;
-use super::{Encoder, Header, Reader, Writer};
+use super::{Encoder, Header, Placed, PlainWriter, Reader, Tracer, Writer};
+use crate::formats::places::Span;
+use crate::formats::{Hot, Place};
 
 /// A folder that goes when the test ends.
 struct Dir(PathBuf);
@@ -99,10 +101,31 @@ fn open(path: &Path) -> Result<Reader, FormatError> {
     Reader::open(Window::whole(File::open(path).unwrap()).unwrap())
 }
 
+fn begun(output: Output, capacity: u64, method: Option<Method>) -> Result<Box<dyn DiskWriter>, FormatError> {
+    Ok(match method {
+        None => Box::new(PlainWriter::new(output, capacity)?),
+        Some(method) => Box::new(Writer::new(output, capacity, method)?),
+    })
+}
+
+fn resumed(
+    output: Output,
+    capacity: u64,
+    method: Option<Method>,
+    pieces: &[Vec<u8>],
+    position: u64,
+) -> Result<Box<dyn DiskWriter>, FormatError> {
+    let pieces = pieces.iter().cloned().map(Ok);
+    Ok(match method {
+        None => Box::new(PlainWriter::resume(output, capacity, pieces, position)?),
+        Some(method) => Box::new(Writer::resume(output, capacity, method, pieces, position)?),
+    })
+}
+
 fn write(file: File, data: &[u8], compression: Option<Compression>) {
     let method = compression.map(|c| c.method);
     let mut state = Encoder::new(compression).unwrap().state().unwrap();
-    let mut writer = Writer::new(Output { file: Arc::new(file), base: 0 }, data.len() as u64, method).unwrap();
+    let mut writer = begun(Output { file: Arc::new(file), base: 0 }, data.len() as u64, method).unwrap();
     let mut encoded = Encoded::default();
     for (i, block) in data.chunks(4 << 20).enumerate() {
         state.encode(i as u64 * (4 << 20), block, &mut encoded).unwrap();
@@ -201,10 +224,16 @@ fn a_refcount_block_is_laid_down_where_its_two_gigabytes_end() {
             let data = sample(8 << 20, 9);
             let mut state = Encoder::new(compression).unwrap().state().unwrap();
             // A disk large enough for a refcount table that reaches past 2 GiB.
-            let mut writer =
-                Writer::new(Output { file: Arc::new(dir.create("r.qcow2")), base: 0 }, 8 << 30, compression.map(|c| c.method)).unwrap();
+            let (output, next) = (Output { file: Arc::new(dir.create("r.qcow2")), base: 0 }, (2 << 30) - before * UNIT as u64);
+            let mut writer: Box<dyn DiskWriter> = match compression {
+                None => Box::new(PlainWriter::starting_at(output, 8 << 30, next / UNIT as u64).unwrap()),
+                Some(compression) => {
+                    let mut writer = Writer::new(output, 8 << 30, compression.method).unwrap();
+                    writer.jump(next);
+                    Box::new(writer)
+                }
+            };
             let mut encoded = Encoded::default();
-            writer.jump((2 << 30) - before * UNIT as u64);
             for (i, block) in data.chunks(4 << 20).enumerate() {
                 state.encode(i as u64 * (4 << 20), block, &mut encoded).unwrap();
                 writer.write_block(&encoded).unwrap();
@@ -230,13 +259,13 @@ fn a_resumed_writer_goes_on_exactly_where_the_first_one_stood() {
         for stop in 0..6 {
             let mut state = Encoder::new(compression).unwrap().state().unwrap();
             let output = Output { file: Arc::new(dir.create("part")), base: 0 };
-            let mut writer = Writer::new(output.clone(), data.len() as u64, method).unwrap();
+            let mut writer = begun(output.clone(), data.len() as u64, method).unwrap();
             let (mut pieces, mut encoded, mut position) = (Vec::new(), Encoded::default(), 0);
             for (i, block) in data.chunks(4 << 20).enumerate() {
                 if i == stop {
                     position = writer.position();
                     output.file.set_len(position).unwrap();
-                    writer = Writer::resume(output.clone(), data.len() as u64, method, pieces.drain(..).map(Ok), position).unwrap();
+                    writer = resumed(output.clone(), data.len() as u64, method, &pieces, position).unwrap();
                 }
                 state.encode(i as u64 * (4 << 20), block, &mut encoded).unwrap();
                 writer.write_block(&encoded).unwrap();
@@ -244,8 +273,126 @@ fn a_resumed_writer_goes_on_exactly_where_the_first_one_stood() {
             }
             let end = writer.finish().unwrap();
             assert!(end == whole.len() as u64 && std::fs::read(dir.path("part")).unwrap() == whole, "{compression:?} after block {stop}");
-            assert!(Writer::resume(output, data.len() as u64, method, [Ok(pieces[0].clone())], position + 1).is_err());
+            assert!(resumed(output, data.len() as u64, method, &pieces[..1], position + 1).is_err());
         }
+    }
+}
+
+/// Writes a block in places of its own, `at` most so many units side by side, and leaves what the writer is told.
+fn place(writer: &PlainWriter, output: &Output, offset: u64, block: &[u8], at_most: u64) -> Encoded {
+    let Some(Hot::Places(places)) = writer.hot() else { panic!("a plain image has places") };
+    let (mut encoded, mut data) = (Encoded::default(), block.to_vec());
+    raw::split(offset, &mut data, &mut encoded);
+    let mut placed = Vec::new();
+    for (mut index, _, mut bytes) in raw::runs(&encoded) {
+        while !bytes.is_empty() {
+            let span = places.take(at_most.min((bytes.len() / UNIT) as u64));
+            let (now, later) = bytes.split_at(span.count as usize * UNIT);
+            output.write_all_at(now, span.offset()).unwrap();
+            placed.push(Place { index, span });
+            index += span.count;
+            bytes = later;
+        }
+    }
+    encoded.placed = placed;
+    encoded
+}
+
+/// Blocks that get their places in any order, some of which are written and lost with an attempt.
+#[test]
+fn a_plain_image_whose_blocks_lie_in_any_order_is_sound_and_fills_the_gaps_of_lost_ones() {
+    let dir = Dir::new("places");
+    let (block, mut next) = (1 << 20, noise(11));
+    let capacity = (600 << 20) + 512;
+    // Data on both sides of the border between two L2 tables at 512 MiB, and at the end.
+    let mut data = vec![0u8; capacity];
+    data[505 << 20..519 << 20].copy_from_slice(&sample(14 << 20, 12));
+    data[599 << 20..].copy_from_slice(&sample((1 << 20) + 512, 14));
+    std::fs::write(dir.path("a.raw"), &data).unwrap();
+    let blocks: Vec<(u64, &[u8])> = data.chunks(block).enumerate().map(|(i, bytes)| ((i * block) as u64, bytes)).collect();
+    let blocks: Vec<_> = blocks.into_iter().filter(|(_, bytes)| bytes.iter().any(|byte| *byte != 0)).collect();
+    for losses in [0, 1, 3] {
+        let output = Output { file: Arc::new(dir.create("a.qcow2")), base: 0 };
+        let mut writer = PlainWriter::new(output.clone(), capacity as u64).unwrap();
+        let (mut pieces, mut position, mut done, mut lost) = (Vec::new(), writer.position(), 0, 0);
+        while done < blocks.len() {
+            // Four blocks are under way and get their places in an order of their own.
+            let mut under_way: Vec<usize> = (done..(done + 4).min(blocks.len())).collect();
+            under_way.sort_by_key(|_| next());
+            let mut made: Vec<(usize, Encoded)> =
+                under_way.iter().map(|i| (*i, place(&writer, &output, blocks[*i].0, blocks[*i].1, next() % 5 + 1))).collect();
+            made.sort_by_key(|(i, _)| *i);
+            let crash = lost < losses && done > 0;
+            let kept = if crash { (next() % 3) as usize } else { made.len() };
+            for (_, encoded) in made.iter().take(kept) {
+                writer.took_block(encoded).unwrap();
+            }
+            done += kept.min(made.len());
+            pieces.push(writer.checkpoint().unwrap());
+            position = writer.position();
+            if crash {
+                lost += 1;
+                output.file.set_len(position).unwrap();
+                writer = PlainWriter::resume(output.clone(), capacity as u64, pieces.iter().cloned().map(Ok), position).unwrap();
+            }
+        }
+        assert_eq!(lost, losses);
+        // What the tracer tells is where the bytes are.
+        let (mut tracer, mut units) = (Tracer::new(capacity as u64).unwrap(), 0);
+        for (i, piece) in pieces.iter().enumerate() {
+            let (placed, reached) = tracer.next(piece).unwrap();
+            assert!(i + 1 < pieces.len() || reached == position);
+            for one in placed {
+                let mut cluster = vec![0u8; UNIT];
+                match one {
+                    Placed::Units { index, count, host } => {
+                        for i in 0..count {
+                            output.read_exact_at(&mut cluster, host + i * UNIT as u64).unwrap();
+                            let from = (index + i) as usize * UNIT;
+                            let there = &data[from..(from + UNIT).min(capacity)];
+                            assert!(cluster[..there.len()] == *there && cluster[there.len()..].iter().all(|byte| *byte == 0));
+                        }
+                        units += count;
+                    }
+                    Placed::Table { host, digest } => {
+                        output.read_exact_at(&mut cluster, host).unwrap();
+                        assert_eq!(*blake3::hash(&cluster).as_bytes(), digest);
+                    }
+                }
+            }
+        }
+        let end = writer.finish().unwrap();
+        let wanted = data.chunks(UNIT).filter(|unit| unit.iter().any(|byte| *byte != 0)).count() as u64;
+        assert_eq!(units, wanted);
+        // Header, refcount table, L1 table, two L2 tables, one refcount block. A gap may be left when it came late.
+        let least = (wanted + 6) * UNIT as u64;
+        assert!(end == least || losses > 0 && end <= least + (4 << 20), "{losses}: {end} instead of {least}");
+        let check = qemu_img(&["check", "-f", "qcow2", text(&dir.path("a.qcow2"))]);
+        assert!(check.contains("No errors were found"), "{losses}: {check}");
+        qemu_img(&["compare", "-f", "raw", "-F", "qcow2", text(&dir.path("a.raw")), text(&dir.path("a.qcow2"))]);
+        open(&dir.path("a.qcow2")).unwrap();
+    }
+}
+
+#[test]
+fn a_plain_writer_refuses_what_would_share_a_place_or_break_the_order() {
+    let dir = Dir::new("misuse");
+    let output = Output { file: Arc::new(dir.create("a.qcow2")), base: 0 };
+    let told = |index, first, count| Encoded { placed: vec![Place { index, span: Span { first, count } }], ..Encoded::default() };
+    let mut writer = PlainWriter::new(output.clone(), 10 << 20).unwrap();
+    writer.took_block(&told(3, 10, 2)).unwrap();
+    for (index, first, count) in
+        [(4, 20, 1), (5, 11, 1), (5, 9, 2), (5, 0, 1), (160, 20, 1), (159, 20, 2), (5, 1 << 40, 1), (5, u64::MAX, 1)]
+    {
+        assert!(writer.took_block(&told(index, first, count)).is_err(), "unit {index} in {first}+{count}");
+    }
+    let piece = writer.checkpoint().unwrap();
+    let again = |pieces: Vec<Vec<u8>>| PlainWriter::resume(output.clone(), 10 << 20, pieces.into_iter().map(Ok), 12 * UNIT as u64);
+    again(vec![piece.clone()]).unwrap();
+    // Twice the same, units without a cluster, a compressed unit, a table of nothing, a number without end, a cluster out of reach.
+    let whole = |more: &[u8]| [&piece[..], more].concat();
+    for bad in [whole(&piece), vec![4], whole(&[5]), vec![7], vec![0x80], vec![0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0x7f, 4]] {
+        assert!(again(vec![bad.clone()]).is_err(), "{bad:?}");
     }
 }
 
@@ -253,16 +400,16 @@ fn a_resumed_writer_goes_on_exactly_where_the_first_one_stood() {
 fn an_empty_disk_of_four_tebibytes_and_a_disk_over_the_limit() {
     let dir = Dir::new("large");
     let started = Instant::now();
-    let mut writer = Writer::new(Output { file: Arc::new(dir.create("e.qcow2")), base: 0 }, 4 << 40, None).unwrap();
+    let mut writer = begun(Output { file: Arc::new(dir.create("e.qcow2")), base: 0 }, 4 << 40, None).unwrap();
     writer.finish().unwrap();
     let reader = open(&dir.path("e.qcow2")).unwrap();
     assert!(reader.extents(0, u64::MAX).unwrap().is_empty());
     assert!(started.elapsed() < Duration::from_secs(1));
     assert!(qemu_img(&["check", "-f", "qcow2", text(&dir.path("e.qcow2"))]).contains("No errors"));
-    let writer = Writer::new(Output { file: Arc::new(dir.create("m.qcow2")), base: 0 }, super::MAX_CAPACITY, Some(Method::Zstd));
+    let writer = Writer::new(Output { file: Arc::new(dir.create("m.qcow2")), base: 0 }, super::MAX_CAPACITY, Method::Zstd);
     writer.unwrap().finish().unwrap();
     assert!(qemu_img(&["info", "-f", "qcow2", text(&dir.path("m.qcow2"))]).contains("2 PiB"));
-    let error = Writer::new(Output { file: Arc::new(dir.create("x.qcow2")), base: 0 }, super::MAX_CAPACITY + 512, None).unwrap_err();
+    let error = PlainWriter::new(Output { file: Arc::new(dir.create("x.qcow2")), base: 0 }, super::MAX_CAPACITY + 512).unwrap_err();
     assert!(error.to_string().contains("limit"), "{error}");
 }
 

@@ -309,7 +309,8 @@ fn a_large_empty_disk_is_written_at_once_and_a_larger_one_is_refused_with_the_li
     check(&path);
     assert_eq!(qemu_size(&path), 4 << 40);
     let mut image = Writer::new(dir.output("a.vdi"), 5 << 40, ID).unwrap();
-    let unit = |index| Encoded { units: vec![Unit { index, start: 0, len: UNIT, compressed: false }], bytes: vec![6; UNIT] };
+    let unit =
+        |index| Encoded { units: vec![Unit { index, start: 0, len: UNIT, compressed: false }], bytes: vec![6; UNIT], ..Encoded::default() };
     let last = (5 << 40) / UNIT as u64 - 1;
     image.write_block(&unit(70_000)).unwrap();
     image.write_block(&unit(last)).unwrap();

@@ -301,7 +301,8 @@ fn the_largest_disk_is_written_at_once_and_a_larger_one_is_refused_with_the_limi
     let mut image = Writer::new(dir.output("a.vhd"), MAX_CAPACITY, IDENTITY).unwrap();
     // The disk's last block, too.
     let last = MAX_CAPACITY / UNIT as u64 - 1;
-    let unit = |index| Encoded { units: vec![Unit { index, start: 0, len: UNIT, compressed: false }], bytes: vec![6; UNIT] };
+    let unit =
+        |index| Encoded { units: vec![Unit { index, start: 0, len: UNIT, compressed: false }], bytes: vec![6; UNIT], ..Encoded::default() };
     image.write_block(&unit(last)).unwrap();
     assert!(image.write_block(&unit(last)).unwrap_err().to_string().contains("in order"));
     image.finish().unwrap();

@@ -127,6 +127,10 @@ fn assert_right(folder: &Folder, job: &Job, outcome: &Outcome, contents: &[Vec<u
         };
         let disk = super::super::target::open_output(job.format.disk_format(), window).unwrap();
         assert!(read_all(disk.as_ref()) == *data, "{what}: disk {n} is another");
+        if job.format == Format::Qcow2 {
+            let check = qemu_img(&["check", "-f", "qcow2", text(&folder.part_path(&job.disk_file(n)))]);
+            assert!(check.contains("No errors were found"), "{what}: disk {n}: {check}");
+        }
     }
 }
 
@@ -156,7 +160,7 @@ fn survive(seed: u64, folder: &Folder, disks: &[Arc<dyn Disk>], contents: &[Vec<
             Ok(outcome) => {
                 assert_eq!(outcome.bytes_read + outcome.resumed_from, outcome.data_bytes, "{what}");
                 assert_right(folder, &job, &outcome, contents, &what);
-                if seed.is_multiple_of(8) {
+                if (seed / targets.len() as u64).is_multiple_of(8) {
                     let report =
                         super::super::verify_files(&manifest(&outcome), &|name| File::open(folder.part_path(name)), &|_| true).unwrap();
                     assert!(report.intact(), "{what}: {report:?}");
@@ -186,7 +190,11 @@ fn survive(seed: u64, folder: &Folder, disks: &[Arc<dyn Disk>], contents: &[Vec<
     unreachable!("the loop ends with the job")
 }
 
+/// The files are those of a run without interruption, but for a plain qcow2, whose clusters lie as the threads came to them.
 fn assert_same_as_uninterrupted(folder: &Folder, disks: &[Arc<dyn Disk>], done: &Job, outcome: &Outcome, what: &str) {
+    if (done.format, done.compression) == (Format::Qcow2, None) {
+        return;
+    }
     let names: Vec<String> = outcome.files.iter().map(|file| file.path.clone()).collect();
     let read = |name: &String| std::fs::read(folder.part_path(name)).unwrap();
     let interrupted: Vec<Vec<u8>> = names.iter().map(read).collect();

@@ -46,7 +46,7 @@ fn a_writer_resumed_at_any_checkpoint_gives_the_same_bytes() {
         let mut writer = StreamWriter::create(output(&path, base), capacity, 0x1234_5678).unwrap();
         let mut pieces = Vec::new();
         for (k, (units, bytes)) in blocks[..stop].iter().enumerate() {
-            writer.write_block(&Encoded { units: units.clone(), bytes: bytes.clone() }).unwrap();
+            writer.write_block(&Encoded { units: units.clone(), bytes: bytes.clone(), ..Encoded::default() }).unwrap();
             if (k + stop) % 3 != 0 || k + 1 == stop {
                 pieces.push(writer.checkpoint().unwrap());
             }
@@ -57,14 +57,14 @@ fn a_writer_resumed_at_any_checkpoint_gives_the_same_bytes() {
         let position = writer.position();
         // What a crash leaves: bytes past the checkpoint that mean nothing.
         for (units, bytes) in blocks[stop..].iter().take(2) {
-            writer.write_block(&Encoded { units: units.clone(), bytes: bytes.clone() }).unwrap();
+            writer.write_block(&Encoded { units: units.clone(), bytes: bytes.clone(), ..Encoded::default() }).unwrap();
         }
         writer.checkpoint().unwrap();
         drop(writer);
         output(&path, 0).file.set_len(base + position).unwrap();
         let mut writer = StreamWriter::resume(output(&path, base), capacity, &pieces, position).unwrap();
         for (units, bytes) in &blocks[stop..] {
-            writer.write_block(&Encoded { units: units.clone(), bytes: bytes.clone() }).unwrap();
+            writer.write_block(&Encoded { units: units.clone(), bytes: bytes.clone(), ..Encoded::default() }).unwrap();
         }
         let len = writer.finish().unwrap();
         assert_eq!(len, whole.len() as u64);
