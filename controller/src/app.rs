@@ -23,8 +23,8 @@ use crate::http::{self, limits, tls};
 use crate::live::Frame;
 use crate::store::sealing::{self, Sealer};
 use crate::store::{self, Store};
-use crate::system::{metrics::Metrics, process};
-use crate::{access, admin, fleet, jobs, live, schedules, uploads};
+use crate::system::{host::Sampler, metrics::Metrics, process};
+use crate::{access, admin, alerts, fleet, jobs, live, schedules, uploads, webhooks};
 
 /// How long a drain waits for requests that are under way.
 const REQUESTS: Duration = Duration::from_secs(15);
@@ -55,6 +55,8 @@ pub struct App {
     pub vault: Arc<Vault>,
     /// Figures.
     pub metrics: Metrics,
+    /// The host's figures.
+    pub sampler: Sampler,
     /// The runtime of tonic and the database.
     pub runtime: tokio::runtime::Handle,
     /// When this process started.
@@ -206,6 +208,7 @@ pub async fn run(config: Config) -> Result<Running, Error> {
         fleet,
         vault,
         metrics,
+        sampler: Sampler::default(),
         runtime: handle,
         started_at: shared::clock::now(),
         draining: AtomicBool::new(false),
@@ -213,6 +216,8 @@ pub async fn run(config: Config) -> Result<Running, Error> {
     let server = serve(&config, app.clone(), rest_listener, tls)?;
     actix::spawn(tell_figures(app.clone()));
     actix::spawn(schedules::ticker::run(app.clone()));
+    alerts::watch::start(app.clone());
+    webhooks::courier::start(app.clone());
     if let Some(path) = config.join_token_out.clone() {
         write_join_token(&app, &path).await?;
         actix::spawn(renew_join_token(app.clone(), path));

@@ -9,6 +9,8 @@ use serde::Deserialize;
 use shared::secret::Secret;
 use shared::vault;
 
+use crate::alerts::thresholds::Thresholds;
+
 /// Why the settings cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -144,6 +146,10 @@ pub struct Config {
     pub token_minutes: u32,
     /// Threads that answer HTTP; 0: one per processor.
     pub workers: usize,
+    /// When alerts are raised.
+    pub alerts: Thresholds,
+    /// Networks that webhooks may reach beside public addresses.
+    pub webhooks_allowed: Vec<Network>,
 }
 
 impl Default for Config {
@@ -168,6 +174,8 @@ impl Default for Config {
             bcrypt_cost: 12,
             token_minutes: 720,
             workers: 0,
+            alerts: Thresholds::default(),
+            webhooks_allowed: Vec::new(),
         }
     }
 }
@@ -196,6 +204,8 @@ struct File {
     bcrypt_cost: Option<u32>,
     token_minutes: Option<u32>,
     workers: Option<usize>,
+    alerts: Option<Thresholds>,
+    webhooks_allowed: Option<Vec<Network>>,
 }
 
 #[derive(Deserialize)]
@@ -223,7 +233,7 @@ impl Config {
             ($($field:ident),*) => { $(if let Some(value) = file.$field { self.$field = value; })* };
         }
         take!(listen, grpc_listen, grpc_names, data_dir, metrics_public, limits, trusted_proxies, allowed_origins);
-        take!(log_json, bcrypt_cost, token_minutes, workers);
+        take!(log_json, bcrypt_cost, token_minutes, workers, alerts, webhooks_allowed);
         macro_rules! take_optional {
             ($($field:ident),*) => { $(if file.$field.is_some() { self.$field = file.$field; })* };
         }
@@ -285,6 +295,11 @@ impl Config {
             let networks = list(text).into_iter().map(Network::try_from).collect::<Result<_, _>>();
             self.trusted_proxies = networks.map_err(|message| wrong("HYPERSDK_TRUSTED_PROXIES", message))?;
         }
+        if let Some(text) = get("WEBHOOKS_ALLOWED") {
+            let networks = list(text).into_iter().map(Network::try_from).collect::<Result<_, _>>();
+            self.webhooks_allowed = networks.map_err(|message| wrong("HYPERSDK_WEBHOOKS_ALLOWED", message))?;
+        }
+        self.alerts.take_environment(&get).map_err(|name| wrong(&name, "must be a whole number"))?;
         let secrets = [
             (&mut self.database_url, "DATABASE_URL"),
             (&mut self.admin_password, "ADMIN_PASSWORD"),
@@ -309,6 +324,7 @@ impl Config {
         if self.limits.anonymous_burst == 0 || self.limits.anonymous_replenish_ms == 0 || self.limits.user_per_minute == 0 {
             return Err(wrong("limits", "must be 1 or more"));
         }
+        self.alerts.check().map_err(|(name, right)| wrong(name, right))?;
         if self.tls_cert.is_some() != self.tls_key.is_some() {
             return Err(wrong("tls_cert, tls_key", "give both or none"));
         }

@@ -4,6 +4,7 @@
 
 pub mod agents;
 pub mod api_tokens;
+pub mod alerts;
 pub mod audit;
 pub mod connections;
 pub mod idempotency;
@@ -16,3 +17,5 @@ pub mod sessions;
 pub mod settings;
 pub mod users;
 pub mod vms;
+pub mod webhook_deliveries;
+pub mod webhooks;

@@ -10,6 +10,7 @@ pub mod m0008_schedules;
 pub mod m0011_api_tokens;
 pub mod m0012_job_lists;
 pub mod m0040_batches;
+pub mod m0007_alerts;
 
 use sea_orm_migration::prelude::*;
 
@@ -27,6 +28,7 @@ impl MigratorTrait for Migrator {
             Box::new(m0011_api_tokens::Migration),
             Box::new(m0012_job_lists::Migration),
             Box::new(m0040_batches::Migration),
+            Box::new(m0007_alerts::Migration),
         ]
     }
 }
