@@ -23,3 +23,4 @@ mod memory;
 mod operations;
 mod schedules;
 mod survival;
+mod system;
