@@ -102,6 +102,8 @@ impl Reach {
     /// # Errors
     /// When TLS cannot be set up.
     pub fn client(&self) -> Result<reqwest::Client, reqwest::Error> {
+        // TLS needs a provider for the process; where one stands already, that one is as good.
+        let _ = rustls::crypto::ring::default_provider().install_default();
         reqwest::Client::builder()
             .redirect(reqwest::redirect::Policy::none())
             .no_proxy()

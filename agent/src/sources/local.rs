@@ -234,7 +234,7 @@ impl Local {
         let folder = below.parent().unwrap_or(Path::new(""));
         let identities = std::sync::Mutex::new(Vec::new());
         let disk = open(window, &|extent| {
-            let (window, identity) = self.window(&folder.join(extent)).map_err(io::Error::other)?;
+            let (window, identity) = self.window(&folder.join(extent)).map_err(beneath)?;
             identities.lock().unwrap_or_else(|e| e.into_inner()).push(identity);
             Ok(window)
         })?;
@@ -319,7 +319,7 @@ impl Local {
     fn ovf(&self, folder: &Path, name: &str, depth: Depth) -> Result<(Vm, Vec<Opened>), FormatError> {
         let identities = std::sync::Mutex::new(Vec::new());
         let opener = |file: &str| {
-            let (window, identity) = self.window(&folder.join(file)).map_err(io::Error::other)?;
+            let (window, identity) = self.window(&folder.join(file)).map_err(beneath)?;
             identities.lock().unwrap_or_else(|e| e.into_inner()).push(identity);
             Ok(window)
         };
@@ -379,6 +379,14 @@ fn tops(images: Vec<(&PathBuf, Image)>) -> Result<Vec<(&PathBuf, Image)>, Format
         }
     }
     Ok(tops)
+}
+
+/// The file system's own error stays what it is: a package without its `.mf` is a package, one without a disk is not.
+fn beneath(error: FormatError) -> io::Error {
+    match error {
+        FormatError::Io(e) => e,
+        e => io::Error::other(e),
+    }
 }
 
 /// What a reader said, as the worker is told it.
