@@ -329,6 +329,24 @@ async fn webhooks_get_ended_jobs_once_and_reach_no_private_address(database: Dat
     client.delete(&format!("/webhooks/{}", id(&bad))).await.refused(404, "not_found");
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_database_that_is_away_is_told_at_once_and_kept_when_it_is_back() {
+    let plan = Plan { database: Database::Postgres, ..Plan::plain() };
+    let mut fleet = Fleet::start("away-alert", plan, |vms| pattern(&vms.join("web.raw"), MIB, &[(0, MIB)], 1)).await;
+    quick(&mut fleet).await;
+    let mut watcher = live(&fleet).await;
+    fleet.database_away(true);
+    let is_about_it = |frame: &Value| frame["type"] == "alert" && frame["data"]["rule"] == "database_away";
+    let told = watcher.until("the alert", seconds(30), is_about_it).await["data"].clone();
+    assert_eq!((&told["severity"], &told["state"]), (&json!("critical"), &json!("active")), "{told:#}");
+    fleet.database_away(false);
+    let end =
+        watcher.until("its end", seconds(40), |frame| is_about_it(frame) && frame["data"]["state"] == "resolved").await["data"].clone();
+    assert_eq!((&end["id"], &end["since"]), (&told["id"], &told["since"]));
+    let kept = fleet.client.get("/system/alerts?state=resolved&rule=database_away").await.expect(200).body;
+    assert_eq!(kept["data"], json!([end]), "the row came when the database was back");
+}
+
 /// The checks of a readiness by name.
 #[track_caller]
 fn checks(body: &Value) -> BTreeMap<String, Value> {

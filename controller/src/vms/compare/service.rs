@@ -53,6 +53,12 @@ pub async fn digests(app: &App, found: &Found) -> Result<Vec<Digest>, Error> {
         trusted,
         seconds: READING,
     };
+    // Whether it is there at all is known in seconds, and not after the whole time for reading. What it says does not matter.
+    if let Err(e) = app.fleet.ask(&row.agent_id, Question::FreeSpace("exports".to_owned())).await
+        && matches!(e.code(), Code::BadGateway | Code::Unavailable)
+    {
+        return Err(e);
+    }
     let patience = Duration::from_secs(u64::from(READING) + 10);
     let answer = app.fleet.ask_within(&row.agent_id, Question::Digests(question), patience).await.map_err(|e| match e.code() {
         // An agent of an older build does not know the question.
