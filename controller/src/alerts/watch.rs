@@ -76,7 +76,13 @@ impl State {
             app.metrics.database_ping.set(ms / 1000.0);
         }
         self.recall(app).await;
-        let Some(active) = &self.active else { return };
+        let none = BTreeMap::new();
+        let active = match (&self.active, &facts.database_away) {
+            (Some(active), _) => active,
+            // A database that was away from the start is told all the same.
+            (None, Some(_)) => &none,
+            (None, None) => return,
+        };
         let keys: BTreeSet<Key> = active.keys().cloned().collect();
         let found = rules::evaluate(&facts, at, &keys);
         let changes = rules::changes(active, &found);
@@ -100,7 +106,17 @@ impl State {
                     let key = Key { rule: Rule::from_word(&row.rule)?, resource: row.resource };
                     Some((key, Known { id: row.id, severity: Severity::from_word(&row.severity)? }))
                 };
-                self.active = Some(rows.into_iter().filter_map(known).collect());
+                let mut active: BTreeMap<Key, Known> = rows.into_iter().filter_map(known).collect();
+                if let Some(row) = self.unsaved.clone()
+                    && let (Some(rule), Some(severity)) = (Rule::from_word(&row.rule), Severity::from_word(&row.severity))
+                {
+                    let key = Key { rule, resource: row.resource };
+                    match active.contains_key(&key) {
+                        true => self.unsaved = None,
+                        false => drop(active.insert(key, Known { id: row.id, severity })),
+                    }
+                }
+                self.active = Some(active);
             }
             Err(error) => tracing::warn!(%error, "active alerts could not be read yet"),
         }
@@ -138,6 +154,9 @@ impl State {
     /// The database is away: who watches is told at once, and the row waits.
     fn told_without_store(&mut self, app: &App, changes: &[Change], now: i64) {
         for change in changes {
+            if self.active.is_none() && self.unsaved.is_some() {
+                return;
+            }
             if let Change::Raise(finding) = change {
                 let row = store::row(finding, now);
                 self.tell(app, &row);
@@ -150,7 +169,8 @@ impl State {
     fn tell(&mut self, app: &App, row: &alerts::Model) {
         let (Some(rule), Some(severity)) = (Rule::from_word(&row.rule), Severity::from_word(&row.severity)) else { return };
         let key = Key { rule, resource: row.resource.clone() };
-        let Some(active) = self.active.as_mut() else { return };
+        let mut unread = BTreeMap::new();
+        let active = self.active.as_mut().unwrap_or(&mut unread);
         if row.state == "active" {
             tracing::warn!(alert = row.id, rule = row.rule, resource = row.resource, severity = row.severity, "{}", row.message);
             active.insert(key, Known { id: row.id.clone(), severity });
