@@ -192,7 +192,7 @@ async fn an_agents_death_is_told_everywhere_once_and_its_return_too(database: Da
     println!("{database:?}: told {:.1} s after the death, threshold 3 s", died.elapsed().as_secs_f64());
     let alert = frame["data"].clone();
     assert_eq!((&alert["severity"], &alert["state"], &alert["resource"]), (&json!("critical"), &json!("active"), &json!("agent agent-0")));
-    assert_eq!(lost(&fleet, "active").await, [alert.clone()], "list and frame say the same");
+    assert_eq!(lost(&fleet, "active").await, std::slice::from_ref(&alert), "list and frame say the same");
     let found = fleet.client.get("/system/alerts?severity=critical&search=AGENT-0&sort=severity&order=desc").await.expect(200).body;
     assert_eq!(found["data"][0]["id"], alert["id"], "{found:#}");
     let metrics = fleet.client.get("/metrics").await.expect(200).text;
@@ -222,7 +222,7 @@ async fn an_agents_death_is_told_everywhere_once_and_its_return_too(database: Da
         if metrics.contains("hypersdk_alerts{severity=\"critical\"} 1") { Ok(()) } else { Err("not counted yet".to_owned()) }
     })
     .await;
-    assert_eq!(lost(&fleet, "all").await, [alert.clone()], "a restart raises nothing again");
+    assert_eq!(lost(&fleet, "all").await, std::slice::from_ref(&alert), "a restart raises nothing again");
 
     fleet.agents[0].start();
     let frame = watcher.until("the end", seconds(40), |frame| frame["type"] == "alert" && frame["data"]["state"] == "resolved").await;
