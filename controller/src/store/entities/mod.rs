@@ -3,8 +3,8 @@
 //! Owns: the shape of rows. Never: decides anything. A crash here costs nothing.
 
 pub mod agents;
-pub mod api_tokens;
 pub mod alerts;
+pub mod api_tokens;
 pub mod audit;
 pub mod connections;
 pub mod idempotency;

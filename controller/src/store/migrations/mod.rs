@@ -6,11 +6,11 @@
 pub mod m0001_access;
 pub mod m0002_jobs;
 pub mod m0003_inventory;
+pub mod m0007_alerts;
 pub mod m0008_schedules;
 pub mod m0011_api_tokens;
 pub mod m0012_job_lists;
 pub mod m0040_batches;
-pub mod m0007_alerts;
 
 use sea_orm_migration::prelude::*;
 
