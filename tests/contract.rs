@@ -95,7 +95,7 @@ async fn every_operation_answers_alike_at_both_prefixes() {
 async fn pages_have_bounds() {
     let fleet = fleet("pages", false).await;
     let client = &fleet.client;
-    for list in ["/jobs", "/vms/list", "/providers", "/agents", "/users", "/audit"] {
+    for list in ["/jobs", "/vms/list", "/providers", "/agents", "/users", "/audit", "/webhooks", "/system/alerts"] {
         let page = client.get(list).await.expect(200).body;
         assert!(page["data"].is_array() && page["pagination"]["offset"] == 0 && page["pagination"]["limit"] == 50, "{list}: {page:#}");
         assert!(page["pagination"]["total"].is_u64() && page["pagination"]["has_more"].is_boolean(), "{list}: {page:#}");

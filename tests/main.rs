@@ -25,4 +25,5 @@ mod memory;
 mod operations;
 mod schedules;
 mod survival;
+mod system;
 mod uploads;

@@ -126,7 +126,8 @@ impl Home {
         if !identity.is_due() {
             return Ok(None);
         }
-        let key = KeyPair::generate().map_err(|e| Error::Key(e.to_string()))?;
+        // The same key: it is who this agent is, and the controller renews for no other.
+        let key = KeyPair::from_pem(identity.key.expose()).map_err(|e| Error::Key(e.to_string()))?;
         let csr_pem = request(&config.name, &key)?;
         let channel = identity.dial(config).await?;
         let reply = FleetClient::new(channel).renewal(RenewalRequest { csr_pem }).await.map_err(refused)?.into_inner();
@@ -148,7 +149,7 @@ impl Identity {
     }
 
     /// Two thirds of the certificate's life are over.
-    fn is_due(&self) -> bool {
+    pub fn is_due(&self) -> bool {
         let Ok((_, pem)) = x509_parser::pem::parse_x509_pem(self.certificate.as_bytes()) else { return false };
         let Ok(certificate) = pem.parse_x509() else { return false };
         let (from, to) = (certificate.validity().not_before.timestamp(), certificate.validity().not_after.timestamp());

@@ -11,6 +11,7 @@
 mod browse;
 pub mod config;
 pub mod convert;
+mod digests;
 mod egress;
 pub mod formats;
 mod held;
@@ -27,6 +28,7 @@ mod transfer;
 mod worker;
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -79,6 +81,8 @@ struct Agent {
     transfers: Arc<Semaphore>,
     /// For threads of workers that have to dial.
     runtime: tokio::runtime::Handle,
+    /// Questions of this session that take long, by number; set to true they are given up.
+    asked: Mutex<BTreeMap<u64, Arc<AtomicBool>>>,
 }
 
 impl Agent {
@@ -119,6 +123,7 @@ impl Agent {
             identity: Mutex::default(),
             transfers: Arc::new(Semaphore::new(transfer::AT_ONCE)),
             runtime: tokio::runtime::Handle::current(),
+            asked: Mutex::default(),
             vault,
             ledger,
             home,
@@ -162,10 +167,34 @@ impl Agent {
         *connections = more.into_iter().chain(own).map(|connection| (connection.name.clone(), connection)).collect();
     }
 
-    /// A connection that the controller is about to make: the next Welcome says whether it stands.
+    /// A connection that the controller is about to make or to move: the next Welcome says whether it stands.
     fn remember(&self, connection: v1::Connection) {
+        let own = self.own_connections();
         let mut connections = self.connections.lock().unwrap_or_else(|e| e.into_inner());
-        connections.entry(connection.name.clone()).or_insert(connection);
+        if own.iter().all(|own| own.name != connection.name) {
+            connections.insert(connection.name.clone(), connection);
+        }
+    }
+
+    /// Begins a question that may take long; the flag says when nobody waits for it any more.
+    fn begin_question(&self, id: u64) -> Arc<AtomicBool> {
+        let stop = Arc::new(AtomicBool::new(false));
+        self.asked.lock().unwrap_or_else(|e| e.into_inner()).insert(id, stop.clone());
+        stop
+    }
+
+    /// Gives a question up, or forgets one that was answered.
+    fn forget_question(&self, id: u64) {
+        if let Some(stop) = self.asked.lock().unwrap_or_else(|e| e.into_inner()).remove(&id) {
+            stop.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Gives all of them up: their session is over.
+    fn forget_questions(&self) {
+        for stop in std::mem::take(&mut *self.asked.lock().unwrap_or_else(|e| e.into_inner())).values() {
+            stop.store(true, Ordering::Relaxed);
+        }
     }
 
     /// Opens a connection.

@@ -34,6 +34,9 @@ const TELL: Duration = Duration::from_millis(300);
 /// Between two looks at the inventory for changes.
 const RESCAN: Duration = Duration::from_secs(30);
 
+/// A session is not ended for a renewal before this time, so that a renewal that fails costs one session an hour.
+const RENEWAL: Duration = Duration::from_secs(3600);
+
 /// Why a session ended.
 enum Loss {
     /// The process is to end.
@@ -117,7 +120,9 @@ async fn session(agent: &Arc<Agent>, identity: &Identity, mut shutdown: watch::R
         Err(_) => return Loss::Away("no answer to the session call within 15 s".to_owned()),
     };
     agent.table.new_session();
+    agent.forget_questions();
 
+    let began = Instant::now();
     let mut heartbeat = interval(lease::HEARTBEAT);
     let mut telling = interval(TELL);
     let mut rescan = interval(RESCAN);
@@ -148,7 +153,7 @@ async fn session(agent: &Arc<Agent>, identity: &Identity, mut shutdown: watch::R
             }
             _ = heartbeat.tick() => {
                 sequence += 1;
-                let beat = v1::Heartbeat { sequence, roots: roots(agent), resident_bytes: resident_bytes() };
+                let beat = v1::Heartbeat { sequence, roots: roots(agent), resident_bytes: resident_bytes(), time_ms: now_ms() };
                 if tell.try_send(message(agent_message::Kind::Heartbeat(beat))).is_err() {
                     return Loss::Away("the stream does not take heartbeats".to_owned());
                 }
@@ -157,7 +162,15 @@ async fn session(agent: &Arc<Agent>, identity: &Identity, mut shutdown: watch::R
                 }
             }
             _ = telling.tick() => with_progress = true,
-            _ = rescan.tick() => if welcomed { agent.scan(&tell, None, false) },
+            _ = rescan.tick() => {
+                // A certificate is renewed between two sessions; one that never ends would outlive it. Workers go on meanwhile.
+                if began.elapsed() > RENEWAL && identity.is_due() {
+                    return Loss::Away("the certificate is due for renewal".to_owned());
+                }
+                if welcomed {
+                    agent.scan(&tell, None, false);
+                }
+            }
             () = agent.table.news.notified() => {}
             () = agent.catalogue.notified() => if welcomed { agent.scan(&tell, Some(agent.config.images_connection.clone()), false) },
             _ = shutdown.wait_for(|stop| *stop) => {
@@ -225,6 +238,7 @@ async fn handle(agent: &Arc<Agent>, kind: FromController, tell: &mpsc::Sender<v1
         FromController::Drain(_) => agent.table.stop_all(Stop::Park),
         FromController::Browse(browse) => answer(agent, browse, tell),
         FromController::Fetch(fetch) => transfer::serve(agent, fetch),
+        FromController::Forget(forget) => agent.forget_question(forget.id),
         FromController::Renew(_) => {}
     }
 }
@@ -261,6 +275,11 @@ fn acknowledge(agent: &Arc<Agent>, ack: &v1::Acknowledge) {
 fn answer(agent: &Arc<Agent>, browse: v1::Browse, tell: &mpsc::Sender<v1::AgentMessage>) {
     use v1::browse::Question;
     let (agent, tell) = (agent.clone(), tell.clone());
+    // Noted here, in the order of the stream: a word that nobody waits any more comes later.
+    let stop = match browse.question {
+        Some(Question::Digests(_)) => agent.begin_question(browse.id),
+        _ => Arc::default(),
+    };
     tokio::task::spawn_blocking(move || {
         let answered = match browse.question {
             Some(Question::Probe(connection)) => {
@@ -280,6 +299,11 @@ fn answer(agent: &Arc<Agent>, browse: v1::Browse, tell: &mpsc::Sender<v1::AgentM
             Some(Question::List(list)) => browse::list(&agent.vault, &list),
             Some(Question::Stat(path)) => browse::stat(&agent.vault, &path),
             Some(Question::RemoveExport(wanted)) => browse::remove_export(&agent, &wanted),
+            Some(Question::Digests(question)) => {
+                let answered = crate::digests::answer(&agent, &question, &stop);
+                agent.forget_question(browse.id);
+                answered
+            }
             None => Err(crate::sources::Error::fatal(Code::BadRequest, "a question this agent does not know")),
         };
         let reply = match answered {
@@ -322,6 +346,11 @@ fn roots(agent: &Agent) -> Vec<v1::Root> {
         v1::Root { name: root.name.clone(), path: root.path.display().to_string(), free_bytes, total_bytes, writable: root.writable }
     };
     agent.vault.roots().map(root).collect()
+}
+
+/// This host's clock, so that the controller sees how far the two are apart.
+fn now_ms() -> i64 {
+    shared::clock::now().timestamp_millis()
 }
 
 /// Resident memory of this process, from /proc/self/statm (pages), 0 where it cannot be read.

@@ -23,8 +23,8 @@ use crate::http::{self, limits, tls};
 use crate::live::Frame;
 use crate::store::sealing::{self, Sealer};
 use crate::store::{self, Store};
-use crate::system::{metrics::Metrics, process};
-use crate::{access, admin, carbon, files, fleet, jobs, live, schedules, uploads};
+use crate::system::{host::Sampler, metrics::Metrics, process};
+use crate::{access, admin, alerts, carbon, files, fleet, jobs, live, schedules, uploads, webhooks};
 
 /// How long a drain waits for requests that are under way.
 const REQUESTS: Duration = Duration::from_secs(15);
@@ -59,6 +59,8 @@ pub struct App {
     pub uploads: uploads::service::Service,
     /// Figures.
     pub metrics: Metrics,
+    /// The host's figures.
+    pub sampler: Sampler,
     /// The runtime of tonic and the database.
     pub runtime: tokio::runtime::Handle,
     /// When this process started.
@@ -213,6 +215,7 @@ pub async fn run(config: Config) -> Result<Running, Error> {
         vault,
         carbon,
         metrics,
+        sampler: Sampler::default(),
         runtime: handle,
         started_at: shared::clock::now(),
         draining: AtomicBool::new(false),
@@ -223,6 +226,8 @@ pub async fn run(config: Config) -> Result<Running, Error> {
     actix::spawn(carbon::waiter::run(app.clone()));
     actix::spawn(files::sweep::uploads(app.clone()));
     actix::spawn(files::sweep::exports(app.clone()));
+    alerts::watch::start(app.clone());
+    webhooks::courier::start(app.clone());
     if let Some(path) = config.join_token_out.clone() {
         write_join_token(&app, &path).await?;
         actix::spawn(renew_join_token(app.clone(), path));

@@ -11,6 +11,8 @@ use serde::Deserialize;
 use shared::secret::Secret;
 use shared::vault;
 
+use crate::alerts::thresholds::Thresholds;
+
 /// Why the settings cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -154,6 +156,10 @@ pub struct Config {
     pub workers: usize,
     /// The grid.
     pub carbon: carbon::Carbon,
+    /// When alerts are raised.
+    pub alerts: Thresholds,
+    /// Networks that webhooks may reach beside public addresses.
+    pub webhooks_allowed: Vec<Network>,
 }
 
 impl Default for Config {
@@ -182,6 +188,8 @@ impl Default for Config {
             token_minutes: 720,
             workers: 0,
             carbon: carbon::Carbon::default(),
+            alerts: Thresholds::default(),
+            webhooks_allowed: Vec::new(),
         }
     }
 }
@@ -214,6 +222,8 @@ struct File {
     token_minutes: Option<u32>,
     workers: Option<usize>,
     carbon: Option<carbon::File>,
+    alerts: Option<Thresholds>,
+    webhooks_allowed: Option<Vec<Network>>,
 }
 
 #[derive(Deserialize)]
@@ -241,7 +251,7 @@ impl Config {
             ($($field:ident),*) => { $(if let Some(value) = file.$field { self.$field = value; })* };
         }
         take!(listen, grpc_listen, grpc_names, data_dir, metrics_public, limits, trusted_proxies, allowed_origins);
-        take!(log_json, bcrypt_cost, token_minutes, workers);
+        take!(log_json, bcrypt_cost, token_minutes, workers, alerts, webhooks_allowed);
         take!(uploads_quota_bytes, uploads_expiry_hours, exports_retention_days);
         macro_rules! take_optional {
             ($($field:ident),*) => { $(if file.$field.is_some() { self.$field = file.$field; })* };
@@ -311,6 +321,11 @@ impl Config {
             self.trusted_proxies = networks.map_err(|message| wrong("HYPERSDK_TRUSTED_PROXIES", message))?;
         }
         self.carbon.take_environment(&get)?;
+        if let Some(text) = get("WEBHOOKS_ALLOWED") {
+            let networks = list(text).into_iter().map(Network::try_from).collect::<Result<_, _>>();
+            self.webhooks_allowed = networks.map_err(|message| wrong("HYPERSDK_WEBHOOKS_ALLOWED", message))?;
+        }
+        self.alerts.take_environment(&get).map_err(|name| wrong(&name, "must be a whole number"))?;
         let secrets = [
             (&mut self.database_url, "DATABASE_URL"),
             (&mut self.admin_password, "ADMIN_PASSWORD"),
@@ -341,6 +356,7 @@ impl Config {
         if !(self.exports_retention_days >= 0.0 && self.exports_retention_days <= 36_500.0) {
             return Err(wrong("exports_retention_days", "must be 0 (for ever) to 36500"));
         }
+        self.alerts.check().map_err(|(name, right)| wrong(name, right))?;
         if self.tls_cert.is_some() != self.tls_key.is_some() {
             return Err(wrong("tls_cert, tls_key", "give both or none"));
         }

@@ -85,6 +85,18 @@ impl Reach {
         }
     }
 
+    /// Refuses a host that resolves to nothing but addresses that may not be connected to. A name that does not resolve passes: it may later.
+    ///
+    /// # Errors
+    /// [`Refused::Address`].
+    pub async fn check_name(&self, url: &Url) -> Result<(), Refused> {
+        let Some(host) = url.host_str() else { return Ok(()) };
+        let Ok(found) = tokio::net::lookup_host((host.trim_start_matches('[').trim_end_matches(']'), 443)).await else { return Ok(()) };
+        let found: Vec<SocketAddr> = found.collect();
+        let is_refused = !found.is_empty() && !found.iter().any(|address| self.permits(address.ip()));
+        if is_refused { Err(Refused::Address(host.to_owned())) } else { Ok(()) }
+    }
+
     /// A client that connects only to what this permits. A URL goes through [`Reach::check`] first: a literal address needs no resolver.
     ///
     /// # Errors

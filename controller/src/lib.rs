@@ -5,6 +5,7 @@
 
 pub mod access;
 pub mod admin;
+pub mod alerts;
 pub mod app;
 pub mod carbon;
 pub mod config;
@@ -20,6 +21,7 @@ pub mod store;
 pub mod system;
 pub mod uploads;
 pub mod vms;
+pub mod webhooks;
 
 pub use app::{App, Error, Running, run};
 pub use config::Config;

@@ -52,6 +52,9 @@ pub struct Disk {
     pub format: String,
     /// Whether unwritten space takes no room.
     pub thin_provisioned: bool,
+    /// The controller it hangs at: `scsi`, `ide`, `sata`, `nvme`, `virtio`; empty where nobody says.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub bus: String,
 }
 
 /// An earlier state of a VM's disk.

@@ -194,6 +194,19 @@ pub async fn rows(fleet: &Fleet, admin: &Client, operator: &Client) -> Vec<Row> 
     for name in ["bob", "carol"] {
         admin.post("/users", json!({"username": name, "password": "quite long enough", "role": "viewer"})).await.expect(201);
     }
+    // An image that cannot be read, and receivers that are not there.
+    std::fs::write(fleet.vms().join("broken.qcow2"), "this is no qcow2").unwrap();
+    admin.get("/vms/list?refresh=true&provider=local").await.expect(200);
+    let hook = json!({"url": "https://hooks.invalid/x", "events": ["alert"]});
+    let first = admin.request(reqwest::Method::POST, "/webhooks").header("Idempotency-Key", "used-up");
+    let kept = admin.send(first.json(&json!({"url": "https://hooks.invalid/y", "events": ["alert"]}))).await.unwrap().expect(201).body;
+    let going = admin.post("/webhooks", hook.clone()).await.expect(201).body;
+    let hook_at = |hook: &Value, more: &str| format!("/webhooks/{}{more}", hook["id"].as_str().unwrap());
+    let two = |target: &str, content: bool| {
+        let side = |vm_name: &str| json!({"provider": "local", "vm_name": vm_name});
+        json!({"source": side("web-server-01"), "target": side(target), "content": content})
+    };
+    let nowhere = fleet.vms().join("nothing-there").display().to_string();
     let key = |row: Row| row.fails_by(409, "idempotency_mismatch", "Idempotency-Key", "used-up");
     let used = [("/jobs", json!({"type": "export", "provider": "local", "vm_name": "web-server-01", "format": "raw"}))];
     for (path, body) in used {
@@ -254,6 +267,17 @@ pub async fn rows(fleet: &Fleet, admin: &Client, operator: &Client) -> Vec<Row> 
             .fails_with(404, "not_found", json!({"provider": "local", "vm_name": "nobody"}))
             .fails_with(409, "ambiguous", json!({"provider": "local", "vm_name": "twin"}))
             .gives(200, vm()),
+        row("POST", "/vms/compare", Viewer)
+            .json(two("db-server-01", false))
+            .fails_with(404, "not_found", two("nobody", false))
+            .fails_with(409, "ambiguous", two("twin", false))
+            .fails_with(422, "bad_image", two("broken", true))
+            .fails_with(502, "bad_gateway", two("db-server-01", true))
+            .gives(
+                200,
+                json!({"match": true, "differences": [{"field": "", "severity": ""}],
+                "disks": [{"name": "", "content": "", "source": {"name": "", "size_bytes": 0, "format": ""}}]}),
+            ),
         row("GET", "/vms/{provider}/{id}", Viewer)
             .at("/vms/local/web-server-01")
             .fails_at(400, "bad_request", "/vms/vsphere/web-server-01")
@@ -290,6 +314,12 @@ pub async fn rows(fleet: &Fleet, admin: &Client, operator: &Client) -> Vec<Row> 
             .at("/providers/local/refresh")
             .fails_at(422, "unprocessable", "/providers/lost/refresh")
             .gives(200, connection()),
+        row("PATCH", "/providers/{name}", Admin)
+            .at("/providers/lost")
+            .json(json!({"path": folder}))
+            .fails_at(409, "conflict", "/providers/local")
+            .fails_with(422, "unprocessable", json!({"path": nowhere}))
+            .gives(200, connection()),
         row("DELETE", "/providers/{name}", Admin)
             .at("/providers/gone")
             .fails_at(409, "conflict", "/providers/local")
@@ -318,6 +348,23 @@ pub async fn rows(fleet: &Fleet, admin: &Client, operator: &Client) -> Vec<Row> 
                 json!({"zone": "DE", "duration": "2h", "source": "", "now": {"start": "", "average_intensity": 1.5},
                 "windows": [{"start": "", "end": "", "average_intensity": 1.5, "savings_percent": 1.5, "rank": 1}]}),
             ),
+        row("GET", "/system/health", Viewer).gives(
+            200,
+            json!({"score": 0, "status": "", "cpu": {"score": 0}, "memory": {"score": 0}, "disk": {"score": 0}, "network": {"score": 0},
+                "database": {"score": 0, "kind": ""}, "agents": {"score": 0, "total": 0}, "queue": {"score": 0, "depth": 0}, "actors": {"score": 0}}),
+        ),
+        row("GET", "/system/alerts", Viewer)
+            .at("/system/alerts?state=all")
+            .gives(200, page(json!({"id": "", "severity": "", "since": "", "message": "", "resource": "", "rule": "", "state": ""}))),
+        row("GET", "/readiness", Viewer).gives(200, json!([{"check": "", "status": "", "message": "", "fix": ""}])),
+        row("GET", "/webhooks", Admin)
+            .gives(200, page(json!({"id": "", "url": "", "events": [""], "created_by": "", "created_at": "", "pending": 0, "failed": 0}))),
+        key(row("POST", "/webhooks", Admin).json(hook))
+            .fails_with(422, "unprocessable", json!({"url": "https://127.0.0.1/x", "events": ["alert"]}))
+            .gives(201, json!({"id": "", "url": "", "events": [""], "created_at": "", "secret": ""})),
+        // What a receiver says is shown by `system`.
+        row("POST", "/webhooks/{id}/test", Admin).at(hook_at(&kept, "/test")),
+        row("DELETE", "/webhooks/{id}", Admin).at(hook_at(&going, "")).gives(204, Value::Null),
         row("POST", "/ws/ticket", Viewer).gives(201, json!({"ticket": "", "expires_at": ""})),
         // The handshake is shown by `contract::the_websocket_wants_to_know_who_comes`.
         row("GET", "/ws", Viewer).fails_at(400, "bad_request", "/ws").fails_by(403, "forbidden", "Origin", "https://elsewhere.example"),

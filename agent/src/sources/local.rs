@@ -13,6 +13,7 @@
 //! | `web/` with a `.ovf`, or with an OVA alone | the name in it |
 //! | `web/` with images | `web`, its images sorted by name |
 
+mod beside;
 mod chain;
 mod snapshots;
 #[cfg(test)]
@@ -30,7 +31,7 @@ use shared::vault::{self, Dir};
 use shared::vm::{Disk as VmDisk, Vm};
 
 use self::chain::{Layered, Step};
-use super::{Error, Opened, Source};
+use super::{Beside, Error, Opened, Source};
 use crate::formats::sniff::{self, Kind};
 use crate::formats::{Disk, FormatError, Window, ova, qcow2, raw, vdi, vhd, vhdx, vmdk};
 
@@ -233,7 +234,7 @@ impl Local {
         let folder = below.parent().unwrap_or(Path::new(""));
         let identities = std::sync::Mutex::new(Vec::new());
         let disk = open(window, &|extent| {
-            let (window, identity) = self.window(&folder.join(extent)).map_err(io::Error::other)?;
+            let (window, identity) = self.window(&folder.join(extent)).map_err(beneath)?;
             identities.lock().unwrap_or_else(|e| e.into_inner()).push(identity);
             Ok(window)
         })?;
@@ -318,7 +319,7 @@ impl Local {
     fn ovf(&self, folder: &Path, name: &str, depth: Depth) -> Result<(Vm, Vec<Opened>), FormatError> {
         let identities = std::sync::Mutex::new(Vec::new());
         let opener = |file: &str| {
-            let (window, identity) = self.window(&folder.join(file)).map_err(io::Error::other)?;
+            let (window, identity) = self.window(&folder.join(file)).map_err(beneath)?;
             identities.lock().unwrap_or_else(|e| e.into_inner()).push(identity);
             Ok(window)
         };
@@ -350,7 +351,8 @@ impl Local {
                 );
                 return Err(FormatError::Refused { format: "ova", reason });
             }
-            vm.disks.push(describe(n, &format!("{}:{}", path.display(), member.entry.file), disk.as_ref()));
+            let described = describe(n, &format!("{}:{}", path.display(), member.entry.file), disk.as_ref());
+            vm.disks.push(VmDisk { bus: member.entry.bus, ..described });
             let identity = format!("{identity}#{}", member.entry.file);
             opened.push(Opened { name: format!("disk-{n}"), snapshot: None, disk, identity });
         }
@@ -377,6 +379,14 @@ fn tops(images: Vec<(&PathBuf, Image)>) -> Result<Vec<(&PathBuf, Image)>, Format
         }
     }
     Ok(tops)
+}
+
+/// The file system's own error stays what it is: a package without its `.mf` is a package, one without a disk is not.
+fn beneath(error: FormatError) -> io::Error {
+    match error {
+        FormatError::Io(e) => e,
+        e => io::Error::other(e),
+    }
 }
 
 /// What a reader said, as the worker is told it.
@@ -436,6 +446,7 @@ fn describe(n: usize, source: &str, disk: &dyn Disk) -> VmDisk {
         capacity: disk.capacity(),
         format: disk.format().to_owned(),
         thin_provisioned: thin,
+        bus: String::new(),
     }
 }
 
@@ -467,6 +478,14 @@ impl Source for Local {
 
     fn open(&self, vm_id: &str) -> Result<(Vm, Vec<Opened>), Error> {
         self.open_with(vm_id, OpenOptions::default())
+    }
+
+    fn glance(&self, vm_id: &str) -> Result<(Vm, Vec<Opened>), Error> {
+        self.open_at(vm_id, Depth::Structure, &OpenOptions::default())
+    }
+
+    fn manifest_beside(&self, vm: &Vm, disk: &VmDisk) -> io::Result<Option<Beside>> {
+        beside::manifest(self, vm, disk)
     }
 
     fn open_snapshots(&self, vm_id: &str) -> Result<Vec<Opened>, Error> {

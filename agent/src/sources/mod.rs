@@ -44,6 +44,18 @@ impl Error {
     }
 }
 
+/// A manifest beside a disk.
+pub struct Beside {
+    /// The signed document as it lies there.
+    pub bytes: Vec<u8>,
+    /// Name of the file that holds the disk.
+    pub file: String,
+    /// The member inside that file, where it is an archive.
+    pub member: Option<String>,
+    /// The file's length in bytes.
+    pub size: u64,
+}
+
 /// A provider connection, opened on this agent.
 pub trait Source: Send + Sync {
     /// All VMs. One that cannot be exported is listed with its `problem`.
@@ -54,6 +66,17 @@ pub trait Source: Send + Sync {
 
     /// The VM of this id with its disks.
     fn open(&self, vm_id: &str) -> Result<(Vm, Vec<Opened>), Error>;
+
+    /// The same for whoever only compares: the digests of a package are not checked, which would read all of it.
+    fn glance(&self, vm_id: &str) -> Result<(Vm, Vec<Opened>), Error> {
+        self.open(vm_id)
+    }
+
+    /// The manifest that lies beside a disk of a VM; nothing where there is none or the disk was written since.
+    fn manifest_beside(&self, vm: &Vm, disk: &shared::vm::Disk) -> std::io::Result<Option<Beside>> {
+        let _ = (vm, disk);
+        Ok(None)
+    }
 
     /// The snapshots of the VM's disks, disk by disk, the oldest first.
     fn open_snapshots(&self, vm_id: &str) -> Result<Vec<Opened>, Error>;

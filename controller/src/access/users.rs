@@ -29,6 +29,11 @@ pub async fn count(store: &Store) -> Result<u64, store::Error> {
     store.read(|db| async move { Ok(users::Entity::find().count(&db).await?) }).await
 }
 
+/// How many users have a role.
+pub async fn count_role(store: &Store, role: Role) -> Result<u64, store::Error> {
+    store.read(move |db| async move { Ok(users::Entity::find().filter(users::Column::Role.eq(role.word())).count(&db).await?) }).await
+}
+
 /// One by name.
 pub async fn find(store: &Store, name: &str) -> Result<Option<users::Model>, store::Error> {
     let name = name.to_owned();

@@ -96,8 +96,10 @@ impl Fleet for Service {
         if !bearer.is_current {
             return Err(Status::unauthenticated("the certificate has run out; Renewal gives a new one"));
         }
+        let certificate_until = request.peer_certs().and_then(|certificates| ca::last_second(certificates.first()?).ok());
+        let certificate_until = certificate_until.and_then(|until| i64::try_from(until).ok());
         let (outgoing, messages) = mpsc::channel(OUTGOING);
-        let session = Session { registry: self.registry.clone(), queue: self.queue.clone(), agent, outgoing };
+        let session = Session { registry: self.registry.clone(), queue: self.queue.clone(), agent, outgoing, certificate_until };
         // The answer's head goes out at once: an agent may wait for it before it says Hello.
         tokio::spawn(session.run(request.into_inner()));
         Ok(Response::new(ReceiverStream::new(messages)))

@@ -38,6 +38,10 @@ pub struct Figures {
     pub roots: Vec<Root>,
     /// Since when this session lasts, milliseconds since 1970.
     pub connected_at: i64,
+    /// Last second of the certificate that this session came with, since 1970.
+    pub certificate_until: Option<i64>,
+    /// The agent's clock less ours at the last heartbeat, in milliseconds; nothing where an older agent does not say its time.
+    pub skew_ms: Option<i64>,
 }
 
 /// The actor.
@@ -54,8 +58,16 @@ pub struct Link {
 
 impl Link {
     /// Of a session that is about to begin.
-    pub(super) fn new(agent: String, outgoing: Outgoing, queue: queue::Handle, store: Store, roots: Vec<Root>) -> Self {
-        let figures = Figures { resident_bytes: 0, roots, connected_at: shared::clock::now().timestamp_millis() };
+    pub(super) fn new(
+        agent: String,
+        outgoing: Outgoing,
+        queue: queue::Handle,
+        store: Store,
+        roots: Vec<Root>,
+        certificate_until: Option<i64>,
+    ) -> Self {
+        let connected_at = shared::clock::now().timestamp_millis();
+        let figures = Figures { roots, connected_at, certificate_until, ..Figures::default() };
         Self { agent, outgoing, queue, store, figures, questions: HashMap::new(), next_question: 0, seen_stored: Instant::now() }
     }
 }
@@ -118,6 +130,9 @@ impl Handler<Deliver> for Link {
 impl Link {
     fn heartbeat(&mut self, heartbeat: Heartbeat, ctx: &mut Context<Self>) {
         self.figures.resident_bytes = heartbeat.resident_bytes;
+        if heartbeat.time_ms > 0 {
+            self.figures.skew_ms = Some(heartbeat.time_ms.saturating_sub(shared::clock::now().timestamp_millis()));
+        }
         if !heartbeat.roots.is_empty() {
             self.figures.roots = heartbeat.roots;
         }
@@ -153,9 +168,9 @@ async fn take_inventory(store: Store, agent: String, inventory: Inventory) {
     }
 }
 
-/// A question; answered with where the reply will come, or nothing where it could not be sent.
+/// A question; answered with its number and where the reply will come, or nothing where it could not be sent.
 #[derive(Message)]
-#[rtype(result = "Option<oneshot::Receiver<BrowseReply>>")]
+#[rtype(result = "Option<(u64, oneshot::Receiver<BrowseReply>)>")]
 pub(super) struct Ask(pub Question);
 
 impl Handler<Ask> for Link {
@@ -173,7 +188,7 @@ impl Handler<Ask> for Link {
             return MessageResult(None);
         }
         self.questions.insert(self.next_question, sender);
-        MessageResult(Some(receiver))
+        MessageResult(Some((self.next_question, receiver)))
     }
 }
 

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use actix::{Actor, Addr, Arbiter, ArbiterHandle};
 use proto::v1::browse::Question;
 use proto::v1::controller_message::Kind;
-use proto::v1::{ControllerMessage, Root};
+use proto::v1::{ControllerMessage, Forget, Root};
 use shared::error::Code;
 use tokio::sync::{mpsc, watch};
 use tonic::Status;
@@ -150,17 +150,25 @@ impl Handle {
 
     /// Asks an agent; the answer's JSON. 503 where it is away, 502 where it does not answer in 10 s, else the agent's own code and words.
     pub async fn ask(&self, agent: &str, question: Question) -> Result<serde_json::Value, Error> {
+        self.ask_within(agent, question, ANSWER).await
+    }
+
+    /// The same for a question that takes longer. Whoever stops waiting, by dropping this, stops the agent's work on it, too.
+    pub async fn ask_within(&self, agent: &str, question: Question, patience: Duration) -> Result<serde_json::Value, Error> {
         let name = self.name(agent);
         let peer =
             self.peer(agent).ok_or_else(|| Error::new(Code::Unavailable, format!("agent `{name}` is not connected")).retry_after(5))?;
-        let answer = tokio::time::timeout(ANSWER, async {
-            let waiting = peer.link.send(Ask(question)).await.ok().flatten()?;
-            waiting.await.ok()
+        let answer = tokio::time::timeout(patience, async {
+            let (id, waiting) = peer.link.send(Ask(question)).await.ok().flatten()?;
+            let mut open = Open { outgoing: &peer.outgoing, id: Some(id) };
+            let reply = waiting.await.ok();
+            open.id = None;
+            reply
         });
         let reply = match answer.await {
             Ok(Some(reply)) => reply,
             Ok(None) => return Err(Error::new(Code::Unavailable, format!("agent `{name}` went away before it answered")).retry_after(5)),
-            Err(_) => return Err(Error::new(Code::BadGateway, format!("agent `{name}` did not answer in {} s", ANSWER.as_secs()))),
+            Err(_) => return Err(Error::new(Code::BadGateway, format!("agent `{name}` did not answer in {} s", patience.as_secs()))),
         };
         if let Some(failure) = reply.failure {
             return Err(Error::new(Code::from_word(&failure.code).unwrap_or(Code::BadGateway), failure.message));
@@ -270,8 +278,23 @@ impl Outbox for Handle {
     }
 }
 
+/// A question that is being waited for. Dropped with its number, it tells the agent to forget it.
+struct Open<'a> {
+    outgoing: &'a Outgoing,
+    id: Option<u64>,
+}
+
+impl Drop for Open<'_> {
+    fn drop(&mut self) {
+        if let Some(id) = self.id {
+            // A stream that takes nothing ends soon, and the agent's work with it.
+            let _ = self.outgoing.try_send(Ok(ControllerMessage { kind: Some(Kind::Forget(Forget { id })) }));
+        }
+    }
+}
+
 /// The newest free space of an agent's roots, where a heartbeat brought it.
-pub(super) fn merge_roots(mut rows: Vec<RootRow>, newest: &[Root]) -> Vec<RootRow> {
+pub fn merge_roots(mut rows: Vec<RootRow>, newest: &[Root]) -> Vec<RootRow> {
     for row in &mut rows {
         if let Some(root) = newest.iter().find(|root| root.name == row.name) {
             (row.free_bytes, row.total_bytes) = (root.free_bytes, root.total_bytes);

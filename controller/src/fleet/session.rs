@@ -43,6 +43,8 @@ pub(super) struct Session {
     pub queue: queue::Handle,
     pub agent: agents::Model,
     pub outgoing: Outgoing,
+    /// Last second of its certificate since 1970, where it can be read.
+    pub certificate_until: Option<i64>,
 }
 
 impl Session {
@@ -110,7 +112,14 @@ impl Session {
         let Begun { session, hello } = begun;
         let id = &self.agent.id;
         let (closer, mut closed) = watch::channel(None);
-        let link = Link::new(id.clone(), self.outgoing.clone(), self.queue.clone(), self.registry.store().clone(), hello.roots);
+        let link = Link::new(
+            id.clone(),
+            self.outgoing.clone(),
+            self.queue.clone(),
+            self.registry.store().clone(),
+            hello.roots,
+            self.certificate_until,
+        );
         let link = self.registry.start_link(link);
         let peer = Peer { session, outgoing: self.outgoing.clone(), closer, link: link.clone() };
         if !self.registry.insert(id, &self.agent.name, peer) {

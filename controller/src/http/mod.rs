@@ -33,7 +33,7 @@ use shared::error::Code;
 use tracing_actix_web::TracingLogger;
 
 use crate::app::App as Shared;
-use crate::{access, carbon, files, fleet, jobs, live, providers, schedules, system, uploads, vms};
+use crate::{access, alerts, carbon, files, fleet, jobs, live, providers, schedules, system, uploads, vms, webhooks};
 use guard::Viewer;
 use reply::Error;
 
@@ -42,7 +42,7 @@ pub fn rfc3339(milliseconds: i64) -> String {
     shared::clock::rfc3339(chrono::DateTime::from_timestamp_millis(milliseconds).unwrap_or_default())
 }
 
-/// Every operation. What the contract names and is not built yet stands here too, so that it says so.
+/// Every operation. What the contract names and is not built yet stands here too, so that it says so (see [`unbuilt`]).
 fn table(at: &mut dyn FnMut(&str, Vec<Operation>)) {
     at("/auth/login", vec![post(access::routes::login)]);
     at("/auth/logout", vec![post(access::routes::logout)]);
@@ -71,7 +71,7 @@ fn table(at: &mut dyn FnMut(&str, Vec<Operation>)) {
 
     at("/vms/list", vec![get(vms::routes::list)]);
     at("/vms/browse", vec![post(vms::routes::browse)]);
-    at("/vms/compare", vec![post(not_built)]);
+    at("/vms/compare", vec![post(vms::compare::routes::compare)]);
     at("/vms/deploy", vec![post(unbuilt::deploy)]);
     at("/vms/{provider}/{id}", vec![get(vms::routes::get)]);
     at("/vms/{provider}/{id}/power", vec![post(unbuilt::power)]);
@@ -81,7 +81,7 @@ fn table(at: &mut dyn FnMut(&str, Vec<Operation>)) {
     at("/providers", vec![get(providers::routes::list)]);
     at("/providers/connect", vec![post(providers::routes::connect)]);
     at("/providers/capabilities", vec![get(providers::routes::capabilities)]);
-    at("/providers/{name}", vec![get(providers::routes::get), patch(not_built), delete(providers::routes::remove)]);
+    at("/providers/{name}", vec![get(providers::routes::get), patch(providers::change::change), delete(providers::routes::remove)]);
     at("/providers/{name}/test", vec![post(providers::routes::test)]);
     at("/providers/{name}/refresh", vec![post(providers::routes::refresh)]);
 
@@ -96,9 +96,12 @@ fn table(at: &mut dyn FnMut(&str, Vec<Operation>)) {
     at("/readyz", vec![get(system::routes::readyz)]);
     at("/metrics", vec![get(system::routes::metrics)]);
     at("/audit", vec![get(system::routes::audit_list)]);
-    at("/system/health", vec![get(not_built)]);
-    at("/system/alerts", vec![get(not_built)]);
-    at("/readiness", vec![get(not_built)]);
+    at("/system/health", vec![get(system::state::health)]);
+    at("/system/alerts", vec![get(alerts::routes::list)]);
+    at("/readiness", vec![get(system::state::readiness)]);
+    at("/webhooks", vec![get(webhooks::routes::list), post(webhooks::routes::create)]);
+    at("/webhooks/{id}", vec![delete(webhooks::routes::remove)]);
+    at("/webhooks/{id}/test", vec![post(webhooks::routes::test)]);
 
     at("/upload/init", vec![post(uploads::routes::init)]);
     at("/upload/chunk", vec![post(uploads::routes::chunk)]);
@@ -183,13 +186,6 @@ fn wrong_method(request: &HttpRequest, allow: &str) -> Error {
 
 async fn unknown_path(request: HttpRequest) -> Result<&'static str, Error> {
     Err(Error::not_found(format!("no operation at `{}`; GET /openapi.json lists them", clip(request.path()))))
-}
-
-/// What the contract names and this version has not.
-async fn not_built(_: Viewer, request: HttpRequest) -> Result<&'static str, Error> {
-    let pattern = request.match_pattern().unwrap_or_default();
-    let path = pattern.strip_prefix("/api/v1").unwrap_or(&pattern);
-    Err(Error::not_built(format!("{} {path}", request.method())))
 }
 
 fn clip(text: &str) -> String {

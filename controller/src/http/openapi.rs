@@ -8,7 +8,7 @@ use utoipa::{Modify, OpenApi};
 
 use super::reply::ErrorBody;
 use super::unbuilt;
-use crate::{access, carbon, files, fleet, jobs, live, providers, schedules, system, uploads, vms};
+use crate::{access, alerts, carbon, files, fleet, jobs, live, providers, schedules, system, uploads, vms, webhooks};
 
 /// The document.
 #[derive(OpenApi)]
@@ -31,6 +31,8 @@ use crate::{access, carbon, files, fleet, jobs, live, providers, schedules, syst
         fleet::routes::token_create,
         system::routes::health, system::routes::livez, system::routes::readyz, system::routes::metrics, system::routes::audit_list,
         unbuilt::deploy, unbuilt::power, unbuilt::snapshots, unbuilt::snapshot, unbuilt::snapshot_remove,
+        system::state::health, system::state::readiness, alerts::routes::list, providers::change::change, vms::compare::routes::compare,
+        webhooks::routes::list, webhooks::routes::create, webhooks::routes::remove, webhooks::routes::test,
         live::routes::open, live::routes::ticket,
         schedules::routes::list, schedules::routes::create, schedules::routes::get, schedules::routes::update, schedules::routes::remove,
         schedules::routes::run, schedules::routes::runs,

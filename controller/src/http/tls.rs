@@ -130,6 +130,14 @@ fn check_end(certified: &CertifiedKey) -> Result<(), Error> {
     if end.timestamp() > chrono::Utc::now().timestamp() { Ok(()) } else { Err(Error::Ended(end.to_string())) }
 }
 
+/// Last second of the certificate that the next start will load, since 1970; nothing where it cannot be read.
+pub fn valid_until(config: &Config) -> Option<i64> {
+    let own = config.data_dir.join(CERTIFICATE);
+    let chain = vault::read_config(config.tls_cert.as_deref().unwrap_or(&own)).ok()?;
+    let first = CertificateDer::pem_slice_iter(&chain).next()?.ok()?;
+    i64::try_from(crate::fleet::ca::last_second(&first).ok()?).ok()
+}
+
 fn configured(path: &Path) -> Result<Vec<u8>, Error> {
     vault::read_config(path).map_err(|e| Error::Io(path.display().to_string(), e))
 }

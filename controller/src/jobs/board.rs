@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, PoisonError, RwLock};
 
-use shared::job::Status;
+use shared::job::{Hold, Status};
 
 use super::lists::memory::Memory;
 use super::record::Job;
@@ -21,6 +21,32 @@ pub struct Observation {
     pub queued: u64,
     /// Jobs that are with an agent.
     pub running: u64,
+}
+
+/// What waits at one agent.
+#[derive(Clone, Debug, Default)]
+pub struct Line {
+    /// Jobs that are not over.
+    pub live: u64,
+    /// Jobs that could run now.
+    pub ready: u64,
+    /// Since when the oldest of these could, milliseconds since 1970.
+    pub oldest_ready: Option<i64>,
+}
+
+/// What waits and what runs.
+#[derive(Clone, Debug, Default)]
+pub struct Waiting {
+    /// By the agent that must run it.
+    pub by_owner: BTreeMap<String, Line>,
+    /// Jobs that are with an agent.
+    pub running: BTreeMap<String, u64>,
+    /// When the oldest waiting job was made, whatever it waits for.
+    pub oldest: Option<i64>,
+}
+
+fn earlier(known: Option<i64>, time: i64) -> Option<i64> {
+    Some(known.map_or(time, |known| known.min(time)))
 }
 
 struct Inner {
@@ -75,6 +101,40 @@ impl Board {
             queued: of(Status::Queued),
             running: of(Status::Running) + of(Status::Cancelling),
         }
+    }
+
+    /// What waits and what runs, by agent.
+    pub fn waiting(&self) -> Waiting {
+        let live = self.0.live.read().unwrap_or_else(PoisonError::into_inner);
+        let mut waiting = Waiting::default();
+        for job in live.values() {
+            let owner = waiting.by_owner.entry(job.owner.clone()).or_default();
+            owner.live += 1;
+            match (job.state.status, &job.state.agent) {
+                (Status::Queued, _) => {
+                    waiting.oldest = earlier(waiting.oldest, job.created_at);
+                    if job.state.hold == Hold::None {
+                        owner.ready += 1;
+                        owner.oldest_ready = earlier(owner.oldest_ready, job.updated_at);
+                    }
+                }
+                (_, Some(agent)) => *waiting.running.entry(agent.clone()).or_default() += 1,
+                _ => {}
+            }
+        }
+        waiting
+    }
+
+    /// Live jobs whose deadline is over: id, VM and deadline in milliseconds since 1970.
+    pub fn late(&self, now: i64) -> Vec<(String, String, i64)> {
+        let live = self.0.live.read().unwrap_or_else(PoisonError::into_inner);
+        let late = |job: &Job| {
+            // By the option's name on the wire, so that a version without it has none.
+            let options = serde_json::to_value(&job.options).ok()?;
+            let deadline = chrono::DateTime::parse_from_rfc3339(options.get("deadline")?.as_str()?).ok()?.timestamp_millis();
+            (deadline < now).then(|| (job.id.clone(), job.vm_name.clone(), deadline))
+        };
+        live.values().filter_map(late).collect()
     }
 
     pub(super) fn put(&self, job: &Job) {

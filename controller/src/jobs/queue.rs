@@ -241,6 +241,13 @@ impl Handle {
         self.ask(work!(|core| core.agent_draining(&agent, draining).await.map_err(Error::from))).await?
     }
 
+    /// How long a message waits for the queue now, its handling included.
+    pub async fn ping(&self) -> Result<Duration, Error> {
+        let sent = Instant::now();
+        self.ask::<()>(work!(|_core| ())).await?;
+        Ok(sent.elapsed())
+    }
+
     /// No new work from now on.
     pub async fn drain(&self) {
         if self.ask(work!(|core| core.drain().await)).await.is_err() {

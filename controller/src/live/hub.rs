@@ -42,6 +42,11 @@ pub(super) struct Wake {
     pub close: bool,
 }
 
+/// Asks nothing: the time to its answer is the mailbox's.
+#[derive(Message)]
+#[rtype(result = "()")]
+pub(super) struct Ping;
+
 /// Closes all sessions.
 #[derive(Message)]
 #[rtype(result = "()")]
@@ -134,6 +139,12 @@ impl Handler<Publish> for Hub {
             watcher.woken = watcher.wake.try_send(Wake { close: false }).is_ok();
         }
     }
+}
+
+impl Handler<Ping> for Hub {
+    type Result = ();
+
+    fn handle(&mut self, _: Ping, _: &mut Self::Context) {}
 }
 
 impl Handler<CloseAll> for Hub {

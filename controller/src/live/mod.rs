@@ -59,6 +59,12 @@ impl Handle {
         }
     }
 
+    /// How long a message waits for the hub now; nothing where it is gone.
+    pub async fn ping(&self) -> Option<std::time::Duration> {
+        let sent = std::time::Instant::now();
+        self.hub.send(hub::Ping).await.ok().map(|()| sent.elapsed())
+    }
+
     /// Tells every session to close; for the drain.
     pub fn close(&self) {
         self.hub.do_send(hub::CloseAll);

@@ -4,5 +4,6 @@
 //! Never: opens a host or a folder itself: the agent is asked. A crash here costs nothing.
 
 pub mod capabilities;
+pub mod change;
 pub mod routes;
 pub mod service;

@@ -171,7 +171,7 @@ pub async fn connect(caller: Admin, request: HttpRequest, app: web::Data<App>, b
         let shown: String = wanted.provider.chars().take(40).collect();
         return Err(Error::not_built(format!("provider `{shown}`")).detail(serde_json::json!({ "built": ["local"] })));
     }
-    let path = wanted.path.filter(|path| path.starts_with('/') && path.len() <= 4096 && !path.contains('\0'));
+    let path = wanted.path.filter(|path| is_path(path));
     let path =
         path.ok_or_else(|| Error::bad_request("provider `local` needs `path`, the absolute path of a folder on the agent's host"))?;
     let agent_id = choose_agent(&app, wanted.agent.as_deref()).await?;
@@ -188,6 +188,11 @@ pub async fn connect(caller: Admin, request: HttpRequest, app: web::Data<App>, b
     let made = first_inventory(&app, made).await;
     let location = format!("/api/v1/providers/{}", made.name);
     Ok(HttpResponse::Created().insert_header(("Location", location)).json(Connection::from(made)))
+}
+
+/// Whether a text can be a folder of a `local` connection.
+pub(super) fn is_path(path: &str) -> bool {
+    path.starts_with('/') && path.len() <= 4096 && !path.contains('\0')
 }
 
 async fn probe_and_add(
@@ -222,7 +227,8 @@ async fn first_inventory(app: &App, made: connections::Model) -> connections::Mo
     row
 }
 
-async fn choose_agent(app: &App, wanted: Option<&str>) -> Result<String, Error> {
+/// The agent that is meant: by id or name, or the only one that is connected.
+pub(super) async fn choose_agent(app: &App, wanted: Option<&str>) -> Result<String, Error> {
     let agents = app.connected_agents().await?;
     let listed = agents.iter().map(|agent| format!("`{}` ({})", agent.name, agent.id)).collect::<Vec<_>>().join(", ");
     if agents.is_empty() {

@@ -177,6 +177,34 @@ pub async fn add(
     store.run(work).await
 }
 
+/// Moves a connection to another folder or agent, if it is still as it was read; what was seen through it before goes.
+pub async fn change(store: &Store, row: &connections::Model, agent_id: &str, path: &str) -> Result<(), Error> {
+    let (row, agent_id, path) = (row.clone(), agent_id.to_owned(), path.to_owned());
+    let work = move |db: DatabaseConnection| async move {
+        let transaction = db.begin().await?;
+        let update = connections::Entity::update_many()
+            .col_expr(connections::Column::AgentId, Expr::value(agent_id))
+            .col_expr(connections::Column::Path, Expr::value(path))
+            .col_expr(connections::Column::Status, Expr::value("connected"))
+            .col_expr(connections::Column::LastError, Expr::value(None::<String>))
+            .col_expr(connections::Column::LastSeen, Expr::value(None::<i64>))
+            .col_expr(connections::Column::UpdatedAt, Expr::value(shared::clock::now().timestamp_millis()))
+            .filter(connections::Column::Name.eq(&row.name))
+            .filter(connections::Column::AgentId.eq(&row.agent_id))
+            .filter(connections::Column::Path.eq(&row.path));
+        if update.exec(&transaction).await?.rows_affected != 1 {
+            return Ok(false);
+        }
+        vms::Entity::delete_many().filter(vms::Column::Connection.eq(&row.name)).exec(&transaction).await?;
+        transaction.commit().await?;
+        Ok(true)
+    };
+    match store.run(work).await? {
+        true => Ok(()),
+        false => Err(Error::new(Code::Conflict, "the connection was changed at the same moment; look again")),
+    }
+}
+
 /// Removes a connection and what was seen through it; one that an agent has configured is that agent's to remove.
 pub async fn remove(store: &Store, row: &connections::Model) -> Result<(), Error> {
     if row.origin == "agent" {

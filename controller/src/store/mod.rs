@@ -136,6 +136,22 @@ impl Store {
         self.read(|db| async move { Ok(db.ping().await?) }).await
     }
 
+    /// Bytes that the database takes on its disk, its log left out.
+    pub async fn size(&self) -> Result<u64, Error> {
+        use sea_orm::ConnectionTrait as _;
+        let sql = if self.is_postgres() {
+            "SELECT pg_database_size(current_database()) AS size"
+        } else {
+            "SELECT page_count * page_size AS size FROM pragma_page_count(), pragma_page_size()"
+        };
+        let ask = move |db: DatabaseConnection| async move {
+            let row = db.query_one_raw(sea_orm::Statement::from_string(db.get_database_backend(), sql)).await?;
+            let size: i64 = row.ok_or_else(|| Error::Other("no size".to_owned()))?.try_get("", "size")?;
+            Ok(u64::try_from(size).unwrap_or(0))
+        };
+        self.read(ask).await
+    }
+
     /// Whether this is Postgres, where several controllers may share the tables.
     pub fn is_postgres(&self) -> bool {
         self.writer.is_none()

@@ -3,7 +3,7 @@
 //! Owns: the registry and its families. Never: carries a name that a user chose as a label (cardinality, secrets).
 //! A crash here costs the counters since the start, which Prometheus expects.
 
-use prometheus::{Encoder, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
+use prometheus::{Encoder, Gauge, HistogramOpts, HistogramVec, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
 
 /// All families. Cheap to clone: every family is shared.
 #[derive(Clone)]
@@ -21,6 +21,16 @@ pub struct Metrics {
     pub agents_connected: IntGauge,
     /// `hypersdk_queue_depth`: jobs that wait.
     pub queue_depth: IntGauge,
+    /// `hypersdk_alerts{severity}`: active alerts.
+    pub alerts: IntGaugeVec,
+    /// `hypersdk_health_score`: 0–100, as `GET /system/health` says it.
+    pub health_score: IntGauge,
+    /// `hypersdk_database_ping_seconds`: the last answer of the database.
+    pub database_ping: Gauge,
+    /// `hypersdk_webhook_calls_total{outcome}`: `delivered`, `retried`, `failed`.
+    pub webhook_calls: IntCounterVec,
+    /// `hypersdk_webhook_deliveries_pending`.
+    pub webhook_pending: IntGauge,
     resident: IntGauge,
 }
 
@@ -39,6 +49,23 @@ impl Metrics {
         let queue_depth = IntGauge::new("hypersdk_queue_depth", "Jobs that wait.")?;
         let build_info = IntGaugeVec::new(Opts::new("hypersdk_build_info", "The running version."), &["version"])?;
         let resident = IntGauge::new("process_resident_memory_bytes", "Resident memory of this process.")?;
+        let alerts = IntGaugeVec::new(Opts::new("hypersdk_alerts", "Active alerts by severity."), &["severity"])?;
+        let health_score = IntGauge::new("hypersdk_health_score", "How the installation is, 0 to 100.")?;
+        let database_ping = Gauge::new("hypersdk_database_ping_seconds", "The last answer of the database.")?;
+        let calls = Opts::new("hypersdk_webhook_calls_total", "Calls of webhooks by outcome.");
+        let webhook_calls = IntCounterVec::new(calls, &["outcome"])?;
+        let webhook_pending = IntGauge::new("hypersdk_webhook_deliveries_pending", "Webhook deliveries that wait.")?;
+        registry.register(Box::new(alerts.clone()))?;
+        registry.register(Box::new(health_score.clone()))?;
+        registry.register(Box::new(database_ping.clone()))?;
+        registry.register(Box::new(webhook_calls.clone()))?;
+        registry.register(Box::new(webhook_pending.clone()))?;
+        for severity in ["info", "warning", "critical"] {
+            alerts.with_label_values(&[severity]).set(0);
+        }
+        for outcome in ["delivered", "retried", "failed"] {
+            webhook_calls.with_label_values(&[outcome]).inc_by(0);
+        }
         registry.register(Box::new(jobs.clone()))?;
         registry.register(Box::new(job_bytes.clone()))?;
         registry.register(Box::new(http_requests.clone()))?;
@@ -54,7 +81,21 @@ impl Metrics {
         for stage in ["read", "durable", "verified"] {
             job_bytes.with_label_values(&[stage]).inc_by(0);
         }
-        Ok(Self { registry, jobs, job_bytes, http_requests, http_duration, agents_connected, queue_depth, resident })
+        Ok(Self {
+            registry,
+            jobs,
+            job_bytes,
+            http_requests,
+            http_duration,
+            agents_connected,
+            queue_depth,
+            alerts,
+            health_score,
+            database_ping,
+            webhook_calls,
+            webhook_pending,
+            resident,
+        })
     }
 
     /// The text format.
@@ -85,6 +126,11 @@ mod tests {
             "hypersdk_agents_connected",
             "hypersdk_queue_depth",
             "hypersdk_build_info{version=",
+            "hypersdk_alerts{severity=\"critical\"} 0",
+            "hypersdk_health_score",
+            "hypersdk_database_ping_seconds",
+            "hypersdk_webhook_calls_total{outcome=\"delivered\"} 0",
+            "hypersdk_webhook_deliveries_pending",
             "process_resident_memory_bytes",
         ] {
             assert!(text.contains(name), "{name} is missing in\n{text}");

@@ -2,5 +2,6 @@
 //!
 //! Owns: the `vms` table. Never: asks a provider itself (agents do). A crash here costs nothing: the next inventory says it again.
 
+pub mod compare;
 pub mod routes;
 pub mod service;

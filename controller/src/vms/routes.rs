@@ -204,8 +204,10 @@ async fn find(app: &App, provider: &str, vm: &str) -> Result<Found, Error> {
 #[serde(deny_unknown_fields)]
 #[schema(example = json!({"provider": "local", "vm_name": "web-server-01"}))]
 pub struct Which {
-    provider: String,
-    vm_name: String,
+    /// A connection's name, or a kind that one connection has.
+    pub provider: String,
+    /// Name, inventory path or id.
+    pub vm_name: String,
 }
 
 /// All details of a VM.

@@ -29,6 +29,8 @@ pub struct DiskRef {
     pub capacity: u64,
     /// `ovf:format`, a URI.
     pub format: String,
+    /// What it hangs at: `scsi`, `ide`, `sata`, `nvme`; empty where no item says.
+    pub bus: String,
 }
 
 /// A description.
@@ -156,7 +158,7 @@ fn disk_ref(disk: Node<'_, '_>, id: &str, files: &HashMap<&str, Node>) -> Result
     let capacity = capacity.checked_mul(factor).filter(|bytes| *bytes <= i64::MAX as u64);
     let capacity = capacity.ok_or_else(|| bad(format!("the capacity of the disk {} overflows", shown(id))))?;
     let format = attribute(disk, "format").unwrap_or_default().to_owned();
-    Ok(DiskRef { id: id.to_owned(), file: name.to_owned(), size, capacity, format })
+    Ok(DiskRef { id: id.to_owned(), file: name.to_owned(), size, capacity, format, bus: String::new() })
 }
 
 /// Bytes in an allocation unit: `byte * 2^20`, `byte * 1024`, and the names that old tools write.
@@ -231,13 +233,28 @@ fn in_order(mut known: Vec<DiskRef>, items: &[Node]) -> Result<Vec<DiskRef>> {
     }
     places.sort_by_key(|(bus, address, _)| (*bus, *address));
     let mut out = Vec::with_capacity(known.len());
-    for (_, _, id) in places {
+    for (parent, _, id) in places {
         if let Some(at) = known.iter().position(|disk| disk.id == id) {
-            out.push(known.remove(at));
+            let bus = parents.get(parent).map_or("", |parent| bus(items, parent)).to_owned();
+            out.push(DiskRef { bus, ..known.remove(at) });
         }
     }
     out.append(&mut known);
     Ok(out)
+}
+
+/// The API's word for the controller with this InstanceID.
+fn bus(items: &[Node], instance: &str) -> &'static str {
+    let Some(item) = items.iter().find(|item| child_text(**item, "InstanceID") == instance) else { return "" };
+    let subtype = child_text(*item, "ResourceSubType").to_ascii_lowercase();
+    match kind(*item) {
+        5 => "ide",
+        6 if subtype.contains("virtio") => "virtio",
+        6 => "scsi",
+        20 if subtype.contains("nvme") => "nvme",
+        20 => "sata",
+        _ => "",
+    }
 }
 
 /// The VM as the items describe it. What they do not say stays at its default.
@@ -273,6 +290,7 @@ fn describe(system: Node<'_, '_>, hardware: Option<Node<'_, '_>>, items: &[Node]
             capacity: disk.capacity,
             format: format(&disk.format),
             thin_provisioned: true,
+            bus: disk.bus.clone(),
         })
         .collect();
     vm

@@ -3,6 +3,7 @@
 //! Owns: the shape of rows. Never: decides anything. A crash here costs nothing.
 
 pub mod agents;
+pub mod alerts;
 pub mod api_tokens;
 pub mod audit;
 pub mod connections;
@@ -18,3 +19,5 @@ pub mod upload_chunks;
 pub mod uploads;
 pub mod users;
 pub mod vms;
+pub mod webhook_deliveries;
+pub mod webhooks;

@@ -7,6 +7,7 @@ pub mod m0001_access;
 pub mod m0002_jobs;
 pub mod m0003_inventory;
 pub mod m0005_holds;
+pub mod m0007_alerts;
 pub mod m0008_schedules;
 pub mod m0011_api_tokens;
 pub mod m0012_job_lists;
@@ -31,6 +32,7 @@ impl MigratorTrait for Migrator {
             Box::new(m0012_job_lists::Migration),
             Box::new(m0040_batches::Migration),
             Box::new(m0020_uploads::Migration),
+            Box::new(m0007_alerts::Migration),
         ]
     }
 }
