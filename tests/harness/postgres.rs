@@ -48,6 +48,11 @@ impl Db {
         Self { url: format!("postgres://hypersdk@127.0.0.1:{}/{name}", cluster.port), name, cluster }
     }
 
+    /// Runs a statement in this database; answers what it printed.
+    pub fn sql(&self, statement: &str) -> String {
+        self.cluster.sql(&self.name, statement)
+    }
+
     /// Throws everybody out and lets nobody in, or lets them in again.
     pub fn away(&self, away: bool) {
         self.cluster.sql("postgres", &format!("ALTER DATABASE {} ALLOW_CONNECTIONS {}", self.name, !away));
@@ -55,14 +60,6 @@ impl Db {
             let out = format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{}'", self.name);
             self.cluster.sql("postgres", &out);
         }
-    }
-}
-
-impl Db {
-    /// Runs a statement in this database; answers what it printed.
-    pub fn sql(&self, statement: &str) -> String {
-        let name = self.url.rsplit('/').next().expect("the address names the database");
-        self.cluster.sql(name, statement)
     }
 }
 
