@@ -62,7 +62,7 @@ impl Db {
     /// Runs a statement in this database; answers what it printed.
     pub fn sql(&self, statement: &str) -> String {
         let name = self.url.rsplit('/').next().expect("the address names the database");
-        self._cluster.sql(name, statement)
+        self.cluster.sql(name, statement)
     }
 }
 
