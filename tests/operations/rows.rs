@@ -208,10 +208,14 @@ pub async fn rows(fleet: &Fleet, admin: &Client, operator: &Client) -> Vec<Row> 
     };
     let nowhere = fleet.vms().join("nothing-there").display().to_string();
     let key = |row: Row| row.fails_by(409, "idempotency_mismatch", "Idempotency-Key", "used-up");
-    let used = [("/jobs", json!({"type": "export", "provider": "local", "vm_name": "web-server-01", "format": "raw"}))];
-    for (path, body) in used {
+    let used = [
+        ("/jobs", 201, json!({"type": "export", "provider": "local", "vm_name": "web-server-01", "format": "raw"})),
+        ("/jobs/batch", 201, json!({"type": "export", "provider": "local", "vms": ["web-server-01"], "format": "raw"})),
+        ("/jobs/submit", 200, json!({"vm_path": "/db-server-01.raw", "format": "raw"})),
+    ];
+    for (path, status, body) in used {
         let first = operator.request(reqwest::Method::POST, path).header("Idempotency-Key", "used-up").json(&body);
-        operator.send(first).await.unwrap().expect(201);
+        operator.send(first).await.unwrap().expect(status);
     }
     use Role::{Admin, Nobody, Operator, Viewer};
     vec![
@@ -239,8 +243,26 @@ pub async fn rows(fleet: &Fleet, admin: &Client, operator: &Client) -> Vec<Row> 
                 "options": {"destination": "/etc"}}),
             )
             .fails_with(404, "not_found", json!({"type": "export", "provider": "local", "vm_name": "nobody", "format": "raw"}))
+            .fails_with(502, "bad_gateway", json!({"type": "verify", "source": "vms/db-server-01.raw"}))
             .fails_with(422, "not_built", json!({"type": "migrate", "provider": "local", "vm_name": "db-server-01", "format": "raw"}))
             .gives(201, job()),
+        key(row("POST", "/jobs/batch", Operator).json(json!({"vms": ["db-server-01"], "type": "export", "provider": "local", "format": "raw",
+            "concurrency": 1})))
+        .gives(201, json!({"batch_id": "", "concurrency": 1, "created": 1, "failed": 0, "results": [{"index": 0, "status": 201, "job": job()}]})),
+        key(row("POST", "/jobs/submit", Operator).json(json!({"vm_path": "/db-server-01.raw", "format": "qcow2"})))
+            .gives(200, json!({"job_ids": [""], "accepted": 1, "rejected": 0, "timestamp": ""})),
+        row("POST", "/jobs/query", Viewer).json(json!({"job_ids": [done]})).gives(
+            200,
+            json!({"jobs": [{"definition": {"id": "", "vm_path": "", "format": ""}, "status": "", "progress": {"phase": "", "percent_complete": 0}}],
+                "total": 1, "timestamp": ""}),
+        ),
+        row("POST", "/jobs/cancel", Operator)
+            .json(json!({"job_ids": [ended]}))
+            .gives(200, json!({"cancelled": [], "failed": [""], "timestamp": ""})),
+        row("GET", "/jobs/progress/{id}", Viewer)
+            .at(format!("/jobs/progress/{done}"))
+            .gives(200, json!({"job_id": "", "status": "", "progress": {"phase": "", "total_bytes": 0}, "timestamp": ""})),
+        row("GET", "/status", Viewer).gives(200, json!({"version": "", "uptime": "", "total_jobs": 0, "running_jobs": 0, "timestamp": ""})),
         row("GET", "/jobs", Viewer).at("/jobs?status=completed").gives(200, page(finished_job())),
         row("GET", "/jobs/stats", Viewer).gives(200, json!({"total": 0, "by_status": {}})),
         row("GET", "/jobs/{id}", Viewer).at(format!("/jobs/{done}")).gives(200, finished_job()),

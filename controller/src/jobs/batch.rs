@@ -5,6 +5,7 @@
 
 use futures_util::{StreamExt as _, stream};
 use serde::{Deserialize, Serialize};
+use shared::error::Code;
 use utoipa::ToSchema;
 
 use super::record::NewJob;
@@ -131,7 +132,7 @@ pub async fn check(app: &App, caller: &str, batch: Batch) -> Result<(Checked, Ve
                 new.push(job);
             }
             // One that is away is away for all of them: nothing is made, and the caller comes again.
-            Err(e) if e.code() == shared::error::Code::Internal => return Err(e),
+            Err(e) if matches!(e.code(), Code::Internal | Code::Unavailable) => return Err(e),
             Err(e) => fates.push(Some(e.body())),
         }
     }

@@ -141,6 +141,18 @@ pub(super) async fn make_all(
     key: Option<Idempotency>,
     compose: impl FnOnce(Vec<View>) -> (u16, serde_json::Result<serde_json::Value>) + Send + 'static,
 ) -> Result<HttpResponse, Error> {
+    let answered = |status: u16, body: serde_json::Value| {
+        let status = actix_web::http::StatusCode::from_u16(status).map_err(Error::internal)?;
+        Ok(HttpResponse::build(status).json(body))
+    };
+    if new.is_empty() {
+        let (status, body) = compose(Vec::new());
+        let body = body.map_err(Error::internal)?;
+        if let Some(key) = &key {
+            key.keep(&app.store, status, "", &body).await?;
+        }
+        return answered(status, body);
+    }
     // The answer is composed where the jobs get their ids, so that it is stored with them.
     let (tell, told) = tokio::sync::oneshot::channel();
     let again = key.clone();
@@ -161,8 +173,7 @@ pub(super) async fn make_all(
         Err(error) => return Err(error.into()),
     }
     let (status, body) = told.await.map_err(Error::internal)?;
-    let status = actix_web::http::StatusCode::from_u16(status).map_err(Error::internal)?;
-    Ok(HttpResponse::build(status).json(body))
+    answered(status, body)
 }
 
 /// Jobs, newest first.
