@@ -104,6 +104,13 @@ impl Row {
         self
     }
 
+    /// An error of the happy path with other bytes.
+    fn fails_of(mut self, status: u16, code: &'static str, kind: &'static str, bytes: &[u8]) -> Self {
+        let ask = Ask { body: Body::Bytes(kind, bytes.to_vec()), ..self.happy.clone() };
+        self.errors.push((status, code, ask));
+        self
+    }
+
     /// An error of the happy request with a header more.
     fn fails_by(mut self, status: u16, code: &'static str, name: &'static str, value: &str) -> Self {
         let mut ask = self.happy.clone();
@@ -164,6 +171,21 @@ fn vm() -> Value {
     })
 }
 
+/// An upload of these bytes, its one chunk sent where there are any; answers its id.
+async fn upload(operator: &Client, size: usize, bytes: &[u8], sha256: Option<&str>) -> String {
+    let mut wanted = json!({"filename": "x.raw", "size": size});
+    if let Some(sha256) = sha256 {
+        wanted["sha256"] = json!(sha256);
+    }
+    let id = operator.post("/upload/init", wanted).await.expect(201).body["upload_id"].as_str().unwrap().to_owned();
+    if !bytes.is_empty() {
+        let chunk = operator.request(reqwest::Method::POST, &format!("/upload/chunk?upload_id={id}&index=0"));
+        let chunk = chunk.header("Content-Type", "application/octet-stream").body(bytes.to_vec());
+        operator.send(chunk).await.unwrap().expect(200);
+    }
+    id
+}
+
 fn user() -> Value {
     json!({"username": "", "role": "", "created_at": "", "updated_at": ""})
 }
@@ -212,11 +234,25 @@ pub async fn rows(fleet: &Fleet, admin: &Client, operator: &Client) -> Vec<Row> 
         ("/jobs", 201, json!({"type": "export", "provider": "local", "vm_name": "web-server-01", "format": "raw"})),
         ("/jobs/batch", 201, json!({"type": "export", "provider": "local", "vms": ["web-server-01"], "format": "raw"})),
         ("/jobs/submit", 200, json!({"vm_path": "/db-server-01.raw", "format": "raw"})),
+        ("/upload/init", 201, json!({"filename": "used", "size": 1})),
     ];
     for (path, status, body) in used {
         let first = operator.request(reqwest::Method::POST, path).header("Idempotency-Key", "used-up").json(&body);
         operator.send(first).await.unwrap().expect(status);
     }
+    let zeros = "0".repeat(64);
+    let disk = vec![7u8; 1 << 20];
+    let [open, bare, whole, taken, spare] = [
+        upload(operator, 5, b"", None).await,
+        upload(operator, 5, b"", None).await,
+        upload(operator, 5, b"12345", None).await,
+        upload(operator, disk.len(), &disk, None).await,
+        upload(operator, 5, b"", None).await,
+    ];
+    let damaged = upload(operator, 5, b"12345", Some(&zeros)).await;
+    let path = operator.post("/upload/complete", json!({"upload_id": taken})).await.expect(200).body["path"].clone();
+    operator.create_job(json!({"type": "convert", "source": path, "format": "raw", "options": {"bandwidth_limit": 4096}})).await;
+    let chunk = |id: &str, index: u8| format!("/upload/chunk?upload_id={id}&index={index}");
     use Role::{Admin, Nobody, Operator, Viewer};
     vec![
         row("POST", "/auth/login", Nobody)
@@ -283,6 +319,53 @@ pub async fn rows(fleet: &Fleet, admin: &Client, operator: &Client) -> Vec<Row> 
             .at(format!("/jobs/{running}"))
             .fails_at(409, "conflict", format!("/jobs/{done}"))
             .gives(202, job()),
+        row("GET", "/jobs/{id}/manifest", Viewer)
+            .at(format!("/jobs/{done}/manifest"))
+            .fails_at(409, "conflict", format!("/jobs/{held}/manifest"))
+            .gives(200, json!({"manifest": "", "public_key": "", "signature": ""})),
+        row("DELETE", "/exports/{id}", Operator)
+            .at(format!("/exports/{done}"))
+            .fails_at(409, "conflict", format!("/exports/{held}"))
+            .gives(204, Value::Null),
+        key(row("POST", "/upload/init", Operator).json(json!({"filename": "web.ova", "size": 25_000_000})))
+            .fails_with(422, "no_space", json!({"filename": "web.ova", "size": 1u64 << 45}))
+            .gives(201, json!({"upload_id": "", "chunk_size": 10_000_000, "chunks": 3, "expires_at": ""})),
+        row("POST", "/upload/chunk", Operator)
+            .at(chunk(&open, 0))
+            .bytes(b"12345")
+            .fails_at(400, "bad_request", chunk(&open, 1))
+            .fails_at(404, "not_found", chunk("upload-none", 0))
+            .fails_at(409, "conflict", chunk(&taken, 0))
+            .fails_of(413, "too_large", "application/octet-stream", &vec![0; 10_000_001])
+            .fails_of(415, "unsupported_media_type", "text/plain", b"12345")
+            .fails_by(422, "verification_failed", "X-Chunk-SHA256", &zeros)
+            .gives(200, json!({"upload_id": "", "index": 0, "size": 5, "sha256": ""})),
+        row("POST", "/upload/complete", Operator)
+            .json(json!({"upload_id": whole}))
+            .fails_with(404, "not_found", json!({"upload_id": "upload-none"}))
+            .fails_with(409, "conflict", json!({"upload_id": bare}))
+            .fails_with(422, "verification_failed", json!({"upload_id": damaged}))
+            .gives(200, json!({"path": "", "size": 5, "sha256": ""})),
+        row("GET", "/upload/status/{id}", Viewer)
+            .at(format!("/upload/status/{bare}"))
+            .gives(200, json!({"upload_id": "", "size": 5, "received_bytes": 0, "received": [], "missing": [0], "status": "open"})),
+        row("DELETE", "/upload/{id}", Operator)
+            .at(format!("/upload/{spare}"))
+            .fails_at(409, "conflict", format!("/upload/{taken}"))
+            .gives(204, Value::Null),
+        row("GET", "/browse/files", Viewer)
+            .at("/browse/files?path=vms&search=raw")
+            .fails_at(403, "outside_roots", "/browse/files?path=/etc")
+            .fails_at(404, "not_found", "/browse/files?path=vms/none")
+            .fails_at(422, "unprocessable", "/browse/files?path=vms/db-server-01.raw")
+            .gives(200, page(json!({"name": "", "path": "", "type": "file", "size": 0, "modified_at": "", "format": "raw"}))),
+        row("GET", "/download", Viewer)
+            .at("/download?path=vms/db-server-01.raw")
+            .fails_at(403, "outside_roots", "/download?path=/etc/passwd")
+            .fails_at(404, "not_found", "/download?path=vms/none")
+            .fails_by(416, "range_not_satisfiable", "Range", "bytes=99999999999-")
+            .fails_at(422, "unprocessable", "/download?path=vms")
+            .gives(200, Value::Null),
         row("GET", "/vms/list", Viewer).fails_at(502, "bad_gateway", "/vms/list?refresh=true").gives(200, page(vm())),
         row("POST", "/vms/browse", Viewer)
             .json(json!({"provider": "local", "vm_name": "web-server-01"}))

@@ -10,6 +10,7 @@ use proto::v1::browse::Question;
 use serde_json::Value;
 use shared::error::Code;
 use shared::job::Status;
+use shared::options::JobType;
 
 use super::body::Body;
 use super::service::{self, Place};
@@ -20,10 +21,13 @@ use crate::jobs::core::Outbox as _;
 use crate::jobs::record::Job;
 use crate::system::audit;
 
-/// Where a job's output goes that names no destination.
+/// Where an output goes that names no destination, and where an import does.
 const EXPORTS: &str = "exports";
+const IMAGES: &str = "images";
 /// What a job's result says once its files are gone.
 const REMOVED: &str = "removed_at";
+/// Whose files go when their time is over. What was imported is the catalogue's, and stays.
+const RETIRED: [JobType; 4] = [JobType::Export, JobType::Convert, JobType::Migrate, JobType::Backup];
 /// Largest manifest that is served.
 const LARGEST_MANIFEST: u64 = 256 << 20;
 
@@ -33,6 +37,7 @@ fn published(job: &Job) -> Result<&Value, Error> {
         return Err(Error::new(Code::Conflict, format!("{} is not finished; DELETE /jobs/{} cancels it", job.id, job.id)));
     }
     let result = job.result.as_ref().filter(|_| job.state.status == Status::Completed);
+    let result = result.filter(|_| job.kind != JobType::Verify);
     let result = result.ok_or_else(|| Error::not_found(format!("{} is {} and published nothing", job.id, job.state.status.public())))?;
     match result.get(REMOVED).and_then(Value::as_str) {
         Some(when) => Err(Error::not_found(format!("the files of {} were removed at {when}", job.id))),
@@ -73,7 +78,7 @@ pub async fn manifest(app: &App, job: &Job, file: Option<&str>) -> Result<(u64, 
 /// Removes a job's files from its agent's disk; the job and its result stay, and say when that was.
 pub async fn remove(app: &App, caller: &str, job: &Job) -> Result<(), Error> {
     let result = published(job)?;
-    let destination = job.options.destination.as_deref().unwrap_or(EXPORTS);
+    let destination = job.options.destination.as_deref().unwrap_or(if job.kind == JobType::Import { IMAGES } else { EXPORTS });
     if destination.contains("://") {
         return Err(Error::not_built("removing an export from an object store"));
     }
@@ -101,7 +106,7 @@ async fn remove_at(app: &App, agent: &str, job: &Job, destination: &str, mut res
 pub async fn retire(app: &App, age: Duration) -> Result<usize, Error> {
     let before = shared::clock::now().timestamp_millis().saturating_sub(i64::try_from(age.as_millis()).unwrap_or(i64::MAX));
     let mut removed = 0;
-    for job in jobs::store::with_files(&app.store, before, REMOVED).await? {
+    for job in jobs::store::with_files(&app.store, &RETIRED, before, REMOVED).await? {
         let here = job.state.agent.as_ref().is_some_and(|agent| app.fleet.is_connected(agent));
         let in_a_root = job.options.destination.as_ref().is_none_or(|destination| !destination.contains("://"));
         if app.is_draining() || !here || !in_a_root {

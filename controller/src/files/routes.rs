@@ -108,11 +108,10 @@ fn root_item(root: Listed) -> Item {
     ("search" = Option<String>, Query, description = "part of the name"),
 ), responses(
     (status = 200, description = "one page; names that begin with a dot are left out", body = Page<Item>),
-    (status = 400, description = "an unknown parameter or value", body = ErrorBody),
+    (status = 400, description = "an unknown parameter or value, or several agents have such a root", body = ErrorBody),
     (status = 401, description = "no valid token", body = ErrorBody),
     (status = 403, description = "outside the roots", body = ErrorBody),
     (status = 404, description = "no such folder or agent", body = ErrorBody),
-    (status = 409, description = "several agents have such a root", body = ErrorBody),
     (status = 422, description = "no folder", body = ErrorBody),
     (status = 502, description = "the agent did not answer", body = ErrorBody),
 ))]
@@ -154,11 +153,10 @@ pub async fn browse(_: Viewer, request: HttpRequest, app: web::Data<App>) -> Res
     )),
     (status = 206, description = "the range", content_type = "application/octet-stream", body = Vec<u8>, headers(("Content-Range" = String))),
     (status = 304, description = "still the file of If-None-Match"),
-    (status = 400, description = "a parameter is missing or unknown", body = ErrorBody),
+    (status = 400, description = "a parameter is missing or unknown, or several agents have such a root", body = ErrorBody),
     (status = 401, description = "no valid token", body = ErrorBody),
     (status = 403, description = "outside the roots", body = ErrorBody),
     (status = 404, description = "no such file or agent", body = ErrorBody),
-    (status = 409, description = "several agents have such a root, or the file changed a moment ago", body = ErrorBody),
     (status = 416, description = "the file has no such bytes", body = ErrorBody, headers(("Content-Range" = String))),
     (status = 422, description = "a folder, or no regular file", body = ErrorBody),
     (status = 502, description = "the agent did not answer", body = ErrorBody),
@@ -232,7 +230,6 @@ pub async fn manifest(_: Viewer, id: web::Path<String>, request: HttpRequest, ap
     (status = 403, description = "not an operator", body = ErrorBody),
     (status = 404, description = "no such job, or it published nothing, or that is gone already", body = ErrorBody),
     (status = 409, description = "the job is not finished", body = ErrorBody),
-    (status = 422, description = "the files lie in an object store: not built yet", body = ErrorBody),
     (status = 502, description = "the agent did not answer", body = ErrorBody),
     (status = 503, description = "the agent or the database is away", body = ErrorBody),
 ))]

@@ -121,7 +121,7 @@ pub async fn locate(app: &App, path: &str, agent: Option<&str>) -> Result<Place,
         ([], [away, ..]) => Err(Error::new(Code::Unavailable, format!("agent `{}` is not connected", away.name)).retry_after(5)),
         (several, _) => {
             let names = several.iter().map(|agent| format!("`{}`", agent.name)).collect::<Vec<_>>().join(", ");
-            Err(Error::new(Code::Ambiguous, format!("several agents have such a root; name one in `agent`: {names}")))
+            Err(Error::bad_request(format!("several agents have such a root; name one in `agent`: {names}")))
         }
     }
 }
@@ -204,15 +204,21 @@ pub async fn open(app: &App, place: &Place, path: &str, entry: &Entry, offset: u
             });
             let (file, version) = opened.await?;
             if version != entry.version {
-                return Err(Error::new(Code::Conflict, format!("{} changed a moment ago; ask again", entry.path)));
+                return Err(changed(entry));
             }
             Ok(Body::Local(Local::new(file, offset, length)))
         }
         Place::Agent { id, .. } => {
-            let remote = transfer::fetch(&app.fleet, id, path, offset, length, &entry.version).await?;
+            let remote = transfer::fetch(&app.fleet, id, path, offset, length, &entry.version).await;
+            let remote = remote.map_err(|error| if error.code() == Code::Conflict { changed(entry) } else { error })?;
             Ok(Body::Remote(length, remote))
         }
     }
+}
+
+/// Between the look and the opening somebody wrote.
+fn changed(entry: &Entry) -> Error {
+    Error::new(Code::Unavailable, format!("{} is being written; ask again", entry.path)).retry_after(1)
 }
 
 fn odd(error: serde_json::Error) -> Error {

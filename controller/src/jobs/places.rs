@@ -124,8 +124,7 @@ async fn upload(app: &App, source: &str) -> Result<Option<(String, u64)>, Error>
         return Err(Error::not_found(format!("there is no upload `{}`", clip(&named))));
     }
     let (vault, path) = (app.vault.clone(), named.clone());
-    let opened =
-        tokio::task::spawn_blocking(move || vault.open_file(&path).map(|file| file.metadata().map_or(0, |metadata| metadata.len())));
+    let opened = tokio::task::spawn_blocking(move || vault.open_file(&path).map(|file| file.metadata().map(|m| m.len()).unwrap_or(0)));
     match opened.await.map_err(Error::internal)? {
         Ok(size) => Ok(Some((named, size))),
         Err(shared::vault::Error::Outside { .. }) => {

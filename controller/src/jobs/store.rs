@@ -11,6 +11,7 @@ use sea_orm::sea_query::{Expr, OnConflict};
 use sea_orm::{ColumnTrait, EntityTrait, FromQueryResult, QueryFilter, QueryOrder, QuerySelect, TransactionTrait};
 use serde::{Deserialize, Serialize};
 use shared::job::{State, Status};
+use shared::options::JobType;
 
 use super::record::{Job, stored};
 use crate::store::entities::{agents, idempotency, job_logs, jobs};
@@ -196,11 +197,12 @@ pub async fn save_result(store: &Store, id: &str, result: &serde_json::Value) ->
     store.run(move |db| async move { Ok(update.exec(&db).await.map(drop)?) }).await
 }
 
-/// Completed jobs that ended before a time (milliseconds since 1970) and whose result does not hold the field `without`; the oldest first,
-/// 1,000 at most.
-pub async fn with_files(store: &Store, before: i64, without: &str) -> Result<Vec<Job>, Error> {
+/// Completed jobs of these types that ended before a time (milliseconds since 1970) and whose result does not hold the field `without`; the
+/// oldest first, 1,000 at most.
+pub async fn with_files(store: &Store, kinds: &[JobType], before: i64, without: &str) -> Result<Vec<Job>, Error> {
     let find = jobs::Entity::find()
         .filter(jobs::Column::Status.eq(Status::Completed.word()))
+        .filter(jobs::Column::Kind.is_in(kinds.iter().map(|kind| kind.word())))
         .filter(jobs::Column::FinishedAt.lt(before))
         .filter(jobs::Column::Result.is_not_null())
         .filter(jobs::Column::Result.not_like(format!("%\"{without}\"%")))
