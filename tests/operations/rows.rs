@@ -4,6 +4,7 @@
 
 use serde_json::{Value, json};
 
+use super::People;
 use crate::harness::client::Client;
 use crate::harness::fleet::{Fleet, PASSWORD};
 use crate::harness::seconds;
@@ -65,40 +66,35 @@ impl Row {
         format!("{} {}", self.method, self.path)
     }
 
-    fn json(mut self, body: Value) -> Self {
+    pub fn json(mut self, body: Value) -> Self {
         self.happy.body = Body::Json(body);
         self
     }
 
-    fn at(mut self, path: impl Into<String>) -> Self {
+    pub fn at(mut self, path: impl Into<String>) -> Self {
         self.happy.path = path.into();
         self
     }
 
-    fn bytes(mut self, bytes: &[u8]) -> Self {
+    pub fn bytes(mut self, bytes: &[u8]) -> Self {
         self.happy.body = Body::Bytes("application/octet-stream", bytes.to_vec());
         self
     }
 
-    fn header(mut self, name: &'static str, value: &str) -> Self {
-        self.happy.headers.push((name, value.to_owned()));
-        self
-    }
-
-    fn gives(mut self, status: u16, example: Value) -> Self {
+    pub fn gives(mut self, status: u16, example: Value) -> Self {
         self.answer = Some((status, example));
         self
     }
 
     /// An error of the happy request at another path.
-    fn fails_at(mut self, status: u16, code: &'static str, path: impl Into<String>) -> Self {
+    pub fn fails_at(mut self, status: u16, code: &'static str, path: impl Into<String>) -> Self {
         let ask = Ask { path: path.into(), ..self.happy.clone() };
         self.errors.push((status, code, ask));
         self
     }
 
     /// An error of the happy path with another body.
-    fn fails_with(mut self, status: u16, code: &'static str, body: Value) -> Self {
+    pub fn fails_with(mut self, status: u16, code: &'static str, body: Value) -> Self {
         let ask = Ask { body: Body::Json(body), ..self.happy.clone() };
         self.errors.push((status, code, ask));
         self
@@ -112,7 +108,7 @@ impl Row {
     }
 
     /// An error of the happy request with a header more.
-    fn fails_by(mut self, status: u16, code: &'static str, name: &'static str, value: &str) -> Self {
+    pub fn fails_by(mut self, status: u16, code: &'static str, name: &'static str, value: &str) -> Self {
         let mut ask = self.happy.clone();
         ask.headers.push((name, value.to_owned()));
         self.errors.push((status, code, ask));
@@ -120,13 +116,14 @@ impl Row {
     }
 }
 
-fn row(method: &'static str, path: &'static str, role: Role) -> Row {
+/// A row that asks its path without a body.
+pub fn row(method: &'static str, path: &'static str, role: Role) -> Row {
     let happy = Ask { path: path.to_owned(), body: Body::None, headers: Vec::new() };
     Row { method, path, role, happy, answer: None, errors: Vec::new() }
 }
 
 /// A page with rows like this one.
-fn page(row: Value) -> Value {
+pub fn page(row: Value) -> Value {
     json!({"data": [row], "pagination": {"offset": 0, "limit": 50, "total": 1, "has_more": false}})
 }
 
@@ -191,7 +188,9 @@ fn user() -> Value {
 }
 
 /// Every row. What they are about is made here; the order is the one in which they are asked.
-pub async fn rows(fleet: &Fleet, admin: &Client, operator: &Client) -> Vec<Row> {
+pub async fn rows(fleet: &Fleet, people: &People) -> Vec<Row> {
+    let People { viewer, operator, admin } = people;
+    let going_token = viewer.post("/auth/tokens", json!({"name": "going"})).await.expect(201).body["id"].as_str().unwrap().to_owned();
     let export = json!({"type": "export", "provider": "local", "vm_name": "db-server-01", "format": "qcow2"});
     let slow = json!({"type": "export", "provider": "local", "vm_name": "db-server-01", "format": "qcow2",
         "options": {"bandwidth_limit": 4096}});
@@ -254,12 +253,22 @@ pub async fn rows(fleet: &Fleet, admin: &Client, operator: &Client) -> Vec<Row> 
     operator.create_job(json!({"type": "convert", "source": path, "format": "raw", "options": {"bandwidth_limit": 4096}})).await;
     let chunk = |id: &str, index: u8| format!("/upload/chunk?upload_id={id}&index={index}");
     use Role::{Admin, Nobody, Operator, Viewer};
-    vec![
+    let mut all = super::schedules::rows(fleet, admin, operator).await;
+    all.extend([
         row("POST", "/auth/login", Nobody)
             .json(json!({"username": "admin", "password": PASSWORD}))
             .gives(200, json!({"token": "", "token_type": "Bearer", "expires_at": "", "user": {"username": "admin", "role": "admin"}}))
             .fails_with(401, "bad_credentials", json!({"username": "admin", "password": "no"})),
         row("GET", "/auth/me", Viewer).gives(200, json!({"username": "", "role": ""})),
+        row("POST", "/auth/tokens", Viewer)
+            .json(json!({"name": "nightly", "ttl": "1h"}))
+            .fails_with(403, "forbidden", json!({"name": "large", "role": "admin"}))
+            .fails_with(409, "conflict", json!({"name": "going"}))
+            .gives(201, json!({"token": "", "id": "", "name": "", "user": "", "role": "", "created_at": "", "expires_at": ""})),
+        row("GET", "/auth/tokens", Viewer)
+            .fails_at(403, "forbidden", "/auth/tokens?user=admin")
+            .gives(200, page(json!({"id": "", "name": "", "user": "", "role": "", "created_at": ""}))),
+        row("DELETE", "/auth/tokens/{id}", Viewer).at(format!("/auth/tokens/{going_token}")).gives(204, Value::Null),
         row("GET", "/users", Admin).gives(200, page(user())),
         row("POST", "/users", Admin)
             .json(json!({"username": "alice", "password": "quite long enough", "role": "operator"}))
@@ -480,5 +489,6 @@ pub async fn rows(fleet: &Fleet, admin: &Client, operator: &Client) -> Vec<Row> 
         row("POST", "/auth/refresh", Viewer).gives(200, json!({"token": "", "token_type": "Bearer", "expires_at": ""})),
         // The refreshed token's old one is gone, so this one is `contract`'s: here it is only asked without a token.
         row("POST", "/auth/logout", Viewer),
-    ]
+    ]);
+    all
 }

@@ -275,7 +275,7 @@ fn expiring(resource: &str, what: &str, mend: &str, until: i64, now: i64, days: 
     }
     let (severity, when) = match left {
         ..0 => (Severity::Critical, "has run out".to_owned()),
-        ..172_800 => (Severity::Critical, format!("runs out in {} h", left / 3600)),
+        0..172_800 => (Severity::Critical, format!("runs out in {} h", left / 3600)),
         _ => (Severity::Warning, format!("runs out in {} days", left / DAY)),
     };
     Some(finding(Rule::CertificateExpiring, resource, severity, format!("{what} {when}; {mend}")))

@@ -34,7 +34,6 @@ use tracing_actix_web::TracingLogger;
 
 use crate::app::App as Shared;
 use crate::{access, alerts, carbon, files, fleet, jobs, live, providers, schedules, system, uploads, vms, webhooks};
-use guard::Viewer;
 use reply::Error;
 
 /// Milliseconds since 1970 as the API writes time.

@@ -14,7 +14,7 @@
 use shared::job::{Event, Hold, Stage, State, Status, step};
 
 use super::core::{Core, Error};
-use super::footprint::{Footprint, Grid, Plan};
+use super::footprint::{Grid, Plan};
 use super::record::{Job, now_millis};
 use super::store;
 use crate::store::Error as StoreError;
@@ -221,7 +221,7 @@ fn note(job: &mut Job, plan: Option<Plan>, grid: &Grid, now: i64) {
 impl Job {
     /// Whether it may be held for the grid: it is carbon-aware and nobody told it to go.
     pub fn waits_for_grid(&self) -> bool {
-        self.carbon.as_ref().is_some_and(|carbon: &Box<Footprint>| !carbon.by_hand)
+        self.carbon.as_ref().is_some_and(|carbon| !carbon.by_hand)
     }
 
     /// Whether parking it keeps what it has: it copies, and nothing is granted.

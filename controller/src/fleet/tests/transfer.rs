@@ -72,9 +72,10 @@ async fn only_the_agent_that_was_asked_answers_and_once() {
     let wanted = fetch(&bench.registry, &a, "exports/a.raw", 4, 6, "");
     let answer = async {
         let (mut mine, id) = (client.clone(), asked(&mut talk).await);
-        tokio::spawn(async move { mine.transfer(tokio_stream::iter(vec![opened(id, 10), data(b"abc")])).await })
+        // It goes on while the pieces are read.
+        (tokio::spawn(async move { mine.transfer(tokio_stream::iter(vec![opened(id, 10), data(b"abc")])).await }),)
     };
-    let (remote, sent) = join(wanted, answer).await;
+    let (remote, (sent,)) = join(wanted, answer).await;
     let mut remote = remote.unwrap();
     assert_eq!(remote.bytes.recv().await.unwrap().unwrap().as_ref(), b"abc");
     assert!(remote.bytes.recv().await.unwrap().unwrap_err().message().contains("ended early"));
@@ -86,9 +87,9 @@ async fn only_the_agent_that_was_asked_answers_and_once() {
     let answer = async {
         let (mut mine, id) = (client.clone(), asked(&mut talk).await);
         pieces.send(opened(id, 10)).await.unwrap();
-        tokio::spawn(async move { mine.transfer(ReceiverStream::new(stream)).await })
+        (tokio::spawn(async move { mine.transfer(ReceiverStream::new(stream)).await }),)
     };
-    let (remote, sent) = join(wanted, answer).await;
+    let (remote, (sent,)) = join(wanted, answer).await;
     drop(remote.unwrap());
     assert_eq!(sent.await.unwrap().unwrap_err().code(), Code::Cancelled);
     assert!(fetch(&bench.registry, "agent-none", "exports/a.raw", 4, 6, "").await.is_err());
