@@ -129,10 +129,8 @@ impl Board {
     pub fn late(&self, now: i64) -> Vec<(String, String, i64)> {
         let live = self.0.live.read().unwrap_or_else(PoisonError::into_inner);
         let late = |job: &Job| {
-            // By the option's name on the wire, so that a version without it has none.
-            let options = serde_json::to_value(&job.options).ok()?;
-            let deadline = chrono::DateTime::parse_from_rfc3339(options.get("deadline")?.as_str()?).ok()?.timestamp_millis();
-            (deadline < now).then(|| (job.id.clone(), job.vm_name.clone(), deadline))
+            let deadline = job.deadline.filter(|deadline| *deadline < now)?;
+            Some((job.id.clone(), job.vm_name.clone(), deadline))
         };
         live.values().filter_map(late).collect()
     }
