@@ -420,18 +420,18 @@ pub struct Admin {
 /// What is done at the controller's machine.
 #[derive(Subcommand)]
 pub enum AdminAction {
-    /// Give a user a new password, HYPERSDK_PASSWORD's or a made one
+    /// Give a user a new password
     ResetPassword {
         /// Whose
         #[arg(default_value = "admin")]
         user: String,
     },
-    /// Write database and keys into a new file; the controller may run
+    /// Write database and keys into a new file
     Backup {
         /// The file, for its owner's eyes alone
         file: PathBuf,
     },
-    /// Put a backup in place; the controller must be stopped
+    /// Put a backup in place of a stopped controller
     Restore {
         /// The backup
         file: PathBuf,
