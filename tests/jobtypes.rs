@@ -456,6 +456,23 @@ async fn sources_that_are_none_are_refused_before_anything_is_made() {
     assert_eq!(jobs_in_all(client).await, 1);
 }
 
+/// Uploads a file in its chunks; answers the path that a job names it by, of one that is left open its folder.
+async fn uploaded(client: &Client, file: &Path, whole: bool) -> String {
+    let content = std::fs::read(file).unwrap();
+    let name = file.file_name().unwrap().to_str().unwrap();
+    let begun = client.post("/upload/init", json!({"filename": name, "size": content.len()})).await.expect(201).body;
+    let (id, size) = (begun["upload_id"].as_str().unwrap(), begun["chunk_size"].as_u64().unwrap() as usize);
+    for (index, chunk) in content.chunks(size).enumerate() {
+        let request = client.request(Method::POST, &format!("/upload/chunk?upload_id={id}&index={index}"));
+        client.send(request.header("Content-Type", "application/octet-stream").body(chunk.to_vec())).await.unwrap().expect(200);
+    }
+    if !whole {
+        return format!("uploads/{id}");
+    }
+    let done = client.post("/upload/complete", json!({"upload_id": id})).await.expect(200).body;
+    done["path"].as_str().unwrap().to_owned()
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_upload_is_a_source_for_any_agent() {
     let mut fleet = Fleet::start("fetched", Plan { agents: 2, ..Plan::plain() }, |vms| {
@@ -464,25 +481,29 @@ async fn an_upload_is_a_source_for_any_agent() {
     .await;
     let client = fleet.client.clone();
     let raw = fleet.vms().join("web.raw");
-    let uploads = fleet.scratch.join("controller/data/uploads");
-    convert(("raw", &raw), ("qcow2", &uploads.join("web.qcow2")), &[]);
+    let work = fleet.scratch.dir("work");
+    convert(("raw", &raw), ("qcow2", &work.join("web.qcow2")), &[]);
     let base = fleet.vms().join("web.raw");
-    qemu_img(&["create", "-q", "-f", "qcow2", "-F", "raw", "-b", base.to_str().unwrap(), uploads.join("hostile.qcow2").to_str().unwrap()]);
+    qemu_img(&["create", "-q", "-f", "qcow2", "-F", "raw", "-b", base.to_str().unwrap(), work.join("hostile.qcow2").to_str().unwrap()]);
+    let web = uploaded(&client, &work.join("web.qcow2"), true).await;
+    let hostile = uploaded(&client, &work.join("hostile.qcow2"), true).await;
+    let open = uploaded(&client, &work.join("hostile.qcow2"), false).await;
     let body = |kind: &str, source: &str| json!({"type": kind, "source": source, "format": "qcow2", "agent": "agent-1"});
     // Both agents could: somebody has to say which.
-    let sentence =
-        client.post("/jobs", json!({"type": "convert", "source": "uploads/web.qcow2", "format": "raw"})).await.refused(409, "ambiguous");
+    let sentence = client.post("/jobs", json!({"type": "convert", "source": web, "format": "raw"})).await.refused(409, "ambiguous");
     assert!(sentence.contains("agent-0, agent-1"), "{sentence}");
+    let sentence = client.post("/jobs", body("convert", &format!("{open}/hostile.qcow2"))).await.refused(409, "conflict");
+    assert!(sentence.contains("complete"), "{sentence}");
     client.post("/jobs", body("convert", "uploads/none.qcow2")).await.refused(404, "not_found");
     client.post("/jobs", body("convert", "uploads/../admin.qcow2")).await.refused(403, "outside_roots");
     client.post("/jobs", body("convert", "uploads/.parts/x.qcow2")).await.refused(404, "not_found");
 
-    let mut dry = body("convert", "uploads/web.qcow2");
+    let mut dry = body("convert", &web);
     dry["options"] = json!({"dry_run": true});
     let plan = client.post("/jobs", dry).await.expect(200).body;
     assert!(plan["destination"]["free_bytes"].as_u64() > Some(0) && plan["warnings"].to_string().contains("fetched"), "{plan:#}");
 
-    let mut slow = body("convert", "uploads/web.qcow2");
+    let mut slow = body("convert", &web);
     slow["options"] = json!({"bandwidth_limit": 24 * MIB, "compress": true});
     let id = client.create_job(slow).await;
     wait_for("a checkpoint", seconds(30), async || {
@@ -496,20 +517,19 @@ async fn an_upload_is_a_source_for_any_agent() {
     assert!(job["agent"] == "agent-1" && job["attempt"] == 2 && job["bytes_resumed"].as_u64() >= Some(8 * MIB), "{job:#}");
     identical(("raw", &raw), ("qcow2", &file_of(&job, ".qcow2")));
 
-    let verified = client
-        .completed(&client.create_job(json!({"type": "verify", "source": "uploads/web.qcow2", "agent": "agent-0"})).await, seconds(60))
-        .await;
+    let verified =
+        client.completed(&client.create_job(json!({"type": "verify", "source": web, "agent": "agent-0"})).await, seconds(60)).await;
     assert_eq!(
         (&verified["result"]["checked"]["against"], &verified["result"]["files"][0]["path"]),
-        (&json!("structure"), &json!("uploads/web.qcow2")),
+        (&json!("structure"), &json!(web)),
         "{verified:#}"
     );
-    let mut import = body("import", "uploads/web.qcow2");
+    let mut import = body("import", &web);
     import["agent"] = json!("agent-0");
     let imported = client.completed(&client.create_job(import).await, seconds(60)).await;
     identical(("raw", &raw), ("qcow2", &file_of(&imported, ".qcow2")));
     // What a hostile upload names stays unread.
-    let bad = client.ended(&client.create_job(body("convert", "uploads/hostile.qcow2")).await, seconds(60)).await;
+    let bad = client.ended(&client.create_job(body("convert", &hostile)).await, seconds(60)).await;
     assert_eq!((&bad["status"], &bad["error_code"]), (&json!("failed"), &json!("bad_image")), "{bad:#}");
     for agent in ["agent-0", "agent-1"] {
         wait_for("what was fetched to go", seconds(10), async || {

@@ -18,6 +18,7 @@ use crate::app::App;
 use crate::fleet::store::{RootRow, roots};
 use crate::http::reply::Error;
 use crate::store::entities::{agents, connections};
+use crate::uploads;
 
 /// Root that outputs go to where no destination is named.
 pub(super) const EXPORTS: &str = "exports";
@@ -122,6 +123,16 @@ async fn upload(app: &App, source: &str) -> Result<Option<(String, u64)>, Error>
     let hidden = place.below.components().any(|part| part.as_os_str().to_string_lossy().starts_with('.'));
     if hidden || place.below.as_os_str().is_empty() {
         return Err(Error::not_found(format!("there is no upload `{}`", clip(&named))));
+    }
+    // `uploads/ID/NAME`; the row says whether it is whole.
+    let id = place.below.iter().next().unwrap_or_default().to_string_lossy().into_owned();
+    match uploads::store::load(&app.store, &id).await? {
+        Some(row) if row.status == uploads::store::COMPLETE => {}
+        Some(_) => {
+            let message = format!("upload `{}` is not complete; POST /upload/complete ends it", clip(&id));
+            return Err(Error::new(Code::Conflict, message));
+        }
+        None => return Err(Error::not_found(format!("there is no upload `{}`", clip(&named)))),
     }
     let (vault, path) = (app.vault.clone(), named.clone());
     let opened = tokio::task::spawn_blocking(move || vault.open_file(&path).map(|file| file.metadata().map(|m| m.len()).unwrap_or(0)));
