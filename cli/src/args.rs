@@ -409,7 +409,7 @@ pub struct Admin {
     /// Settings of the controller, TOML
     #[arg(long, global = true, hide_env = true, env = "HYPERSDK_CONFIG", value_name = "FILE")]
     pub config: Option<PathBuf>,
-    /// The controller's data directory, or that of `hypersdk up`
+    /// The controller's data directory, or `hypersdk up`'s
     #[arg(long, global = true, value_name = "DIR")]
     pub data_dir: Option<PathBuf>,
     /// What to do.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! alert raised, job ended ─► a row for each webhook that wants it (once) ─► Courier: in order, one call at a time for each webhook
-//!     2xx ─► delivered      anything else ─► again after 1, 2, 4 … 2048 s; after 12 calls given up, and the next in line
+//!     2xx ─► delivered      anything else ─► again after 1, 2, 4 … 1024 s; after 12 calls given up, and the next in line
 //! ```
 //! Owns: the tables `webhooks` and `webhook_deliveries`, the signature, the calls.
 //! Never: calls what `egress` does not permit, follows a redirect, shows a secret after the answer that made it.

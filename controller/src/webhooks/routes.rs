@@ -37,7 +37,7 @@ pub struct WebhookView {
     /// Only in the answer to POST, once; null where that answer is given again for the same Idempotency-Key.
     #[serde(skip_serializing_if = "Option::is_none")]
     secret: Option<String>,
-    /// Deliveries that wait: each is tried 12 times over 68 minutes, and the ones behind it wait for it.
+    /// Deliveries that wait: each is tried 12 times over 34 minutes, and the ones behind it wait for it.
     pending: u64,
     /// Deliveries of the last seven days that were given up.
     failed: u64,
