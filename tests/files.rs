@@ -180,7 +180,8 @@ async fn listings(fleet: &Fleet, job: &str) {
     let roots = client.get("/browse/files").await.expect(200).body;
     let shown: Vec<(&str, Option<&str>)> =
         roots["data"].as_array().unwrap().iter().map(|row| (row["path"].as_str().unwrap(), row["agent"].as_str())).collect();
-    assert_eq!(shown, [("exports", Some("agent-0")), ("uploads", None), ("vms", Some("agent-0"))], "{roots:#}");
+    let there = Some("agent-0");
+    assert_eq!(shown, [("exports", there), ("images", there), ("uploads", None), ("vms", there)], "{roots:#}");
     let page = client.get("/browse/files?path=vms").await.expect(200).body;
     let row = |name: &str| page["data"].as_array().unwrap().iter().find(|row| row["name"] == name).unwrap_or_else(|| panic!("{page:#}"));
     let web = row("web.raw");
