@@ -351,3 +351,29 @@ async fn the_pages_commands_run_as_they_are_written() {
     }
     assert_eq!(ran, 10, "commands of the page");
 }
+
+/// Whoever sends much and is refused at once still gets the answer, over either HTTP.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_answer_arrives_however_much_came_with_the_question() {
+    let fleet = fleet("much").await;
+    let token = fleet.client.token.clone().unwrap();
+    let mut lost = Vec::new();
+    for size in [100, MIB, 12 * MIB] {
+        let body = fleet.vms().parent().unwrap().join(format!("body-{size}"));
+        pattern(&body, size, &[(0, size)], 4);
+        for version in ["--http2", "--http1.1"] {
+            for (path, token, status) in [("/vms/deploy", token.as_str(), "422"), ("/nowhere", &token, "404"), ("/jobs", "wrong", "401")] {
+                let mut curl = std::process::Command::new("curl");
+                curl.args([version, "-sk", "-o", "/dev/null", "-w", "%{http_code} %{exitcode} %{errormsg}", "--data-binary"]);
+                curl.arg(format!("@{}", body.display())).args(["-H", "Content-Type: application/json", "-H"]);
+                curl.arg(format!("Authorization: Bearer {token}")).arg(format!("{}/api/v1{path}", fleet.endpoints.rest));
+                // Curl's own failure is what is looked for: it is in the text.
+                let out = String::from_utf8(curl.output().unwrap().stdout).unwrap();
+                if out.trim() != format!("{status} 0") {
+                    lost.push(format!("{version} {path} with {size} bytes: {out}, wanted {status}"));
+                }
+            }
+        }
+    }
+    assert!(lost.is_empty(), "{lost:#?}");
+}

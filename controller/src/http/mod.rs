@@ -18,6 +18,7 @@ pub mod reply;
 mod span;
 pub mod tls;
 pub mod unbuilt;
+mod unread;
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::disallowed_methods)]

@@ -18,6 +18,7 @@ use shared::error::Code;
 
 use super::limits;
 use super::reply::{Error, ErrorBody, REQUEST_ID};
+use super::unread::Body;
 use crate::app::App;
 use crate::http::guard::Identity;
 
@@ -35,7 +36,7 @@ pub async fn outer<B: MessageBody + 'static>(request: ServiceRequest, next: Next
 }
 
 async fn answer<B: MessageBody + 'static>(
-    request: ServiceRequest,
+    mut request: ServiceRequest,
     next: Next<B>,
     app: Option<web::Data<App>>,
     id: String,
@@ -51,6 +52,7 @@ async fn answer<B: MessageBody + 'static>(
     request.extensions_mut().insert::<Identity>(identity);
     request.extensions_mut().insert(RequestId(id.clone()));
 
+    let body = Body::of(&mut request);
     let outcome = AssertUnwindSafe(next.call(request)).catch_unwind().await;
     let mut result = match outcome {
         Ok(Ok(response)) => Ok(response.map_body(|_, body| body.boxed())),
@@ -65,6 +67,9 @@ async fn answer<B: MessageBody + 'static>(
     let labels = [method, route.as_str(), status.as_str()];
     app.metrics.http_requests.with_label_values(&labels).inc();
     app.metrics.http_duration.with_label_values(&[route.as_str()]).observe(started.elapsed().as_secs_f64());
+    if let Some(body) = body {
+        body.drain().await;
+    }
     result = match result {
         Ok(response) if needs_shape(response.status().as_u16(), response.headers()) => Ok(response.map_into_shape()),
         Err(response) if needs_shape(response.status().as_u16(), response.headers()) => Err(reshape(&response)),

@@ -64,16 +64,6 @@ impl Body {
         Ok(Some(bytes))
     }
 
-    /// Takes what is left of a body that is refused, up to `most` bytes, so that its sender reads the answer.
-    pub async fn drain(mut self, most: u64) {
-        while self.taken <= most {
-            match self.next().await {
-                Ok(Some(_)) => {}
-                _ => return,
-            }
-        }
-    }
-
     /// Writes the body to its place in a part, where it has just `length` bytes; durable when it returns. Answers its SHA-256. `largest` is
     /// what any chunk may have.
     pub async fn write(&mut self, place: Arc<Place>, offset: u64, length: u64, largest: u64) -> Result<String, Error> {

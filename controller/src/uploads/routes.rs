@@ -170,12 +170,7 @@ pub async fn init(caller: Operator, request: HttpRequest, app: web::Data<App>, b
     ))]
 pub async fn chunk(caller: Operator, request: HttpRequest, app: web::Data<App>, payload: web::Payload) -> Result<web::Json<Chunk>, Error> {
     let _ = caller;
-    let mut body = Body::new(payload);
-    let taken = take(&request, &app, &mut body).await;
-    if taken.is_err() {
-        body.drain(CHUNK + (1 << 20)).await;
-    }
-    taken.map(web::Json)
+    take(&request, &app, &mut Body::new(payload)).await.map(web::Json)
 }
 
 async fn take(request: &HttpRequest, app: &App, body: &mut Body) -> Result<Chunk, Error> {
