@@ -21,16 +21,7 @@ async fn installation(name: &str, database: Database, agents: usize) -> Fleet {
 }
 
 /// Finished jobs as if they had run: `vm-000001` and on, one status in five, three connections of two kinds.
-const SEED: &str = "INSERT INTO jobs (id, kind, status, hold, stage, epoch, attempt, strikes, agent, mark, provider, provider_kind, provider_path, owner, \
-    vm_id, vm_name, vm_folded, source, capacity, format, options, priority, data, read, durable, verified, resumed, created_by, created_at, \
-    updated_at, started_at, finished_at) \
-    SELECT id, 'export', status, 'none', 'publishing', 1, 1, 0, 'gone', 0, provider, kind, '/srv/vms', 'gone', name || '.vmdk', name, \
-    lower(name) || CHAR10 || id, '', 1073741824, 'qcow2', '{\"compress\":true,\"destination\":\"exports/\"}', n % 101, 536870912, 536870912, \
-    536870912, 536870912, 0, 'seed', 1700000000000 + n * 1000, 1700000000000 + (n * 7919 % 100000) * 1000, 1700000000000 + n * 1000, \
-    1700000060000 + n * 1000 FROM (SELECT n, 'job-' || ID AS id, 'VM-' || NAME AS name, \
-    CASE WHEN n % 5 < 3 THEN 'completed' WHEN n % 5 = 3 THEN 'failed' ELSE 'cancelled' END AS status, \
-    CASE n % 3 WHEN 0 THEN 'dc1' WHEN 1 THEN 'dc2' ELSE 'local' END AS provider, \
-    CASE WHEN n % 3 < 2 THEN 'vsphere' ELSE 'local' END AS kind FROM NUMBERS) AS made";
+const SEED: &str = include_str!("lab/seed.sql");
 
 /// Puts so many finished jobs into a stopped installation.
 fn seed(fleet: &Fleet, count: u64) {
@@ -267,81 +258,4 @@ async fn deaf_watchers_hold_nobody_up() {
     fleet.agents[0].kill();
     let (longest, first, second) = watched(&mut fleet, 100, 400).await;
     println!("100 watchers, 10 deaf: all heard within {longest:?}; {first:.0} KiB for each, {second:.0} KiB after the second flood");
-}
-
-/// The figures. They mean something for a release build: `cargo test --release`.
-mod long {
-    use super::*;
-
-    fn only_when_asked() {
-        assert!(std::env::var_os("HYPERSDK_TEST_LONG").is_some(), "this one takes minutes: run `tests/run --long`");
-    }
-
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn a_thousand_watchers() {
-        only_when_asked();
-        let mut fleet = installation("thousand", Database::Sqlite, 1).await;
-        fleet.agents[0].kill();
-        let (longest, first, second) = watched(&mut fleet, 1_000, 2_000).await;
-        println!("1,000 watchers, 100 deaf: all heard within {longest:?}; {first:.0} KiB for each, {second:.0} KiB after the second flood");
-        assert!(longest < seconds(1), "{longest:?}");
-        assert!(first < 256.0 && second < 256.0, "{first} {second}");
-        assert!(second < first * 1.2 + 8.0, "it grows: {first} then {second} KiB for each");
-    }
-
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn new_jobs_a_second() {
-        only_when_asked();
-        for database in [Database::Sqlite, Database::Postgres] {
-            let mut fleet = installation("rate", database, 1).await;
-            fleet.agents[0].kill();
-            create(&fleet.client, 32, 10).await;
-            let (ids, took) = create(&fleet.client, 32, 300).await;
-            println!("{database:?}: {:.0} new jobs a second by 32 clients", ids.len() as f64 / took.as_secs_f64());
-        }
-    }
-
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn lists_of_a_hundred_thousand() {
-        only_when_asked();
-        for database in [Database::Sqlite, Database::Postgres] {
-            let fleet = seeded("hundred", database, 100_000).await;
-            for query in QUERIES.map(|(query, _)| query).iter().chain(&[
-                "search=vm-0",
-                "search=42",
-                "status=failed&provider=dc1&search=vm-01&sort=vm_name",
-            ]) {
-                let (count, mut took) = measure(&fleet.client, query, 32, Duration::from_secs(5)).await;
-                took.sort();
-                let p99 = took[took.len() * 99 / 100];
-                println!("{database:?} /jobs?{query}: {:.0}/s, p99 {p99:?}", count as f64 / 5.0);
-            }
-        }
-    }
-
-    /// Asks by so many clients for so long; how many answers and how long each took.
-    async fn measure(client: &Client, query: &str, clients: usize, time: Duration) -> (usize, Vec<Duration>) {
-        let end = Instant::now() + time;
-        let path = format!("/jobs?{query}");
-        let tasks: Vec<_> = (0..clients)
-            .map(|_| {
-                let (client, path) = (client.clone(), path.clone());
-                tokio::spawn(async move {
-                    let mut took = Vec::new();
-                    while Instant::now() < end {
-                        let start = Instant::now();
-                        let answer = client.get(&path).await.expect(200);
-                        took.push(start.elapsed());
-                        assert!(answer.body["pagination"] != Value::Null);
-                    }
-                    took
-                })
-            })
-            .collect();
-        let mut all = Vec::new();
-        for task in tasks {
-            all.extend(task.await.unwrap());
-        }
-        (all.len(), all)
-    }
 }
