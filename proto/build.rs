@@ -4,6 +4,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     println!("cargo:rerun-if-changed=hypersdk/v1/fleet.proto");
     let descriptors = protox::compile(["hypersdk/v1/fleet.proto"], ["."])?;
     // The bytes of disks are handed on as they came, without a copy.
-    tonic_prost_build::configure().bytes(".hypersdk.v1.Piece.data").compile_fds(descriptors)?;
+    tonic_prost_build::configure()
+        .bytes(".hypersdk.v1.Piece.data")
+        // A password must not come into a log by a derived Debug.
+        .skip_debug([".hypersdk.v1.Account"])
+        .compile_fds(descriptors)?;
     Ok(())
 }

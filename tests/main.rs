@@ -27,3 +27,4 @@ mod schedules;
 mod survival;
 mod system;
 mod uploads;
+mod vsphere;

@@ -1,11 +1,24 @@
 //! The one dialer.
 //!
-//! Owns: every connection that the agent opens. Today there is one kind: gRPC to its controller, TLS with the pinned CA of the join token.
-//! Never: follows a redirect, dials a host that a guest or a REST client named. A crash here costs the session; it dials again.
+//! Owns: every connection that the agent opens: gRPC to its controller, TLS with the pinned CA of the join token; HTTPS to a hypervisor that
+//! an admin connected, whose certificate is verified, or pinned by its fingerprint, or not looked at where the admin said so.
+//! Never: follows a redirect, asks a proxy, reaches link-local and metadata addresses, dials a host that a guest named.
+//! A crash here costs the session; it dials again.
 
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::CryptoProvider;
+use rustls::{CertificateError, DigitallySignedStruct, SignatureScheme};
+use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
+use sha2::{Digest, Sha256};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Error, Identity};
+
+/// Longest time to connect.
+const CONNECT: Duration = Duration::from_secs(10);
 
 /// Dials the controller; with a client identity once there is one.
 pub async fn controller(url: &str, ca_pem: &str, identity: Option<(&str, &str)>) -> Result<Channel, Error> {
@@ -15,10 +28,158 @@ pub async fn controller(url: &str, ca_pem: &str, identity: Option<(&str, &str)>)
     }
     Endpoint::from_shared(url.to_owned())?
         .tls_config(tls)?
-        .connect_timeout(Duration::from_secs(10))
+        .connect_timeout(CONNECT)
         .http2_keep_alive_interval(Duration::from_secs(10))
         .keep_alive_timeout(Duration::from_secs(10))
         .keep_alive_while_idle(true)
         .connect()
         .await
+}
+
+/// Whom to believe at the other end.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Trust {
+    /// Any certificate will do.
+    pub insecure: bool,
+    /// SHA-256 of the one certificate that will do, hex without colons, lower case.
+    pub fingerprint: Option<String>,
+}
+
+/// SHA-256 of the certificate that was refused last.
+#[derive(Clone, Debug, Default)]
+pub struct Refused(Arc<Mutex<Option<String>>>);
+
+impl Refused {
+    /// Takes it.
+    pub fn take(&self) -> Option<String> {
+        self.0.lock().unwrap_or_else(|e| e.into_inner()).take()
+    }
+}
+
+/// A client for a hypervisor, and what certificate it refused.
+///
+/// # Errors
+/// When TLS cannot be set up.
+pub fn hypervisor(trust: &Trust) -> Result<(reqwest::Client, Refused), String> {
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let refused = Refused::default();
+    let inner = rustls_platform_verifier::Verifier::new(provider.clone()).map_err(|e| e.to_string())?;
+    let verifier = Verifier { trust: trust.clone(), inner, provider: provider.clone(), refused: refused.clone() };
+    let tls = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|e| e.to_string())?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier))
+        .with_no_client_auth();
+    let client = reqwest::Client::builder()
+        .tls_backend_preconfigured(tls)
+        .https_only(true)
+        .http1_only()
+        .redirect(reqwest::redirect::Policy::none())
+        .no_proxy()
+        .connect_timeout(CONNECT)
+        .tcp_keepalive(Duration::from_secs(20))
+        .user_agent(concat!("hypersdk/", env!("CARGO_PKG_VERSION")))
+        .dns_resolver(Arc::new(Resolver))
+        .build()
+        .map_err(|e| e.to_string())?;
+    Ok((client, refused))
+}
+
+/// Whether an address that was given as such may be connected to; names are looked at when they are resolved.
+pub fn permits(host: &str) -> bool {
+    host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().map_or(true, may_dial)
+}
+
+/// Not link-local, which the clouds' metadata services are, not "any", not many.
+fn may_dial(address: IpAddr) -> bool {
+    let address = address.to_canonical();
+    let is_metadata = match address {
+        IpAddr::V4(v4) => v4.is_link_local() || v4 == Ipv4Addr::new(100, 100, 100, 200),
+        IpAddr::V6(v6) => (v6.segments()[0] & 0xffc0) == 0xfe80 || v6.segments()[..3] == [0xfd00, 0x0ec2, 0],
+    };
+    !is_metadata && !address.is_unspecified() && !address.is_multicast()
+}
+
+struct Resolver;
+
+impl Resolve for Resolver {
+    fn resolve(&self, name: Name) -> Resolving {
+        Box::pin(async move {
+            let found: Vec<SocketAddr> = tokio::net::lookup_host((name.as_str(), 0)).await?.filter(|found| may_dial(found.ip())).collect();
+            if found.is_empty() {
+                return Err("it has no address that may be connected to".into());
+            }
+            Ok(Box::new(found.into_iter()) as Addrs)
+        })
+    }
+}
+
+/// The system's own judgement, but for what an admin pinned or waved through.
+#[derive(Debug)]
+struct Verifier {
+    trust: Trust,
+    inner: rustls_platform_verifier::Verifier,
+    provider: Arc<CryptoProvider>,
+    refused: Refused,
+}
+
+impl ServerCertVerifier for Verifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        server_name: &ServerName<'_>,
+        ocsp: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        let found = hex::encode(Sha256::digest(end_entity));
+        let verdict = match &self.trust.fingerprint {
+            Some(pinned) if *pinned == found => Ok(ServerCertVerified::assertion()),
+            Some(_) => Err(rustls::Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure)),
+            None if self.trust.insecure => Ok(ServerCertVerified::assertion()),
+            None => self.inner.verify_server_cert(end_entity, intermediates, server_name, ocsp, now),
+        };
+        if verdict.is_err() {
+            *self.refused.0.lock().unwrap_or_else(|e| e.into_inner()) = Some(found);
+        }
+        verdict
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls12_signature(message, certificate, signature, &self.provider.signature_verification_algorithms)
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        certificate: &CertificateDer<'_>,
+        signature: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        rustls::crypto::verify_tls13_signature(message, certificate, signature, &self.provider.signature_verification_algorithms)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        self.provider.signature_verification_algorithms.supported_schemes()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nothing_near_the_metadata_services_is_dialled() {
+        for good in ["10.0.0.7", "127.0.0.1", "vc.example.org", "[2001:db8::1]"] {
+            assert!(permits(good), "{good}");
+        }
+        for bad in ["169.254.169.254", "100.100.100.200", "[fe80::1]", "0.0.0.0", "[::ffff:169.254.1.1]", "224.0.0.1"] {
+            assert!(!permits(bad), "{bad}");
+        }
+    }
 }

@@ -15,6 +15,7 @@ mod digests;
 mod egress;
 pub mod formats;
 mod held;
+mod hypervisors;
 mod identity;
 mod inspect;
 pub mod journal;
@@ -68,8 +69,9 @@ struct Agent {
     table: held::Table,
     /// The connections of this host's own settings.
     own: Vec<v1::Connection>,
-    /// An import has changed the catalogue: the session is to tell the inventory.
+    /// An inventory has changed, by an import or at a hypervisor: the session is to tell it.
     catalogue: tokio::sync::Notify,
+    hypervisors: hypervisors::Hypervisors,
     /// Connections by name: those of this host's settings and those that people made by REST.
     connections: Mutex<BTreeMap<String, v1::Connection>>,
     /// The inventory as it was sent last, to send only changes.
@@ -93,13 +95,14 @@ impl Agent {
         let mut own = BTreeMap::new();
         if let Some(local) = &config.local_root {
             let root = Root::open("vms", local, false)?;
-            let connection = v1::Connection { name: "local".to_owned(), kind: "local".to_owned(), path: root.path.display().to_string() };
+            let connection =
+                v1::Connection { name: "local".to_owned(), kind: "local".to_owned(), path: root.path.display().to_string(), account: None };
             own.insert(connection.name.clone(), connection);
             vault.add(root);
         }
         let images = Root::open(config::IMAGES, &config.images_dir, true)?;
         let path = images.path.display().to_string();
-        let connection = v1::Connection { name: config.images_connection.clone(), kind: "local".to_owned(), path };
+        let connection = v1::Connection { name: config.images_connection.clone(), kind: "local".to_owned(), path, account: None };
         own.insert(connection.name.clone(), connection);
         vault.add(images);
         if config.roots.contains_key(UPLOADS) {
@@ -117,6 +120,7 @@ impl Agent {
             table: held::Table::default(),
             own: own.values().cloned().collect(),
             catalogue: tokio::sync::Notify::new(),
+            hypervisors: hypervisors::Hypervisors::default(),
             connections: Mutex::new(own),
             sent: Mutex::default(),
             last_heard: Mutex::new(Instant::now()),
@@ -199,8 +203,15 @@ impl Agent {
 
     /// Opens a connection.
     fn source(&self, connection: &v1::Connection) -> Result<Arc<dyn Source>, sources::Error> {
-        if connection.kind != "local" {
-            return Err(sources::Error::fatal(Code::NotBuilt, format!("provider {:?} is not built yet; `local` is", connection.kind)));
+        match connection.kind.as_str() {
+            "local" => {}
+            hypervisors::VSPHERE => return hypervisors::source(self, connection),
+            kind => {
+                return Err(sources::Error::fatal(
+                    Code::NotBuilt,
+                    format!("provider {kind:?} is not built yet; `local` and `vsphere` are"),
+                ));
+            }
         }
         let place = self.vault.locate(&connection.path).map_err(|e| sources::Error::fatal(Code::OutsideRoots, e.to_string()))?;
         let dir = match place.below.as_os_str().is_empty() {
@@ -221,7 +232,12 @@ impl Agent {
 
     fn scan_now(&self, tell: &mpsc::Sender<v1::AgentMessage>, only: Option<&str>, always: bool) {
         let connections = self.connections.lock().unwrap_or_else(|e| e.into_inner()).clone();
-        for connection in connections.values().filter(|connection| only.is_none_or(|name| name == connection.name)) {
+        // A hypervisor says itself when something changes.
+        let is_due = |connection: &&v1::Connection| match only {
+            Some(name) => name == connection.name,
+            None => always || connection.kind != hypervisors::VSPHERE,
+        };
+        for connection in connections.values().filter(is_due) {
             let (vms, error) = match self.source(connection).and_then(|source| source.inventory()) {
                 Ok(vms) => (vms, String::new()),
                 Err(e) => (Vec::<Vm>::new(), e.message),

@@ -23,7 +23,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use crate::held::Stop;
 use crate::identity::{self, Identity};
-use crate::{Agent, browse, inspect, pull, transfer, worker};
+use crate::{Agent, browse, hypervisors, inspect, pull, transfer, worker};
 
 /// Longest pause between two tries.
 const MAX_BACKOFF: Duration = Duration::from_secs(15);
@@ -79,6 +79,8 @@ pub async fn keep(agent: &Arc<Agent>, identity: Identity, shutdown: watch::Recei
         tokio::select! { () = sleep(pause) => {}, _ = stop.wait_for(|stop| *stop) => {} }
     }
     silence.abort();
+    // Nothing answers for a session that stays: at its idle time it goes.
+    let _ = timeout(Duration::from_secs(3), hypervisors::leave(agent)).await;
 }
 
 /// Parks all workers when the controller has been silent for long: somebody else may be given their jobs soon.
@@ -172,7 +174,12 @@ async fn session(agent: &Arc<Agent>, identity: &Identity, mut shutdown: watch::R
                 }
             }
             () = agent.table.news.notified() => {}
-            () = agent.catalogue.notified() => if welcomed { agent.scan(&tell, Some(agent.config.images_connection.clone()), false) },
+            () = agent.catalogue.notified() => if welcomed {
+                agent.scan(&tell, Some(agent.config.images_connection.clone()), false);
+                for name in agent.hypervisors.take_stale() {
+                    agent.scan(&tell, Some(name), false);
+                }
+            },
             _ = shutdown.wait_for(|stop| *stop) => {
                 drain(agent, &tell, &mut stream).await;
                 return Loss::Shutdown;
@@ -218,6 +225,7 @@ async fn handle(agent: &Arc<Agent>, kind: FromController, tell: &mpsc::Sender<v1
     match kind {
         FromController::Welcome(welcome) => {
             agent.serve(welcome.connections);
+            hypervisors::attend(agent);
             for held in agent.table.all() {
                 if !welcome.keep.iter().any(|keep| keep.job == held.job && keep.epoch == held.epoch) {
                     held.ask_to_stop(Stop::Park);
@@ -283,10 +291,13 @@ fn answer(agent: &Arc<Agent>, browse: v1::Browse, tell: &mpsc::Sender<v1::AgentM
     tokio::task::spawn_blocking(move || {
         let answered = match browse.question {
             Some(Question::Probe(connection)) => {
-                let counted =
-                    agent.source(&connection).and_then(|source| source.inventory()).map(|vms| serde_json::json!({"vms": vms.len()}));
-                if counted.is_ok() {
+                let counted = match connection.kind.as_str() {
+                    hypervisors::VSPHERE => hypervisors::probe(&agent, &connection),
+                    _ => agent.source(&connection).and_then(|source| source.inventory()).map(|vms| serde_json::json!({"vms": vms.len()})),
+                };
+                if counted.is_ok() && (connection.kind != hypervisors::VSPHERE || connection.account.is_some()) {
                     agent.remember(connection);
+                    hypervisors::attend(&agent);
                 }
                 counted
             }

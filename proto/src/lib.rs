@@ -14,3 +14,9 @@ pub const CONTROLLER_NAME: &str = "controller.hypersdk.internal";
 pub mod v1 {
     tonic::include_proto!("hypersdk.v1");
 }
+
+impl std::fmt::Debug for v1::Account {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Account").field("insecure", &self.insecure).field("fingerprint", &self.fingerprint).finish_non_exhaustive()
+    }
+}

@@ -2,7 +2,16 @@
 //!
 //! Owns: passwords, tokens and keys in memory. Never: writes one anywhere. A crash here costs nothing (core dumps are switched off by the binaries).
 
+use serde::{Deserialize, Deserializer};
 use zeroize::Zeroizing;
+
+/// For `#[serde(deserialize_with)]`: a secret that somebody may send.
+///
+/// # Errors
+/// When it is no text.
+pub fn optional<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Secret>, D::Error> {
+    Ok(Option::<String>::deserialize(deserializer)?.map(Secret::new))
+}
 
 /// Text that must not be seen. No Debug, no Display, no Serialize: the compiler keeps it out of logs.
 #[derive(Clone)]

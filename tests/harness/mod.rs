@@ -3,6 +3,8 @@
 //! Owns: the life of whatever a test starts. Never: knows what is right (the rooms do). A crash here costs the test that hit it.
 
 pub mod client;
+pub mod double;
+pub mod faults;
 pub mod fleet;
 pub mod images;
 pub mod live;

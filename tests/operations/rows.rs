@@ -415,7 +415,7 @@ pub async fn rows(fleet: &Fleet, people: &People) -> Vec<Row> {
             .json(json!({"provider": "local", "name": "new", "path": folder}))
             .fails_with(403, "outside_roots", json!({"provider": "local", "name": "out", "path": "/etc"}))
             .fails_with(409, "conflict", json!({"provider": "local", "name": "gone", "path": folder}))
-            .fails_with(422, "not_built", json!({"provider": "vsphere", "host": "esx", "username": "u", "password": "p"}))
+            .fails_with(422, "not_built", json!({"provider": "libvirt", "uri": "qemu:///system"}))
             .gives(201, connection()),
         row("GET", "/providers/capabilities", Viewer)
             .gives(200, json!({"data": [{"kind": "", "built": true, "available": true, "list": true, "export": true, "missing": []}]})),

@@ -5,6 +5,7 @@
 
 pub mod file;
 pub mod local;
+pub mod vsphere;
 
 use std::sync::Arc;
 

@@ -57,6 +57,8 @@ pub struct Connected {
 
 struct Inner {
     store: Store,
+    /// Opens the passwords of connections on their way to their agents.
+    sealer: Sealer,
     live: live::Handle,
     metrics: Metrics,
     authority: Arc<Authority>,
@@ -81,6 +83,7 @@ impl Handle {
         let names = store::all(&store).await?.into_iter().map(|agent| (agent.id, agent.name)).collect();
         Ok(Self(Arc::new(Inner {
             store,
+            sealer: sealer.clone(),
             live,
             metrics,
             authority,
@@ -97,6 +100,11 @@ impl Handle {
     /// The installation's CA.
     pub fn authority(&self) -> &Authority {
         &self.0.authority
+    }
+
+    /// What opens the passwords of connections.
+    pub(super) fn sealer(&self) -> &Sealer {
+        &self.0.sealer
     }
 
     /// The store that the fleet is kept in.

@@ -12,7 +12,7 @@ use actix::Addr;
 use actix::dev::SendError;
 use proto::v1::agent_message::Kind as FromAgent;
 use proto::v1::controller_message::Kind;
-use proto::v1::{AgentMessage, Connection, ControllerMessage, Hello, Renew, Welcome};
+use proto::v1::{AgentMessage, ControllerMessage, Hello, Renew, Welcome};
 use shared::lease;
 use tokio::sync::{mpsc, watch};
 use tonic::{Status, Streaming};
@@ -24,7 +24,7 @@ use super::store;
 use crate::jobs::leases::Arrival;
 use crate::jobs::queue;
 use crate::providers;
-use crate::store::entities::agents;
+use crate::store::entities::{agents, connections};
 
 /// Messages that an agent may be behind before its session is closed.
 pub(super) const OUTGOING: usize = 1024;
@@ -93,7 +93,15 @@ impl Session {
         providers::service::agent_here(db, id, true).await.map_err(away)?;
         let connections = providers::service::for_agent(db, id).await.map_err(away)?;
         let connections = connections.into_iter().filter(|row| row.origin == "rest");
-        let connections = connections.map(|row| Connection { name: row.name, kind: row.kind, path: row.path }).collect();
+        let told = |row: connections::Model| match providers::account::told(registry.sealer(), row) {
+            Ok(connection) => Some(connection),
+            // One whose password cannot be opened must not keep the others from their agent.
+            Err(error) => {
+                tracing::error!(%error, agent = id, "a connection's account cannot be opened");
+                None
+            }
+        };
+        let connections = connections.filter_map(told).collect();
         let draining = self.agent.draining || hello.draining;
         // What is left over is said in a later Hello, when these are gone.
         let parked = hello.parked.iter().take(MOST_HELD).cloned().collect();

@@ -94,7 +94,7 @@ impl Bench {
 
 fn hello(held: Vec<proto::v1::Held>) -> AgentMessage {
     let root = Root { name: "exports".into(), path: "/srv/exports".into(), free_bytes: 10, total_bytes: 20, writable: true };
-    let connection = proto::v1::Connection { name: "vms".into(), kind: "local".into(), path: "/srv/vms".into() };
+    let connection = proto::v1::Connection { name: "vms".into(), kind: "local".into(), path: "/srv/vms".into(), account: None };
     let hello = Hello {
         protocol: proto::PROTOCOL,
         version: "1".into(),

@@ -79,7 +79,7 @@ fn table(at: &mut dyn FnMut(&str, Vec<Operation>)) {
     at("/vms/{provider}/{id}/snapshots/{snapshot}", vec![delete(unbuilt::snapshot_remove)]);
 
     at("/providers", vec![get(providers::routes::list)]);
-    at("/providers/connect", vec![post(providers::routes::connect)]);
+    at("/providers/connect", vec![post(providers::connect::connect)]);
     at("/providers/capabilities", vec![get(providers::routes::capabilities)]);
     at("/providers/{name}", vec![get(providers::routes::get), patch(providers::change::change), delete(providers::routes::remove)]);
     at("/providers/{name}/test", vec![post(providers::routes::test)]);

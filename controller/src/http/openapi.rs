@@ -25,7 +25,7 @@ use crate::{access, alerts, carbon, files, fleet, jobs, live, providers, schedul
         jobs::routes::retry, jobs::routes::pause, jobs::routes::resume, jobs::routes::stats, jobs::routes::batch,
         jobs::legacy::submit, jobs::legacy::query, jobs::legacy::cancel, jobs::legacy::progress, jobs::legacy::status,
         vms::routes::list, vms::routes::browse, vms::routes::get,
-        providers::routes::list, providers::routes::connect, providers::routes::capabilities, providers::routes::get,
+        providers::routes::list, providers::connect::connect, providers::routes::capabilities, providers::routes::get,
         providers::routes::remove, providers::routes::test, providers::routes::refresh,
         fleet::routes::list, fleet::routes::get, fleet::routes::remove, fleet::routes::drain, fleet::routes::resume,
         fleet::routes::token_create,

@@ -212,7 +212,7 @@ async fn the_inventory_is_listed_filtered_and_found() {
     let service = service!(running);
     let token = log_in!(service, "admin", PASSWORD);
     let store = &running.app.store;
-    let connection = proto::v1::Connection { name: "vms".into(), kind: "local".into(), path: "/srv/vms".into() };
+    let connection = proto::v1::Connection { name: "vms".into(), kind: "local".into(), path: "/srv/vms".into(), account: None };
     assert!(crate::providers::service::ensure(store, "agent-1", vec![connection.clone()]).await.unwrap().is_empty());
     assert_eq!(crate::providers::service::ensure(store, "agent-2", vec![connection]).await.unwrap(), ["vms"]);
     let vm = |id: &str, name: &str, os: &str| Vm {

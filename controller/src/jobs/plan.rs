@@ -151,7 +151,8 @@ fn question(new: &NewJob) -> v1::Inspect {
     let mut question = sources::question(new.kind, &new.source, new.format, &new.options);
     question.count = true;
     if new.source.is_empty() {
-        let connection = v1::Connection { name: new.provider.clone(), kind: new.provider_kind.clone(), path: new.provider_path.clone() };
+        let connection =
+            v1::Connection { name: new.provider.clone(), kind: new.provider_kind.clone(), path: new.provider_path.clone(), account: None };
         question.connection = Some(connection);
         question.vm_id.clone_from(&new.vm_id);
     } else if new.kind == JobType::Import {

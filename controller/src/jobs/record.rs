@@ -316,6 +316,7 @@ impl Job {
                 name: self.provider.clone(),
                 kind: self.provider_kind.clone(),
                 path: self.provider_path.clone(),
+                account: None,
             }),
             vm_id: self.vm_id.clone(),
             source: self.source.clone(),

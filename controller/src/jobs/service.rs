@@ -6,6 +6,7 @@
 use serde::Deserialize;
 use shared::error::Code;
 use shared::options::{Algorithm, Format, JobType, Options};
+use shared::vm::Vm;
 use utoipa::ToSchema;
 
 use super::record::NewJob;
@@ -124,7 +125,7 @@ async fn export(app: &App, caller: &str, wanted: Create) -> Result<NewJob, Error
     let provider = required("provider", wanted.provider, "a connection's name or kind; GET /providers lists them")?;
     let vm_name = required("vm_name", wanted.vm_name, "a VM's name, path or id; GET /vms/list lists them")?;
     let connection = providers::service::resolve(&app.store, &provider).await?;
-    if connection.kind != "local" {
+    if connection.kind == "libvirt" {
         return Err(Error::not_built(format!("export from `{}`", connection.kind)));
     }
     let found = vms::service::resolve(&app.store, &connection, &vm_name).await?;
@@ -134,7 +135,9 @@ async fn export(app: &App, caller: &str, wanted: Create) -> Result<NewJob, Error
     if found.vm.disks.is_empty() {
         return Err(Error::new(Code::Unprocessable, format!("`{}` has no disks", found.vm.name)));
     }
-    if options.power_off == Some(true) {
+    if connection.kind == "vsphere" {
+        check_vsphere(&found.vm, &options)?;
+    } else if options.power_off == Some(true) {
         notes.push("power_off does nothing here: a VM of a local connection is a folder of images and does not run".to_owned());
     }
     if options.include_snapshots == Some(true) && found.vm.snapshots == 0 {
@@ -156,6 +159,20 @@ async fn export(app: &App, caller: &str, wanted: Create) -> Result<NewJob, Error
         created_by: caller.to_owned(),
         notes,
     })
+}
+
+/// What an export from vSphere cannot do yet, told before a job is made. Its agent looks again when it begins.
+fn check_vsphere(vm: &Vm, options: &Options) -> Result<(), Error> {
+    if vm.power_state != "poweredOff" {
+        return Err(Error::not_built(format!("export of `{}` while it is {}; power it off", clip(&vm.path), clip(&vm.power_state))));
+    }
+    if vm.snapshots > 0 {
+        return Err(Error::not_built(format!("export of `{}` over its {} snapshots; consolidate them", clip(&vm.path), vm.snapshots)));
+    }
+    if options.power_off == Some(true) {
+        return Err(Error::not_built("power_off at vSphere"));
+    }
+    Ok(())
 }
 
 pub(super) fn required(name: &str, value: Option<String>, what: &str) -> Result<String, Error> {

@@ -54,7 +54,11 @@ pub async fn detect(app: &App) -> Result<Capabilities, Error> {
     for kind in service::KINDS.iter().copied() {
         let of_kind = connections.iter().filter(|row| row.kind == kind);
         let names: Vec<String> = of_kind.map(|row| row.name.clone()).collect();
-        data.push(if kind == "local" { local(app, names).await? } else { unbuilt(kind) });
+        data.push(match kind {
+            "local" => local(app, names).await?,
+            "vsphere" => vsphere(app, names).await?,
+            kind => unbuilt(kind),
+        });
     }
     Ok(Capabilities { data })
 }
@@ -84,6 +88,37 @@ async fn local(app: &App, connections: Vec<String>) -> Result<Capability, Error>
         changed_blocks: false,
         deploy: false,
         formats: if available { formats.collect() } else { Vec::new() },
+        agents: agents.into_iter().map(|agent| agent.name).collect(),
+        connections,
+        missing,
+    })
+}
+
+async fn vsphere(app: &App, connections: Vec<String>) -> Result<Capability, Error> {
+    // Every agent speaks with hypervisors that it reaches.
+    let agents = app.connected_agents().await?;
+    let available = !agents.is_empty();
+    let mut missing = vec![
+        "hot_export: a VM that is on, or has snapshots, is not exported yet".to_owned(),
+        "changed_blocks: job type `backup` is not built yet".to_owned(),
+        "deploy: nothing is deployed to vSphere".to_owned(),
+    ];
+    if !available {
+        missing.insert(0, "list, export: no agent is connected; POST /agents/tokens gives a join token for one".to_owned());
+    } else if connections.is_empty() {
+        missing.insert(0, "list, export: no vCenter or ESXi is connected; POST /providers/connect connects one".to_owned());
+    }
+    let usable = available && !connections.is_empty();
+    Ok(Capability {
+        kind: "vsphere",
+        built: true,
+        available,
+        list: usable,
+        export: usable,
+        hot_export: false,
+        changed_blocks: false,
+        deploy: false,
+        formats: if available { Format::ALL.to_vec() } else { Vec::new() },
         agents: agents.into_iter().map(|agent| agent.name).collect(),
         connections,
         missing,

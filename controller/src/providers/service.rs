@@ -3,18 +3,25 @@
 //! Owns: the rows of `connections`. Never: gives one connection to two agents. A crash here costs nothing.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use proto::v1;
 use sea_orm::sea_query::Expr;
 use sea_orm::{ActiveValue::Set, ColumnTrait, Condition, DatabaseConnection, EntityTrait, QueryFilter, QueryOrder, TransactionTrait};
 use shared::error::Code;
 
+use super::account::Kept;
 use crate::http::reply::Error;
 use crate::store::entities::{connections, vms};
 use crate::store::{self, Store};
 
-/// Kinds of the contract; only `local` is built.
+/// Kinds of the contract; `libvirt` is not built yet.
 pub const KINDS: &[&str] = &["local", "libvirt", "vsphere"];
+
+/// How long an agent may take to look at a connection of a kind: a hypervisor that hangs is told within 30 s, a folder sooner.
+pub fn patience(kind: &str) -> Duration {
+    Duration::from_secs(if kind == "local" { 10 } else { 28 })
+}
 
 /// The connection that every agent offers over its root `images`.
 pub const CATALOGUE: &str = "images";
@@ -91,7 +98,7 @@ pub async fn ensure(store: &Store, agent_id: &str, configured: Vec<v1::Connectio
                 refused.push(connection.name.clone());
                 continue;
             }
-            let row = row(connection, &agent_id, "agent", now);
+            let row = row(connection, None, &agent_id, "agent", now);
             if known.contains_key(&connection.name) {
                 let same =
                     connections::ActiveModel { created_at: sea_orm::ActiveValue::NotSet, last_seen: sea_orm::ActiveValue::NotSet, ..row };
@@ -115,7 +122,7 @@ pub async fn ensure(store: &Store, agent_id: &str, configured: Vec<v1::Connectio
     store.run(work).await
 }
 
-fn row(connection: &v1::Connection, agent_id: &str, origin: &str, now: i64) -> connections::ActiveModel {
+fn row(connection: &v1::Connection, account: Option<Kept>, agent_id: &str, origin: &str, now: i64) -> connections::ActiveModel {
     connections::ActiveModel {
         name: Set(connection.name.clone()),
         kind: Set(connection.kind.clone()),
@@ -127,6 +134,8 @@ fn row(connection: &v1::Connection, agent_id: &str, origin: &str, now: i64) -> c
         last_seen: Set(None),
         created_at: Set(now),
         updated_at: Set(now),
+        settings: Set(account.as_ref().map(|kept| kept.settings.clone())),
+        secret: Set(account.map(|kept| kept.secret)),
     }
 }
 
@@ -159,13 +168,14 @@ pub async fn add(
     store: &Store,
     agent_id: &str,
     connection: &v1::Connection,
+    account: Option<Kept>,
     replay: impl FnOnce(&connections::Model) -> Option<store::entities::idempotency::ActiveModel> + Send + 'static,
 ) -> Result<connections::Model, store::Error> {
     let (agent_id, connection) = (agent_id.to_owned(), connection.clone());
     let now = shared::clock::now().timestamp_millis();
     let work = move |db: DatabaseConnection| async move {
         let transaction = db.begin().await?;
-        connections::Entity::insert(row(&connection, &agent_id, "rest", now)).exec(&transaction).await?;
+        connections::Entity::insert(row(&connection, account, &agent_id, "rest", now)).exec(&transaction).await?;
         let made = connections::Entity::find_by_id(&connection.name).one(&transaction).await?;
         let made = made.ok_or_else(|| store::Error::Other("the row just inserted is not there".to_owned()))?;
         if let Some(extra) = replay(&made) {
@@ -177,14 +187,17 @@ pub async fn add(
     store.run(work).await
 }
 
-/// Moves a connection to another folder or agent, if it is still as it was read; what was seen through it before goes.
-pub async fn change(store: &Store, row: &connections::Model, agent_id: &str, path: &str) -> Result<(), Error> {
+/// Moves a connection to another folder, host, account or agent, if it is still as it was read; what was seen through it before goes.
+pub async fn change(store: &Store, row: &connections::Model, agent_id: &str, path: &str, account: Option<Kept>) -> Result<(), Error> {
     let (row, agent_id, path) = (row.clone(), agent_id.to_owned(), path.to_owned());
+    let (settings, secret) = account.map_or((None, None), |kept| (Some(kept.settings), Some(kept.secret)));
     let work = move |db: DatabaseConnection| async move {
         let transaction = db.begin().await?;
         let update = connections::Entity::update_many()
             .col_expr(connections::Column::AgentId, Expr::value(agent_id))
             .col_expr(connections::Column::Path, Expr::value(path))
+            .col_expr(connections::Column::Settings, Expr::value(settings))
+            .col_expr(connections::Column::Secret, Expr::value(secret))
             .col_expr(connections::Column::Status, Expr::value("connected"))
             .col_expr(connections::Column::LastError, Expr::value(None::<String>))
             .col_expr(connections::Column::LastSeen, Expr::value(None::<i64>))

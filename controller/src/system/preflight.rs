@@ -88,6 +88,9 @@ fn of_vm(vm: &Vm, kind: &str) -> Vec<Check> {
     });
     checks.push(match vm.snapshots {
         0 => pass("snapshots", "it has none"),
+        count if kind == "vsphere" => {
+            fail("snapshots", format!("it has {count}: reading over their deltas is not built yet"), "consolidate them first")
+        }
         count => warn(
             "snapshots",
             format!("it has {count}; an export takes the present state"),
@@ -100,6 +103,7 @@ fn of_vm(vm: &Vm, kind: &str) -> Vec<Check> {
     });
     checks.push(match vm.power_state.as_str() {
         "poweredOff" => pass("power", "it is off"),
+        _ if kind == "vsphere" => fail("power", "it is not off: a hot export is not built yet", "shut it down"),
         "suspended" => warn("power", "it is suspended: its memory stays behind", "resume it and shut it down"),
         _ => warn("power", "it runs: what it writes during the export may be torn", "shut it down, or set power_off"),
     });
@@ -107,10 +111,18 @@ fn of_vm(vm: &Vm, kind: &str) -> Vec<Check> {
 }
 
 async fn permissions(app: &App, row: &connections::Model) -> Check {
-    let connection = v1::Connection { name: row.name.clone(), kind: row.kind.clone(), path: row.path.clone() };
-    match app.fleet.ask(&row.agent_id, Question::Probe(connection)).await {
+    let connection = v1::Connection { name: row.name.clone(), kind: row.kind.clone(), path: row.path.clone(), account: None };
+    match app.fleet.ask_within(&row.agent_id, Question::Probe(connection), providers::service::patience(&row.kind)).await {
         Ok(_) => pass("permissions", format!("the agent reads `{}`", row.name)),
-        Err(e) => fail("permissions", e.message(), "let the agent's user read it, and put it inside the agent's roots"),
+        Err(e) => fail(
+            "permissions",
+            e.message(),
+            if row.kind == "local" {
+                "let the agent's user read it, and put it inside the agent's roots"
+            } else {
+                "mend the account or the host, or PATCH /providers/{name}"
+            },
+        ),
     }
 }
 

@@ -87,6 +87,30 @@ pub fn extent_names(window: &Window) -> Result<Vec<String>> {
     })
 }
 
+/// An extent of a flat disk.
+pub struct FlatExtent {
+    /// Bytes.
+    pub len: u64,
+    /// The file's bare name and where the extent begins in it; none: zeros.
+    pub file: Option<(String, u64)>,
+}
+
+/// The extents of a descriptor that stands alone, of a disk that is complete in itself and of which every extent is flat.
+pub fn flat_extents(descriptor: &[u8]) -> Result<Vec<FlatExtent>> {
+    let text = descriptor::parse(descriptor)?;
+    text.complete()?;
+    let flat = |line: descriptor::Line| {
+        let file = match line.body {
+            Body::Flat(name, offset) => Some((name, offset)),
+            Body::Zero => None,
+            Body::Sparse(name) | Body::Cowd(name) => return Err(refused(format!("its extent {name:?} is sparse, a flat one is wanted"))),
+        };
+        // The parser has added the extents up without an overflow.
+        Ok(FlatExtent { len: line.sectors * SECTOR, file })
+    };
+    text.extents.into_iter().map(flat).collect()
+}
+
 fn refused(reason: impl Into<String>) -> FormatError {
     FormatError::Refused { format: NAME, reason: reason.into() }
 }

@@ -10,11 +10,11 @@ pub struct Model {
     /// Its name, unique.
     #[sea_orm(primary_key, auto_increment = false)]
     pub name: String,
-    /// `local`, later `vsphere`, `libvirt`.
+    /// `local`, `vsphere`, later `libvirt`.
     pub kind: String,
     /// The agent that serves it.
     pub agent_id: String,
-    /// For `local`: the folder on the agent's host.
+    /// For `local`: the folder on the agent's host; for `vsphere`: HOST[:PORT].
     pub path: String,
     /// `agent`: configured on the agent; `rest`: connected by a person.
     pub origin: String,
@@ -28,6 +28,10 @@ pub struct Model {
     pub created_at: i64,
     /// When it was changed last.
     pub updated_at: i64,
+    /// What may be shown of its account, as JSON: see [`crate::providers::account::Settings`].
+    pub settings: Option<String>,
+    /// The account's password, sealed.
+    pub secret: Option<String>,
 }
 
 /// No relations: joins are written where they are needed.

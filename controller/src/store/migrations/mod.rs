@@ -13,6 +13,7 @@ pub mod m0011_api_tokens;
 pub mod m0012_job_lists;
 pub mod m0020_uploads;
 pub mod m0040_batches;
+pub mod m0050_accounts;
 
 use sea_orm_migration::prelude::*;
 
@@ -33,6 +34,7 @@ impl MigratorTrait for Migrator {
             Box::new(m0040_batches::Migration),
             Box::new(m0020_uploads::Migration),
             Box::new(m0007_alerts::Migration),
+            Box::new(m0050_accounts::Migration),
         ]
     }
 }

@@ -48,7 +48,7 @@ pub async fn digests(app: &App, found: &Found) -> Result<Vec<Digest>, Error> {
     let trusted = app.fleet.agents().await?.into_iter().map(|agent| shared::manifest::fingerprint(&agent.signing_key)).collect();
     let row = &found.connection;
     let question = v1::Digests {
-        connection: Some(v1::Connection { name: row.name.clone(), kind: row.kind.clone(), path: row.path.clone() }),
+        connection: Some(v1::Connection { name: row.name.clone(), kind: row.kind.clone(), path: row.path.clone(), account: None }),
         vm_id: found.vm.id.clone(),
         trusted,
         seconds: READING,

@@ -1,0 +1,174 @@
+//! The hypervisors that this agent has a session with, and who listens to them.
+//!
+//! ```text
+//! Welcome, probe ─► keep ─► listen ─change─► stale ─► the session to the controller looks again and tells
+//! ```
+//! Owns: one client for each connection of kind `vsphere`, its listener, and that sessions end when nobody needs them.
+//! Never: writes a password anywhere. A crash here leaves sessions that end by their idle time.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use proto::v1;
+use shared::error::Code;
+use shared::secret::Secret;
+
+use crate::Agent;
+use crate::egress::Trust;
+use crate::sources::vsphere::{Client, Listener, Settings, Vsphere};
+use crate::sources::{Error, Source};
+
+/// The kind of connections that are served here.
+pub const VSPHERE: &str = "vsphere";
+/// Between two tries to listen to a server that does not answer.
+const PAUSE: Duration = Duration::from_secs(5);
+/// Changes closer together than this are told at once.
+const CALM: Duration = Duration::from_secs(1);
+
+/// Clients by connection.
+#[derive(Default)]
+pub struct Hypervisors {
+    kept: Mutex<BTreeMap<String, Kept>>,
+    listening: Mutex<BTreeSet<String>>,
+    /// Connections whose inventory has changed.
+    stale: Mutex<BTreeSet<String>>,
+}
+
+struct Kept {
+    client: Arc<Client>,
+    connection: v1::Connection,
+}
+
+impl Hypervisors {
+    /// The client of a connection whose account is known; a new one where its settings are others than before.
+    fn client(&self, connection: &v1::Connection) -> Result<Arc<Client>, Error> {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(standing) = kept.get(&connection.name).filter(|standing| standing.connection == *connection) {
+            return Ok(standing.client.clone());
+        }
+        let client = Arc::new(client(connection)?);
+        kept.insert(connection.name.clone(), Kept { client: client.clone(), connection: connection.clone() });
+        Ok(client)
+    }
+
+    /// Takes away the clients of connections that are not among these; their sessions are to be ended.
+    fn without(&self, served: &BTreeMap<String, v1::Connection>) -> Vec<Arc<Client>> {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let gone: Vec<String> =
+            kept.iter().filter(|(name, standing)| served.get(*name) != Some(&standing.connection)).map(|(name, _)| name.clone()).collect();
+        gone.into_iter().filter_map(|name| kept.remove(&name)).map(|standing| standing.client).collect()
+    }
+
+    /// Connections whose inventory has changed since this was asked last.
+    pub fn take_stale(&self) -> BTreeSet<String> {
+        std::mem::take(&mut *self.stale.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+}
+
+/// A client for a connection that bears its account.
+fn client(connection: &v1::Connection) -> Result<Client, Error> {
+    let Some(account) = &connection.account else {
+        let message =
+            format!("the account of {:?} is not known to this agent yet; the controller tells it with its next word", connection.name);
+        return Err(Error { code: Code::Unavailable, message, retryable: true });
+    };
+    let fingerprint = account.fingerprint.replace(':', "").to_ascii_lowercase();
+    Client::new(Settings {
+        host: connection.path.clone(),
+        username: account.username.clone(),
+        password: Secret::new(account.password.clone()),
+        trust: Trust { insecure: account.insecure, fingerprint: Some(fingerprint).filter(|text| !text.is_empty()) },
+    })
+}
+
+/// Opens a connection of this kind. One that comes without its account goes by what its name stands for here.
+pub fn source(agent: &Agent, connection: &v1::Connection) -> Result<Arc<dyn Source>, Error> {
+    Ok(Arc::new(Vsphere::new(agent.hypervisors.client(&known(agent, connection))?, agent.runtime.clone())))
+}
+
+fn known(agent: &Agent, connection: &v1::Connection) -> v1::Connection {
+    let connections = agent.connections.lock().unwrap_or_else(PoisonError::into_inner);
+    match connections.get(&connection.name) {
+        Some(known) if connection.account.is_none() && known.path == connection.path => known.clone(),
+        _ => connection.clone(),
+    }
+}
+
+/// Whether a connection can be served: a real log-in and a look at all VMs. With an account in it nothing of it stays behind.
+pub fn probe(agent: &Agent, connection: &v1::Connection) -> Result<serde_json::Value, Error> {
+    let counted = |source: &dyn Source| source.inventory().map(|vms| serde_json::json!({"vms": vms.len()}));
+    if connection.account.is_none() {
+        return counted(source(agent, connection)?.as_ref());
+    }
+    let client = Arc::new(client(connection)?);
+    let found = counted(&Vsphere::new(client.clone(), agent.runtime.clone()));
+    agent.runtime.block_on(client.log_out());
+    found
+}
+
+/// Listens to every connection of this kind that is served, and ends the sessions of those that are not any more.
+pub fn attend(agent: &Arc<Agent>) {
+    let served = agent.connections.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    for client in agent.hypervisors.without(&served) {
+        agent.runtime.spawn(async move { client.log_out().await });
+    }
+    for name in served.values().filter(|connection| connection.kind == VSPHERE).map(|connection| connection.name.clone()) {
+        if agent.hypervisors.listening.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone()) {
+            let agent = agent.clone();
+            tokio::task::spawn_blocking(move || {
+                listen(&agent, &name);
+                agent.hypervisors.listening.lock().unwrap_or_else(PoisonError::into_inner).remove(&name);
+            });
+        }
+    }
+}
+
+/// Listens until the connection is not served any more.
+fn listen(agent: &Arc<Agent>, name: &str) {
+    let mut listener = Listener::default();
+    let mut of: Option<Arc<Client>> = None;
+    let mut is_first = true;
+    loop {
+        let connection = agent.connections.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned();
+        let Some(connection) = connection.filter(|connection| connection.kind == VSPHERE) else { break };
+        let client = match agent.hypervisors.client(&connection) {
+            Ok(client) => client,
+            Err(_) => break,
+        };
+        if of.as_ref().is_none_or(|before| !Arc::ptr_eq(before, &client)) {
+            (listener, is_first, of) = (Listener::default(), true, Some(client.clone()));
+        }
+        let began = Instant::now();
+        match Vsphere::new(client, agent.runtime.clone()).changed(&mut listener) {
+            // What is the case when the listening begins was told by the look that began it.
+            Ok(true) if is_first => is_first = false,
+            Ok(true) => {
+                agent.hypervisors.stale.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
+                agent.catalogue.notify_one();
+                wait(agent, CALM.saturating_sub(began.elapsed()));
+            }
+            Ok(false) => {}
+            Err(e) => {
+                tracing::debug!(connection = name, error = %e, "nobody listens to this hypervisor for a moment");
+                // What changed meanwhile is seen by looking.
+                is_first = false;
+                wait(agent, PAUSE);
+            }
+        }
+    }
+    if let Some(client) = of {
+        agent.runtime.block_on(listener.end(&client));
+    }
+}
+
+fn wait(agent: &Agent, pause: Duration) {
+    agent.runtime.block_on(tokio::time::sleep(pause));
+}
+
+/// Ends all sessions: the process goes.
+pub async fn leave(agent: &Agent) {
+    for client in agent.hypervisors.without(&BTreeMap::new()) {
+        client.log_out().await;
+    }
+}

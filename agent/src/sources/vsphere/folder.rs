@@ -1,0 +1,356 @@
+//! A flat disk of a datastore, read by ranges over `/folder`.
+//!
+//! ```text
+//! read_at ─► chunk there? ─yes─► copy            up to AHEAD chunks are fetched before they are asked for,
+//!                 └─no─► fetch, and those behind it        each by a request of its own: so many connections at most
+//! ```
+//! Owns: which chunks are in memory (at most KEPT of 2 MiB a disk), how often a request is tried again and how long.
+//! Never: takes a byte that is not of the range that was asked for: 206 with that range and length, or it is no answer.
+//! A crash here costs the chunks in memory; the journal says where a copy goes on.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use reqwest::StatusCode;
+use reqwest::header::{CONTENT_RANGE, LAST_MODIFIED};
+use tokio::runtime::Handle;
+
+use super::client::{Client, Error};
+use super::wire::Fault;
+use crate::formats::{Disk, Extent, FormatError, Scratch};
+
+/// Bytes of a request.
+const CHUNK: u64 = 2 << 20;
+/// Chunks that are asked for before they are needed.
+const AHEAD: u64 = 8;
+/// Chunks kept in memory, those on their way among them.
+const KEPT: usize = 16;
+/// Longest time for a request.
+const REQUEST: Duration = Duration::from_secs(60);
+/// How long a chunk is tried again.
+const PATIENCE: Duration = Duration::from_secs(180);
+/// How often a server may answer something else than the range before that is its last word.
+const WRONG: u32 = 5;
+
+/// `[datastore] folder/file` as people and the API write it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DatastorePath {
+    /// The datastore's name.
+    pub datastore: String,
+    /// The path in it.
+    pub path: String,
+}
+
+impl DatastorePath {
+    /// Parses one.
+    pub fn parse(text: &str) -> Option<Self> {
+        let (datastore, path) = text.strip_prefix('[')?.split_once(']')?;
+        let path = path.trim_start();
+        let clean = !datastore.is_empty() && !path.is_empty() && path.split('/').all(|part| !matches!(part, "" | "." | ".."));
+        clean.then(|| Self { datastore: datastore.to_owned(), path: path.to_owned() })
+    }
+
+    /// A file beside it, by its bare name.
+    pub fn beside(&self, name: &str) -> Self {
+        let path = self.path.rsplit_once('/').map_or_else(|| name.to_owned(), |(folder, _)| format!("{folder}/{name}"));
+        Self { datastore: self.datastore.clone(), path }
+    }
+
+    /// Path and query of its URL.
+    pub fn url(&self, datacenter: &str) -> String {
+        let path: Vec<String> = self.path.split('/').map(percent).collect();
+        format!("/folder/{}?dcPath={}&dsName={}", path.join("/"), percent(datacenter), percent(&self.datastore))
+    }
+}
+
+/// Everything but RFC 3986's unreserved characters, escaped.
+fn percent(text: &str) -> String {
+    let mut escaped = String::with_capacity(text.len());
+    for byte in text.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => escaped.push(char::from(byte)),
+            _ => escaped.push_str(&format!("%{byte:02X}")),
+        }
+    }
+    escaped
+}
+
+/// Where a fetched chunk will lie.
+#[derive(Default)]
+struct Slot {
+    bytes: Mutex<Option<Result<Vec<u8>, Arc<str>>>>,
+    there: Condvar,
+}
+
+/// A file of a datastore that does not change while it is read.
+pub struct Remote {
+    client: Arc<Client>,
+    runtime: Handle,
+    /// Path and query.
+    url: String,
+    /// For messages.
+    name: String,
+    size: u64,
+    /// `Last-Modified` of the first answer: another one later is another file.
+    modified: Option<String>,
+}
+
+impl Remote {
+    /// Looks at the file: its size, and when it was written.
+    pub async fn open(client: Arc<Client>, runtime: Handle, url: String, name: String) -> Result<Self, Error> {
+        let answer = client.within(async |session| client.folder(session, &url, Some((0, 0)), REQUEST).await).await?;
+        let total = answer.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok()?.strip_prefix("bytes 0-0/")?.parse().ok());
+        let (StatusCode::PARTIAL_CONTENT, Some(size)) = (answer.status(), total) else {
+            return Err(Error::Odd(format!("{name} is not given by ranges (HTTP {})", answer.status().as_u16())));
+        };
+        let modified = answer.headers().get(LAST_MODIFIED).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        Ok(Self { client, runtime, url, name, size, modified })
+    }
+
+    /// Bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// What makes it the same file later.
+    pub fn identity(&self) -> String {
+        format!("{}:{}:{}", self.name, self.size, self.modified.as_deref().unwrap_or("unknown"))
+    }
+
+    /// A small file, whole.
+    pub async fn read_whole(&self, most: u64) -> Result<Vec<u8>, String> {
+        if self.size > most {
+            return Err(format!("{} has {} bytes, {most} would be the most", self.name, self.size));
+        }
+        if self.size == 0 { Ok(Vec::new()) } else { self.fetch(0, self.size).await }
+    }
+
+    /// `length` bytes from `offset`, however often it takes.
+    async fn fetch(&self, offset: u64, length: u64) -> Result<Vec<u8>, String> {
+        let end = Instant::now() + PATIENCE;
+        let (mut pause, mut wrong, mut renewed) = (Duration::from_millis(200), 0, false);
+        loop {
+            let asked = match self.client.session().await {
+                Ok(session) => self.range(&session, offset, length).await.map_err(|e| (e, Some(session))),
+                Err(e) => Err((e, None)),
+            };
+            let (error, session) = match asked {
+                Ok(bytes) => return Ok(bytes),
+                Err(failed) => failed,
+            };
+            let wait = match (&error, &session) {
+                (Error::Busy(wait), _) => (*wait).max(pause),
+                // The session ran out under the copy; a new one that is refused as well is an answer.
+                (Error::Fault(Fault::NotAuthenticated), Some(session)) if !renewed => {
+                    self.client.forget(session).await;
+                    renewed = true;
+                    continue;
+                }
+                // Something in between may have cut it short or lost the range.
+                (Error::Odd(_), _) if wrong < WRONG => {
+                    wrong += 1;
+                    pause
+                }
+                (error, _) if error.is_passing() => pause,
+                _ => return Err(format!("{}: {}", self.name, error.told(self.client.host()).message)),
+            };
+            if Instant::now() + wait > end {
+                return Err(format!("{}: {}, for {} s", self.name, error.told(self.client.host()).message, PATIENCE.as_secs()));
+            }
+            tracing::debug!(file = self.name, offset, ?error, "a range is asked for again");
+            tokio::time::sleep(wait.mul_f64(0.5 + rand::random::<f64>() / 2.0)).await;
+            pause = (pause * 2).min(Duration::from_secs(10));
+        }
+    }
+
+    async fn range(&self, session: &super::client::Session, offset: u64, length: u64) -> Result<Vec<u8>, Error> {
+        let last = offset + length - 1;
+        let mut answer = self.client.folder(session, &self.url, Some((offset, last)), REQUEST).await?;
+        if answer.status() != StatusCode::PARTIAL_CONTENT {
+            return Err(Error::Odd(format!("it answered {} to a range, 206 is the answer", answer.status().as_u16())));
+        }
+        let header = |name| answer.headers().get(name).and_then(|value: &reqwest::header::HeaderValue| value.to_str().ok());
+        let expected = format!("bytes {offset}-{last}/{}", self.size);
+        if header(CONTENT_RANGE) != Some(&expected) {
+            return Err(Error::Odd(format!("it gave {:?} of {expected}", header(CONTENT_RANGE).unwrap_or("no range"))));
+        }
+        if self.modified.is_some() && header(LAST_MODIFIED) != self.modified.as_deref() {
+            let message = "it was written while it was read; is the VM on?".to_owned();
+            return Err(Error::Fault(Fault::Other("FileChanged".to_owned(), message)));
+        }
+        // Lengths are of CHUNK or less.
+        let mut bytes = Vec::with_capacity(usize::try_from(length).unwrap_or_default());
+        while let Some(piece) = answer.chunk().await.map_err(|e| self.client.unreachable(&e))? {
+            if (bytes.len() + piece.len()) as u64 > length {
+                return Err(Error::Odd(format!("it sent more than the {length} bytes of the range")));
+            }
+            bytes.extend_from_slice(&piece);
+        }
+        if bytes.len() as u64 != length {
+            return Err(Error::Unreachable(format!("{} of {length} bytes came", bytes.len())));
+        }
+        Ok(bytes)
+    }
+}
+
+/// A file, and where in it something begins.
+pub type FileAt = (Arc<Remote>, u64);
+
+/// The disk behind a descriptor: its flat extents in order.
+pub struct Flat {
+    extents: Vec<Part>,
+    capacity: u64,
+}
+
+struct Part {
+    /// Where it begins on the disk.
+    start: u64,
+    len: u64,
+    /// None: zeros.
+    file: Option<Chunked>,
+}
+
+struct Chunked {
+    remote: Arc<Remote>,
+    /// Where the extent begins in its file.
+    base: u64,
+    slots: Mutex<BTreeMap<u64, Arc<Slot>>>,
+}
+
+impl Flat {
+    /// Of extents in order: length in bytes, and the file with the offset in it.
+    pub fn new(extents: Vec<(u64, Option<FileAt>)>) -> Self {
+        let mut start = 0;
+        let mut parts = Vec::with_capacity(extents.len());
+        for (len, file) in extents {
+            let file = file.map(|(remote, base)| Chunked { remote, base, slots: Mutex::default() });
+            parts.push(Part { start, len, file });
+            start += len;
+        }
+        Self { extents: parts, capacity: start }
+    }
+}
+
+impl Chunked {
+    /// The chunk of this number, on its way if it was not there; those behind it are sent for as well, up to `end` of the extent.
+    fn slot(&self, number: u64, end: u64) -> Arc<Slot> {
+        let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = (number + AHEAD).min(end.div_ceil(CHUNK));
+        for wanted in number..last.max(number + 1) {
+            slots.entry(wanted).or_insert_with(|| self.begin(wanted, end));
+        }
+        while slots.len() > KEPT {
+            let Some(far) = slots.keys().copied().max_by_key(|kept| kept.abs_diff(number)) else { break };
+            slots.remove(&far);
+        }
+        slots.get(&number).cloned().unwrap_or_else(|| self.begin(number, end))
+    }
+
+    fn begin(&self, number: u64, end: u64) -> Arc<Slot> {
+        let slot = Arc::new(Slot::default());
+        let (remote, filled) = (self.remote.clone(), slot.clone());
+        let offset = number * CHUNK;
+        let (length, from) = (CHUNK.min(end - offset), self.base + offset);
+        self.remote.runtime.spawn(async move {
+            let fetched = remote.fetch(from, length).await.map_err(Arc::from);
+            *filled.bytes.lock().unwrap_or_else(PoisonError::into_inner) = Some(fetched);
+            filled.there.notify_all();
+        });
+        slot
+    }
+
+    fn read(&self, mut offset: u64, mut buf: &mut [u8], end: u64) -> Result<(), FormatError> {
+        while !buf.is_empty() {
+            let number = offset / CHUNK;
+            let slot = self.slot(number, end);
+            let mut bytes = slot.bytes.lock().unwrap_or_else(PoisonError::into_inner);
+            while bytes.is_none() {
+                bytes = slot.there.wait(bytes).unwrap_or_else(PoisonError::into_inner);
+            }
+            let chunk = match bytes.as_ref() {
+                Some(Ok(chunk)) => chunk,
+                Some(Err(message)) => {
+                    let message = message.to_string();
+                    drop(bytes);
+                    // Whoever asks again gets another try.
+                    self.slots.lock().unwrap_or_else(PoisonError::into_inner).remove(&number);
+                    return Err(FormatError::Io(std::io::Error::other(message)));
+                }
+                None => continue,
+            };
+            // Within a chunk of 2 MiB.
+            let within = usize::try_from(offset % CHUNK).unwrap_or_default();
+            let count = buf.len().min(chunk.len().saturating_sub(within));
+            if count == 0 {
+                return Err(FormatError::Io(std::io::ErrorKind::UnexpectedEof.into()));
+            }
+            let (now, rest) = buf.split_at_mut(count);
+            now.copy_from_slice(&chunk[within..within + count]);
+            (buf, offset) = (rest, offset + count as u64);
+        }
+        Ok(())
+    }
+}
+
+impl Disk for Flat {
+    fn format(&self) -> &'static str {
+        "vmdk"
+    }
+
+    fn subformat(&self) -> &str {
+        "vmfs"
+    }
+
+    fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
+    /// A datastore does not tell its holes: all of a file may be data.
+    fn extents(&self, from: u64, to: u64) -> Result<Vec<Extent>, FormatError> {
+        let mut runs: Vec<Extent> = Vec::new();
+        for part in self.extents.iter().filter(|part| part.file.is_some()) {
+            let (start, end) = (part.start.max(from), (part.start + part.len).min(to.min(self.capacity)));
+            if start >= end {
+                continue;
+            }
+            match runs.last_mut() {
+                Some(last) if last.offset + last.len == start => last.len += end - start,
+                _ => runs.push(Extent { offset: start, len: end - start }),
+            }
+        }
+        Ok(runs)
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8], _: &mut Scratch) -> Result<(), FormatError> {
+        let end = offset.checked_add(buf.len() as u64).filter(|end| *end <= self.capacity);
+        let Some(end) = end else { return Err(FormatError::Io(std::io::ErrorKind::UnexpectedEof.into())) };
+        for part in &self.extents {
+            let (from, to) = (part.start.max(offset), (part.start + part.len).min(end));
+            if from >= to {
+                continue;
+            }
+            // Both lie inside `buf`, whose length is a usize.
+            let within = usize::try_from(from - offset).unwrap_or_default()..usize::try_from(to - offset).unwrap_or_default();
+            match &part.file {
+                Some(file) => file.read(from - part.start, &mut buf[within], part.len)?,
+                None => buf[within].fill(0),
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::DatastorePath;
+
+    #[test]
+    fn a_datastore_path_becomes_a_url_and_nothing_leads_out_of_it() {
+        let path = DatastorePath::parse("[SAN 1/a] My VM & co/d%isk ü.vmdk").map(|path| path.beside("d%isk ü-flat.vmdk").url("DC/ö"));
+        assert_eq!(path.as_deref(), Some("/folder/My%20VM%20%26%20co/d%25isk%20%C3%BC-flat.vmdk?dcPath=DC%2F%C3%B6&dsName=SAN%201%2Fa"));
+        for bad in ["", "x/y", "[] a", "[d]", "[d] ../a", "[d] a//b", "[d] a/./b", "[d] /etc"] {
+            assert_eq!(DatastorePath::parse(bad), None, "{bad}");
+        }
+    }
+}

@@ -1,0 +1,136 @@
+//! The vSphere double: govmomi's simulator with what an export needs beside it (`lab/fakevc`), and a plain client to ask it what is left.
+//!
+//! Owns: the processes and the words to them. Never: stands for the product. A crash here costs one test.
+
+use std::path::{Path, PathBuf};
+
+use reqwest::header::SET_COOKIE;
+
+use super::process::{Process, mortal};
+use super::{Scratch, lab, seconds, wait_for};
+
+/// Who may log in.
+pub const USER: &str = "backup@vsphere.local";
+/// With what; looked for in everything that the product writes.
+pub const PASSWORD: &str = "canary <&> 7c1f4e";
+
+/// What the double plays.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A vCenter: DC0 with a host, a cluster and four VMs.
+    Vcenter,
+    /// One host with two VMs.
+    Esxi,
+}
+
+impl Kind {
+    /// A VM of it.
+    pub fn vm(self) -> &'static str {
+        match self {
+            Kind::Vcenter => "DC0_H0_VM0",
+            Kind::Esxi => "ha-host_VM0",
+        }
+    }
+
+    /// Another one.
+    pub fn other(self) -> &'static str {
+        match self {
+            Kind::Vcenter => "DC0_H0_VM1",
+            Kind::Esxi => "ha-host_VM1",
+        }
+    }
+}
+
+/// A running double.
+pub struct Double {
+    /// HOST:PORT.
+    pub host: String,
+    // Held: it ends with its test.
+    _process: Process,
+    http: reqwest::Client,
+    cookie: String,
+}
+
+impl Double {
+    /// Starts one whose VM [`Kind::vm`] is off and has the raw image as its first disk.
+    pub async fn start(scratch: &Scratch, kind: Kind, image: &Path) -> Self {
+        let program = lab().join("fakevc");
+        assert!(program.is_file(), "{} is not built: tests/run builds it", program.display());
+        let folder = scratch.dir(&format!("double-{kind:?}"));
+        let log = folder.join("log");
+        let listen = free_address();
+        let mut command = mortal(&program);
+        command.args(["-l", &listen, "-u", USER, "-p", PASSWORD, "-off", kind.vm()]);
+        command.arg("-seed").arg(format!("{}={}", kind.vm(), image.display()));
+        if kind == Kind::Esxi {
+            command.arg("-esx");
+        }
+        // A certificate of its own: the one that comes with Go has too short a key for rustls.
+        let made = rcgen::generate_simple_self_signed(vec!["127.0.0.1".to_owned()]).unwrap();
+        for (flag, name, text) in [("-cert", "cert.pem", made.cert.pem()), ("-key", "key.pem", made.signing_key.serialize_pem())] {
+            std::fs::write(folder.join(name), text).unwrap();
+            command.arg(flag).arg(folder.join(name));
+        }
+        // Its datastores lie in here and go with the scratch folder.
+        command.env("TMPDIR", &folder).current_dir(&folder);
+        let mut process = Process::start("double", command, &log);
+        wait_for("the double", seconds(30), async || {
+            assert!(process.ended().is_none(), "it ended:\n{}", process.tail());
+            if process.log().contains("listening") { Ok(()) } else { Err(process.tail()) }
+        })
+        .await;
+        let http = reqwest::Client::builder().tls_danger_accept_invalid_certs(true).timeout(seconds(60)).build().unwrap();
+        let mut double = Self { host: listen, _process: process, http, cookie: String::new() };
+        double.log_in().await;
+        double
+    }
+
+    async fn log_in(&mut self) {
+        let content = self.soap("ServiceInstance", "ServiceInstance", "RetrieveServiceContent", "").await;
+        let of = |tag: &str| between(&content, &format!("<{tag} "), "<").split('>').nth(1).unwrap().to_owned();
+        let sessions = of("sessionManager");
+        let body = format!("<userName>{USER}</userName><password>{}</password>", PASSWORD.replace('&', "&amp;").replace('<', "&lt;"));
+        let answer = self.post("SessionManager", &sessions, "Login", &body).await;
+        let set = answer.headers().get(SET_COOKIE).expect("a login sets a cookie").to_str().unwrap().to_owned();
+        self.cookie = set.split(';').next().unwrap().to_owned();
+    }
+
+    async fn post(&self, kind: &str, this: &str, method: &str, body: &str) -> reqwest::Response {
+        let envelope = format!(
+            "<?xml version=\"1.0\"?><Envelope xmlns=\"http://schemas.xmlsoap.org/soap/envelope/\"><Body><{method} xmlns=\"urn:vim25\">\
+             <_this type=\"{kind}\">{this}</_this>{body}</{method}></Body></Envelope>"
+        );
+        let request =
+            self.http.post(format!("https://{}/sdk", self.host)).header("Cookie", &self.cookie).header("Content-Type", "text/xml");
+        request.body(envelope).send().await.unwrap()
+    }
+
+    /// A call; the answer as it came.
+    pub async fn soap(&self, kind: &str, this: &str, method: &str, body: &str) -> String {
+        let answer = self.post(kind, this, method, body).await.text().await.unwrap();
+        assert!(!answer.contains("Fault>"), "{method}: {answer}");
+        answer
+    }
+
+    /// Switches a VM on or off, by its id.
+    pub async fn power(&self, vm: &str, on: bool) {
+        self.soap("VirtualMachine", vm, if on { "PowerOnVM_Task" } else { "PowerOffVM_Task" }, "").await;
+    }
+
+    /// The first disk of [`Kind::vm`] as it lies on the datastore.
+    pub fn disk(&self, kind: Kind, scratch: &Scratch) -> PathBuf {
+        let stores = std::fs::read_dir(scratch.join(&format!("double-{kind:?}"))).unwrap().map(|entry| entry.unwrap().path());
+        let found = stores.map(|store| store.join(kind.vm()).join("disk1-flat.vmdk")).find(|path| path.is_file());
+        found.expect("the double has seeded a disk")
+    }
+}
+
+fn between<'a>(text: &'a str, start: &str, end: &str) -> &'a str {
+    let rest = text.split_once(start).unwrap_or_else(|| panic!("no {start} in {text}")).1;
+    rest.split_once(end).map_or(rest, |(found, _)| found)
+}
+
+/// An address that was free a moment ago: the double wants to be told its port.
+pub fn free_address() -> String {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string()
+}

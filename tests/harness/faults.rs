@@ -1,0 +1,222 @@
+//! A lossy server in front of a good one: TLS, HTTP/1.1, and whatever a test scripts to go wrong.
+//!
+//! Owns: which answer goes wrong and how often. Never: goes wrong by chance. A crash here costs one test.
+
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
+use tokio_rustls::TlsAcceptor;
+
+/// What happens in place of the answer.
+#[derive(Clone, Debug)]
+pub enum Fault {
+    /// This status, with `Retry-After` where that is given; the good server is not asked.
+    Status(u16, Option<u64>),
+    /// A SOAP fault of this type; the good server is not asked.
+    Soap(&'static str),
+    /// 200 in place of 206, with the same bytes.
+    Whole,
+    /// The headers and so many bytes of the body, then the connection ends.
+    Cut(usize),
+    /// The connection ends before an answer.
+    Reset,
+    /// Nothing comes, for so long.
+    Hang(Duration),
+    /// Another range than the one that was asked for.
+    OtherRange,
+}
+
+/// One thing that goes wrong.
+#[derive(Clone, Debug)]
+pub struct Rule {
+    /// What the request's first line or body holds.
+    pub matches: &'static str,
+    /// So many matching requests pass first.
+    pub after: usize,
+    /// Then so many go wrong.
+    pub times: usize,
+    /// How.
+    pub fault: Fault,
+}
+
+#[derive(Default)]
+struct Script {
+    rules: Vec<(Rule, usize)>,
+    met: usize,
+}
+
+/// The proxy.
+pub struct Faults {
+    /// HOST:PORT.
+    pub host: String,
+    /// SHA-256 of its certificate, hex.
+    pub fingerprint: String,
+    script: Arc<Mutex<Script>>,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Faults {
+    /// Stands in front of HOST:PORT.
+    pub async fn before(upstream: &str) -> Self {
+        let made = rcgen::generate_simple_self_signed(vec!["127.0.0.1".to_owned()]).unwrap();
+        let certificate = made.cert.der().clone();
+        let fingerprint = hex::encode(<sha2::Sha256 as sha2::Digest>::digest(&certificate));
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(made.signing_key.serialize_der()));
+        let tls = rustls::ServerConfig::builder_with_provider(Arc::new(rustls::crypto::ring::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_no_client_auth()
+            .with_single_cert(vec![certificate], key)
+            .unwrap();
+        let acceptor = TlsAcceptor::from(Arc::new(tls));
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let host = listener.local_addr().unwrap().to_string();
+        let script = Arc::new(Mutex::new(Script::default()));
+        let http = reqwest::Client::builder().tls_danger_accept_invalid_certs(true).http1_only().build().unwrap();
+        let (rules, upstream) = (script.clone(), upstream.to_owned());
+        let task = tokio::spawn(async move {
+            loop {
+                let Ok((socket, _)) = listener.accept().await else { continue };
+                let (acceptor, rules, http, upstream) = (acceptor.clone(), rules.clone(), http.clone(), upstream.clone());
+                tokio::spawn(async move {
+                    if let Ok(stream) = acceptor.accept(socket).await {
+                        // An end of the connection is an end.
+                        let _ = serve(stream, &rules, &http, &upstream).await;
+                    }
+                });
+            }
+        });
+        Self { host, fingerprint, script, task }
+    }
+
+    /// Scripts what goes wrong from here on; what was scripted before is forgotten.
+    pub fn script(&self, rules: Vec<Rule>) {
+        *self.script.lock().unwrap() = Script { rules: rules.into_iter().map(|rule| (rule, 0)).collect(), met: 0 };
+    }
+
+    /// How many requests went wrong since the last script.
+    pub fn met(&self) -> usize {
+        self.script.lock().unwrap().met
+    }
+}
+
+impl Drop for Faults {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+fn fault_for(script: &Mutex<Script>, request: &str) -> Option<Fault> {
+    let mut script = script.lock().unwrap();
+    let mut found = None;
+    for (rule, seen) in &mut script.rules {
+        if request.contains(rule.matches) {
+            *seen += 1;
+            if found.is_none() && *seen > rule.after && *seen <= rule.after.saturating_add(rule.times) {
+                found = Some(rule.fault.clone());
+            }
+        }
+    }
+    script.met += usize::from(found.is_some());
+    found
+}
+
+type Stream = tokio_rustls::server::TlsStream<tokio::net::TcpStream>;
+
+async fn serve(mut stream: Stream, script: &Mutex<Script>, http: &reqwest::Client, upstream: &str) -> std::io::Result<()> {
+    let mut buffer = Vec::new();
+    loop {
+        let Some((head, body)) = request(&mut stream, &mut buffer).await? else { return Ok(()) };
+        let line = head.lines().next().unwrap_or_default().to_owned();
+        let mut parts = line.split(' ');
+        let (method, path) = (parts.next().unwrap_or_default().to_owned(), parts.next().unwrap_or_default().to_owned());
+        let fault = fault_for(script, &format!("{line}\n{}", String::from_utf8_lossy(&body)));
+        match &fault {
+            Some(Fault::Status(status, wait)) => {
+                let wait = wait.map(|seconds| format!("Retry-After: {seconds}\r\n")).unwrap_or_default();
+                stream.write_all(format!("HTTP/1.1 {status} No\r\n{wait}Content-Length: 0\r\n\r\n").as_bytes()).await?;
+                continue;
+            }
+            Some(Fault::Soap(kind)) => {
+                let text = format!(
+                    "<?xml version=\"1.0\"?><s:Envelope xmlns:s=\"http://schemas.xmlsoap.org/soap/envelope/\" xmlns:i=\"http://www.w3.org/2001/XMLSchema-instance\">\
+                     <s:Body><s:Fault><faultstring>scripted</faultstring><detail><{kind}Fault xmlns=\"urn:vim25\" i:type=\"{kind}\"/></detail></s:Fault></s:Body></s:Envelope>"
+                );
+                let head = format!("HTTP/1.1 500 Fault\r\nContent-Type: text/xml\r\nContent-Length: {}\r\n\r\n", text.len());
+                stream.write_all(format!("{head}{text}").as_bytes()).await?;
+                continue;
+            }
+            Some(Fault::Reset) => return Ok(()),
+            Some(Fault::Hang(time)) => {
+                tokio::time::sleep(*time).await;
+                return Ok(());
+            }
+            _ => {}
+        }
+        let mut asked = http.request(method.parse().unwrap(), format!("https://{upstream}{path}")).body(body);
+        for field in head.lines().skip(1) {
+            let Some((name, value)) = field.split_once(':') else { continue };
+            if !["host", "content-length", "connection"].contains(&name.to_ascii_lowercase().as_str()) {
+                asked = asked.header(name, value.trim());
+            }
+        }
+        let answer = asked.send().await.map_err(std::io::Error::other)?;
+        let mut status = answer.status().as_u16();
+        let headers = answer.headers().clone();
+        let bytes = answer.bytes().await.map_err(std::io::Error::other)?;
+        if matches!(fault, Some(Fault::Whole)) {
+            status = 200;
+        }
+        let mut reply = format!("HTTP/1.1 {status} Answer\r\nContent-Length: {}\r\n", bytes.len());
+        for (name, value) in &headers {
+            if ["content-length", "transfer-encoding", "connection"].contains(&name.as_str()) {
+                continue;
+            }
+            let value = value.to_str().unwrap_or_default();
+            let value = match &fault {
+                Some(Fault::OtherRange) if name == "content-range" => value.replacen("bytes ", "bytes 1", 1),
+                _ => value.to_owned(),
+            };
+            reply.push_str(&format!("{name}: {value}\r\n"));
+        }
+        reply.push_str("\r\n");
+        stream.write_all(reply.as_bytes()).await?;
+        if let Some(Fault::Cut(after)) = fault {
+            stream.write_all(&bytes[..after.min(bytes.len())]).await?;
+            stream.flush().await?;
+            return Ok(());
+        }
+        stream.write_all(&bytes).await?;
+        stream.flush().await?;
+    }
+}
+
+/// One request's head and body; none where the client has gone.
+async fn request(stream: &mut Stream, buffer: &mut Vec<u8>) -> std::io::Result<Option<(String, Vec<u8>)>> {
+    let mut piece = vec![0u8; 64 << 10];
+    let end = loop {
+        if let Some(end) = buffer.windows(4).position(|window| window == b"\r\n\r\n") {
+            break end + 4;
+        }
+        match stream.read(&mut piece).await? {
+            0 => return Ok(None),
+            count => buffer.extend_from_slice(&piece[..count]),
+        }
+    };
+    let head = String::from_utf8_lossy(&buffer[..end]).into_owned();
+    let length =
+        head.lines().find_map(|line| line.to_ascii_lowercase().strip_prefix("content-length:").map(|v| v.trim().parse().unwrap_or(0)));
+    let length: usize = length.unwrap_or(0);
+    while buffer.len() < end + length {
+        match stream.read(&mut piece).await? {
+            0 => return Ok(None),
+            count => buffer.extend_from_slice(&piece[..count]),
+        }
+    }
+    let body = buffer[end..end + length].to_vec();
+    buffer.drain(..end + length);
+    Ok(Some((head, body)))
+}
