@@ -105,12 +105,17 @@ async fn whole_way(kind: Kind) {
     assert_eq!(fleet.client.post("/providers/vc/test", json!({})).await.expect(200).body["ok"], true);
     let capable = fleet.client.get("/providers/capabilities").await.expect(200).body;
     let capable = capable["data"].as_array().unwrap().iter().find(|row| row["kind"] == "vsphere").unwrap().clone();
-    assert_eq!((&capable["export"], &capable["hot_export"], &capable["connections"]), (&json!(true), &json!(false), &json!(["vc"])));
+    assert_eq!((&capable["export"], &capable["hot_export"], &capable["connections"]), (&json!(true), &json!(true), &json!(["vc"])));
 
-    // What is on is refused for now, and shows itself off soon after it was switched off.
+    // What is on is read from a temporary snapshot, of which nothing stays.
+    let datastore = double.disk(kind, &fleet.scratch);
     let running = vm(&fleet, kind.other()).await;
     assert_eq!(running["power_state"], "poweredOn", "{running:#}");
-    export(&fleet, kind.other(), "qcow2").await.refused(422, "not_built");
+    for format in ["qcow2", "vmdk"] {
+        let job = exported(&fleet, kind.other(), format).await;
+        identical(("raw", &datastore), (format, &file_of(&job, &format!(".{format}"))));
+        assert_eq!(double.left().await, (0, 0), "leases and snapshots after {job:#}");
+    }
     double.power(running["id"].as_str().unwrap(), false).await;
     let switched = Instant::now();
     wait_for("the inventory to see it off", seconds(5), async || {
@@ -121,7 +126,6 @@ async fn whole_way(kind: Kind) {
     println!("{kind:?}: a power change shows after {} ms", switched.elapsed().as_millis());
 
     // Byte for byte.
-    let datastore = double.disk(kind, &fleet.scratch);
     let job = exported(&fleet, kind.vm(), "qcow2").await;
     assert_eq!(job["result"]["verified"], true, "{job:#}");
     identical(("raw", &datastore), ("qcow2", &qcow2_of(&job)));
@@ -131,6 +135,12 @@ async fn whole_way(kind: Kind) {
     let members = untar(&file_of(&job, ".ova"), &unpacked);
     let vmdk = members.iter().find(|name| name.ends_with(".vmdk")).expect("a disk in the OVA");
     identical(("raw", &datastore), ("vmdk", &unpacked.join(vmdk)));
+
+    // Over a snapshot that an operator took, which stays.
+    double.snapshot(off["id"].as_str().unwrap(), "before the update").await;
+    let job = exported(&fleet, kind.vm(), "qcow2").await;
+    identical(("raw", &datastore), ("qcow2", &qcow2_of(&job)));
+    assert_eq!(double.left().await, (0, 1), "the operator's snapshot is not ours");
 
     // Both sides may be killed: the account comes again with the next Welcome.
     fleet.controller.kill();
@@ -216,6 +226,7 @@ async fn what_goes_wrong_on_the_way_is_borne_or_told() {
         ("another range", vec![rule(flat, 2, 2, Fault::OtherRange)]),
         ("cut bodies", vec![rule(flat, 2, 4, Fault::Cut(100_000))]),
         ("resets", vec![rule(flat, 2, 4, Fault::Reset)]),
+        ("no ranges at all: then by a lease", vec![rule("/folder/", 0, usize::MAX, Fault::Status(401, None))]),
     ];
     let datastore = double.disk(Kind::Vcenter, &fleet.scratch);
     for (what, rules) in borne {
@@ -226,8 +237,7 @@ async fn what_goes_wrong_on_the_way_is_borne_or_told() {
     }
     let told = [
         ("206", vec![rule(flat, 2, usize::MAX, Fault::Whole)]),
-        ("not there", vec![rule(flat, 0, usize::MAX, Fault::Status(404, None))]),
-        ("authenticated", vec![rule("/folder/", 0, usize::MAX, Fault::Status(401, None))]),
+        ("404", vec![rule(flat, 0, usize::MAX, Fault::Status(404, None)), rule("/fakenfc/", 0, usize::MAX, Fault::Status(404, None))]),
     ];
     for (cause, rules) in told {
         proxy.script(rules);
@@ -246,4 +256,86 @@ async fn what_goes_wrong_on_the_way_is_borne_or_told() {
         assert_ne!(job["status"], "completed", "{cause}: {job:#}");
         assert!(!fleet.exports().join(id).exists(), "{cause}: something was published");
     }
+}
+
+/// Leases and their streams: what breaks is read again, what stays broken is told, and nothing is left at the source, not even by kill -9.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_hot_export_leaves_nothing_behind_whatever_happens() {
+    let mut fleet = Fleet::start("vsphere-hot", Plan::plain(), |_| {}).await;
+    let image = fleet.scratch.join("disk.raw");
+    disk(&image, 24 * MIB);
+    let double = Double::start(&fleet.scratch, Kind::Vcenter, &image).await;
+    let proxy = Faults::before(&double.host).await;
+    connect(&fleet, account(&proxy.host, json!({"fingerprint": proxy.fingerprint}))).await.expect(201);
+    let datastore = double.disk(Kind::Vcenter, &fleet.scratch);
+    let running = Kind::Vcenter.other();
+
+    let borne = [
+        ("a stream that is cut twice", vec![rule("/fakenfc/", 0, 2, Fault::Cut(300_000))]),
+        ("a stream that is reset", vec![rule("/fakenfc/", 0, 1, Fault::Reset)]),
+        ("503 for a stream", vec![rule("/fakenfc/", 0, 2, Fault::Status(503, Some(1)))]),
+        ("a snapshot's answer that is lost", vec![rule("CreateSnapshot_Task", 0, 1, Fault::Lost)]),
+        ("a removal's answer that is lost", vec![rule("RemoveSnapshot_Task", 0, 1, Fault::Lost)]),
+        ("a session that runs out while a task runs", vec![rule("info.state", 0, 1, Fault::Soap("NotAuthenticated"))]),
+    ];
+    for (what, rules) in borne {
+        proxy.script(rules);
+        let job = exported(&fleet, running, "raw").await;
+        assert!(proxy.met() > 0, "{what}: nothing went wrong");
+        identical(("raw", &datastore), ("raw", &file_of(&job, ".raw")));
+        nothing_left(&double, what).await;
+    }
+    for (cause, rules) in [
+        ("times", vec![rule("/fakenfc/", 0, usize::MAX, Fault::Cut(300_000))]),
+        ("lease", vec![rule("ExportSnapshot", 0, usize::MAX, Fault::Soap("InvalidState"))]),
+    ] {
+        proxy.script(rules);
+        let made = export(&fleet, running, "raw").await.expect(201).body;
+        let id = made["id"].as_str().unwrap();
+        wait_for(&format!("{id} to have failed once"), seconds(60), async || {
+            let lines = fleet.client.log_lines(id).await?;
+            if lines.iter().any(|line| line["level"] == "error") { Ok(()) } else { Err(format!("{lines:?}")) }
+        })
+        .await;
+        fleet.client.delete(&format!("/jobs/{id}")).await;
+        let job = fleet.client.ended(id, seconds(60)).await;
+        assert_ne!(job["status"], "completed", "{cause}: {job:#}");
+        nothing_left(&double, cause).await;
+    }
+    proxy.script(vec![]);
+
+    // kill -9 in the middle: the next process undoes what the ledger names, and the job is done all the same.
+    for round in 0..3 {
+        let wish =
+            json!({"type": "export", "provider": "vc", "vm_name": running, "format": "raw", "options": {"bandwidth_limit": 4 * MIB}});
+        let id = fleet.client.create_job(wish).await;
+        wait_for("a snapshot at the source", seconds(30), async || {
+            let left = double.left().await;
+            if left.1 == 1 && (round == 0 || left.0 == 1) { Ok(()) } else { Err(format!("{left:?}")) }
+        })
+        .await;
+        fleet.agents[0].kill();
+        assert_eq!(double.left().await.1, 1, "the kill met it");
+        fleet.agents[0].start();
+        let job = fleet.client.completed(&id, seconds(90)).await;
+        identical(("raw", &datastore), ("raw", &file_of(&job, ".raw")));
+        nothing_left(&double, "kill -9").await;
+    }
+
+    // Cancelled: the bytes stop, and the snapshot goes.
+    let wish = json!({"type": "export", "provider": "vc", "vm_name": running, "format": "raw", "options": {"bandwidth_limit": 2 * MIB}});
+    let id = fleet.client.create_job(wish).await;
+    fleet.client.in_stage(&id, &["copying"], seconds(30)).await;
+    fleet.client.delete(&format!("/jobs/{id}")).await.expect(202);
+    assert_eq!(fleet.client.ended(&id, seconds(30)).await["status"], "cancelled");
+    nothing_left(&double, "cancel").await;
+}
+
+/// What is undone is undone within moments: a lease after its job's end by a word of its own.
+async fn nothing_left(double: &Double, what: &str) {
+    wait_for(&format!("nothing to be left at the source: {what}"), seconds(60), async || {
+        let left = double.left().await;
+        if left == (0, 0) { Ok(()) } else { Err(format!("leases and snapshots: {left:?}")) }
+    })
+    .await;
 }

@@ -78,7 +78,7 @@ fn client(connection: &v1::Connection) -> Result<Client, Error> {
         host: connection.path.clone(),
         username: account.username.clone(),
         password: Secret::new(account.password.clone()),
-        trust: Trust { insecure: account.insecure, fingerprint: Some(fingerprint).filter(|text| !text.is_empty()) },
+        trust: Trust { insecure: account.insecure, fingerprint: Some(fingerprint).filter(|text| !text.is_empty()), thumbprint: None },
     })
 }
 

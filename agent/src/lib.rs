@@ -25,6 +25,7 @@ mod proof;
 mod pull;
 mod session;
 pub mod sources;
+mod touched;
 mod transfer;
 mod worker;
 
@@ -72,6 +73,8 @@ struct Agent {
     /// An inventory has changed, by an import or at a hypervisor: the session is to tell it.
     catalogue: tokio::sync::Notify,
     hypervisors: hypervisors::Hypervisors,
+    /// Held by whoever undoes what earlier attempts have left.
+    reaping: Mutex<()>,
     /// Connections by name: those of this host's settings and those that people made by REST.
     connections: Mutex<BTreeMap<String, v1::Connection>>,
     /// The inventory as it was sent last, to send only changes.
@@ -121,6 +124,7 @@ impl Agent {
             own: own.values().cloned().collect(),
             catalogue: tokio::sync::Notify::new(),
             hypervisors: hypervisors::Hypervisors::default(),
+            reaping: Mutex::default(),
             connections: Mutex::new(own),
             sent: Mutex::default(),
             last_heard: Mutex::new(Instant::now()),

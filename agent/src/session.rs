@@ -23,7 +23,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use crate::held::Stop;
 use crate::identity::{self, Identity};
-use crate::{Agent, browse, hypervisors, inspect, pull, transfer, worker};
+use crate::{Agent, browse, hypervisors, inspect, pull, touched, transfer, worker};
 
 /// Longest pause between two tries.
 const MAX_BACKOFF: Duration = Duration::from_secs(15);
@@ -171,6 +171,7 @@ async fn session(agent: &Arc<Agent>, identity: &Identity, mut shutdown: watch::R
                 }
                 if welcomed {
                     agent.scan(&tell, None, false);
+                    reap(agent);
                 }
             }
             () = agent.table.news.notified() => {}
@@ -226,6 +227,7 @@ async fn handle(agent: &Arc<Agent>, kind: FromController, tell: &mpsc::Sender<v1
         FromController::Welcome(welcome) => {
             agent.serve(welcome.connections);
             hypervisors::attend(agent);
+            reap(agent);
             for held in agent.table.all() {
                 if !welcome.keep.iter().any(|keep| keep.job == held.job && keep.epoch == held.epoch) {
                     held.ask_to_stop(Stop::Park);
@@ -249,6 +251,16 @@ async fn handle(agent: &Arc<Agent>, kind: FromController, tell: &mpsc::Sender<v1
         FromController::Forget(forget) => agent.forget_question(forget.id),
         FromController::Renew(_) => {}
     }
+}
+
+/// Undoes what earlier attempts have left at their sources; in the background, one at a time.
+fn reap(agent: &Arc<Agent>) {
+    let agent = agent.clone();
+    tokio::task::spawn_blocking(move || {
+        if let Ok(_alone) = agent.reaping.try_lock() {
+            touched::reap(&agent);
+        }
+    });
 }
 
 fn stop(agent: &Arc<Agent>, cancel: &v1::Cancel) {

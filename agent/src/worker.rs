@@ -28,7 +28,7 @@ use crate::pipeline::{self, PartDir, Snapshot, SourceDisk, Stage, Watch};
 use crate::sources::file::FileSource;
 use crate::sources::local::Depth;
 use crate::sources::{self, Opened, Source};
-use crate::{Agent, proof, pull};
+use crate::{Agent, proof, pull, touched};
 
 /// Data bytes between two checkpoints. A crash costs what is open, what waits or is being sealed and what is in the pipeline's slots: all
 /// together stay below the 64 MiB that are promised, however slow the disk syncs.
@@ -81,7 +81,10 @@ pub fn run(agent: &Agent, held: &Assignment, replaced: Option<Arc<Assignment>>, 
         earlier.ask_to_stop(Stop::Park);
         earlier.wait_gone();
     }
+    // An attempt that a crash ended may have left something at the source; this one makes its own.
+    touched::undo(agent, &held.job);
     let end = work(agent, held, assign).unwrap_or_else(|end| end);
+    touched::undo(agent, &held.job);
     use v1::finished::Outcome;
     let outcome = match end {
         End::Completed(result) => Outcome::Completed(result),
@@ -323,7 +326,9 @@ pub fn source_disk(opened: Opened) -> SourceDisk {
 fn open_source(agent: &Agent, held: &Assignment, assign: &v1::Assign, with_snapshots: bool) -> Result<(shared::vm::Vm, Vec<Opened>), End> {
     if assign.source.is_empty() {
         let source = source_of(agent, assign)?;
-        let (vm, mut disks) = source.open(&assign.vm_id).map_err(Failure::from)?;
+        let connection = assign.connection.clone().unwrap_or_default();
+        let pen = touched::Pen::new(agent, held, &connection, &assign.vm_id);
+        let (vm, mut disks) = source.open_for(&assign.vm_id, &pen).map_err(Failure::from)?;
         if with_snapshots {
             disks.extend(source.open_snapshots(&assign.vm_id).map_err(Failure::from)?);
         }
@@ -408,7 +413,9 @@ impl Watcher<'_> {
         let compresses = self.job.compression.is_some()
             || matches!(self.job.format, pipeline::Format::Vmdk | pipeline::Format::Ovf | pipeline::Format::Ova);
         let left = snapshot.data_bytes.saturating_sub(snapshot.durable);
-        let needed = if compresses { 0 } else { left };
+        // Where holes are not known, data is a guess from above.
+        let is_guess = self.job.disks.iter().any(|source| !source.disk.knows_holes());
+        let needed = if compresses || is_guess { 0 } else { left };
         let (free, _) = vault::space(self.folder).ok()?;
         let sentence =
             || format!("no space at the destination: {} MiB are needed and {} MiB are free", needed.div_ceil(1 << 20), free >> 20);

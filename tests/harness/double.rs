@@ -52,7 +52,7 @@ pub struct Double {
 }
 
 impl Double {
-    /// Starts one whose VM [`Kind::vm`] is off and has the raw image as its first disk.
+    /// Starts one whose VM [`Kind::vm`] is off, and [`Kind::other`] on; both have the raw image as their first disk.
     pub async fn start(scratch: &Scratch, kind: Kind, image: &Path) -> Self {
         let program = lab().join("fakevc");
         assert!(program.is_file(), "{} is not built: tests/run builds it", program.display());
@@ -60,8 +60,8 @@ impl Double {
         let log = folder.join("log");
         let listen = free_address();
         let mut command = mortal(&program);
-        command.args(["-l", &listen, "-u", USER, "-p", PASSWORD, "-off", kind.vm()]);
-        command.arg("-seed").arg(format!("{}={}", kind.vm(), image.display()));
+        command.args(["-l", &listen, "-u", USER, "-p", PASSWORD, "-off", kind.vm(), "-lease", "6s"]);
+        command.arg("-seed").arg(format!("{}={image},{}={image}", kind.vm(), kind.other(), image = image.display()));
         if kind == Kind::Esxi {
             command.arg("-esx");
         }
@@ -115,6 +115,19 @@ impl Double {
     /// Switches a VM on or off, by its id.
     pub async fn power(&self, vm: &str, on: bool) {
         self.soap("VirtualMachine", vm, if on { "PowerOnVM_Task" } else { "PowerOffVM_Task" }, "").await;
+    }
+
+    /// Takes a snapshot of a VM, as an operator does.
+    pub async fn snapshot(&self, vm: &str, name: &str) {
+        let body = format!("<name>{name}</name><memory>false</memory><quiesce>false</quiesce>");
+        self.soap("VirtualMachine", vm, "CreateSnapshot_Task", &body).await;
+    }
+
+    /// How many leases and snapshots there are.
+    pub async fn left(&self) -> (u64, u64) {
+        let answer = self.http.get(format!("https://{}/left", self.host)).send().await.unwrap().text().await.unwrap();
+        let left: serde_json::Value = serde_json::from_str(&answer).unwrap();
+        (left["leases"].as_u64().unwrap(), left["snapshots"].as_u64().unwrap())
     }
 
     /// The first disk of [`Kind::vm`] as it lies on the datastore.

@@ -23,6 +23,8 @@ pub enum Fault {
     Cut(usize),
     /// The connection ends before an answer.
     Reset,
+    /// The good server does it, and its answer is lost.
+    Lost,
     /// Nothing comes, for so long.
     Hang(Duration),
     /// Another range than the one that was asked for.
@@ -169,6 +171,9 @@ async fn serve(mut stream: Stream, script: &Mutex<Script>, http: &reqwest::Clien
         let bytes = answer.bytes().await.map_err(std::io::Error::other)?;
         if matches!(fault, Some(Fault::Whole)) {
             status = 200;
+        }
+        if matches!(fault, Some(Fault::Lost)) {
+            return Ok(());
         }
         let mut reply = format!("HTTP/1.1 {status} Answer\r\nContent-Length: {}\r\n", bytes.len());
         for (name, value) in &headers {

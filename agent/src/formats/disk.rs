@@ -157,6 +157,11 @@ pub trait Disk: Send + Sync {
     /// Size of the logical disk in bytes.
     fn capacity(&self) -> u64;
 
+    /// Whether `extents` tells holes from data. Where it does not, all is called data, and how much there is shows when it was read.
+    fn knows_holes(&self) -> bool {
+        true
+    }
+
     /// The data extents of `[from, to)`: sorted, not overlapping, merged where they touch, clipped to the range and the capacity.
     /// Cost follows the number of table entries that exist, never the capacity: an unallocated L1 entry or grain-directory entry is skipped whole.
     fn extents(&self, from: u64, to: u64) -> Result<Vec<Extent>>;

@@ -13,6 +13,7 @@ use shared::error::Code;
 use shared::vm::{Snapshot, Vm};
 
 use crate::formats::Disk;
+use crate::touched::Touched;
 
 /// One disk of a VM, opened.
 pub struct Opened {
@@ -57,6 +58,21 @@ pub struct Beside {
     pub size: u64,
 }
 
+/// How a source tells what it is about to touch, and how it has chosen to read.
+pub trait Touch {
+    /// The job.
+    fn job(&self) -> &str;
+
+    /// A snapshot of this name is about to be made. Durable when it returns.
+    fn snapshot(&self, name: &str) -> std::io::Result<()>;
+
+    /// A lease of this id was given. Durable when it returns.
+    fn lease(&self, id: &str) -> std::io::Result<()>;
+
+    /// A line of the job's log.
+    fn log(&self, text: String);
+}
+
 /// A provider connection, opened on this agent.
 pub trait Source: Send + Sync {
     /// All VMs. One that cannot be exported is listed with its `problem`.
@@ -67,6 +83,18 @@ pub trait Source: Send + Sync {
 
     /// The VM of this id with its disks.
     fn open(&self, vm_id: &str) -> Result<(Vm, Vec<Opened>), Error>;
+
+    /// The same for a job, which may touch the source for it: that is noted beforehand.
+    fn open_for(&self, vm_id: &str, touch: &dyn Touch) -> Result<(Vm, Vec<Opened>), Error> {
+        let _ = touch;
+        self.open(vm_id)
+    }
+
+    /// Undoes what was touched; what is gone already is undone.
+    fn undo(&self, touched: &Touched) -> Result<(), Error> {
+        let _ = touched;
+        Ok(())
+    }
 
     /// The same for whoever only compares: the digests of a package are not checked, which would read all of it.
     fn glance(&self, vm_id: &str) -> Result<(Vm, Vec<Opened>), Error> {

@@ -163,11 +163,8 @@ async fn export(app: &App, caller: &str, wanted: Create) -> Result<NewJob, Error
 
 /// What an export from vSphere cannot do yet, told before a job is made. Its agent looks again when it begins.
 fn check_vsphere(vm: &Vm, options: &Options) -> Result<(), Error> {
-    if vm.power_state != "poweredOff" {
-        return Err(Error::not_built(format!("export of `{}` while it is {}; power it off", clip(&vm.path), clip(&vm.power_state))));
-    }
-    if vm.snapshots > 0 {
-        return Err(Error::not_built(format!("export of `{}` over its {} snapshots; consolidate them", clip(&vm.path), vm.snapshots)));
+    if options.include_snapshots == Some(true) && vm.snapshots > 0 {
+        return Err(Error::not_built(format!("include_snapshots of `{}`: at vSphere the present state is exported", clip(&vm.path))));
     }
     if options.power_off == Some(true) {
         return Err(Error::not_built("power_off at vSphere"));

@@ -88,9 +88,11 @@ fn of_vm(vm: &Vm, kind: &str) -> Vec<Check> {
     });
     checks.push(match vm.snapshots {
         0 => pass("snapshots", "it has none"),
-        count if kind == "vsphere" => {
-            fail("snapshots", format!("it has {count}: reading over their deltas is not built yet"), "consolidate them first")
-        }
+        count if kind == "vsphere" => warn(
+            "snapshots",
+            format!("it has {count}; an export takes the present state, by a lease"),
+            "consolidate them first: a lease is slower than ranges",
+        ),
         count => warn(
             "snapshots",
             format!("it has {count}; an export takes the present state"),
@@ -103,7 +105,11 @@ fn of_vm(vm: &Vm, kind: &str) -> Vec<Check> {
     });
     checks.push(match vm.power_state.as_str() {
         "poweredOff" => pass("power", "it is off"),
-        _ if kind == "vsphere" => fail("power", "it is not off: a hot export is not built yet", "shut it down"),
+        _ if kind == "vsphere" => warn(
+            "power",
+            "it is not off: it is read from a temporary snapshot, as after a power failure",
+            "shut it down where that will not do",
+        ),
         "suspended" => warn("power", "it is suspended: its memory stays behind", "resume it and shut it down"),
         _ => warn("power", "it runs: what it writes during the export may be torn", "shut it down, or set power_off"),
     });

@@ -46,29 +46,36 @@ import (
 
 var (
 	workDir string
-	baseURL string
 	leases  sync.Map // lease id -> *HttpNfcLease
 	frozen  sync.Map // "snapshot id/device key" -> frozen flat file; "changeId" -> frozen flat file
 	changeN int
+
+	leaseTime time.Duration // without a word of progress
 )
 
 type HttpNfcLease struct {
 	mo.HttpNfcLease
 	files map[string]string // url name -> vmdk descriptor or raw file
+	timer *time.Timer       // a lease whose holder says nothing ends, as at real servers
+}
+
+func (l *HttpNfcLease) end() {
+	l.timer.Stop()
+	leases.Delete(l.Self.Value)
+	simulator.Map.Remove(l.Self)
 }
 
 func (l *HttpNfcLease) HttpNfcLeaseComplete(ctx *simulator.Context, r *types.HttpNfcLeaseComplete) soap.HasFault {
-	leases.Delete(l.Self.Value)
-	simulator.Map.Remove(l.Self)
+	l.end()
 	return &methods.HttpNfcLeaseCompleteBody{Res: new(types.HttpNfcLeaseCompleteResponse)}
 }
 func (l *HttpNfcLease) HttpNfcLeaseAbort(ctx *simulator.Context, r *types.HttpNfcLeaseAbort) soap.HasFault {
-	leases.Delete(l.Self.Value)
-	simulator.Map.Remove(l.Self)
+	l.end()
 	return &methods.HttpNfcLeaseAbortBody{Res: new(types.HttpNfcLeaseAbortResponse)}
 }
 func (l *HttpNfcLease) HttpNfcLeaseProgress(ctx *simulator.Context, r *types.HttpNfcLeaseProgress) soap.HasFault {
 	l.TransferProgress = r.Percent
+	l.timer.Reset(leaseTime)
 	return &methods.HttpNfcLeaseProgressBody{Res: new(types.HttpNfcLeaseProgressResponse)}
 }
 
@@ -106,7 +113,7 @@ func newLease(entity types.ManagedObjectReference, dev []types.BaseVirtualDevice
 	l := &HttpNfcLease{files: map[string]string{}}
 	l.State = types.HttpNfcLeaseStateReady
 	simulator.Map.Put(l)
-	info := &types.HttpNfcLeaseInfo{Lease: l.Self, Entity: entity, LeaseTimeout: 300}
+	info := &types.HttpNfcLeaseInfo{Lease: l.Self, Entity: entity, LeaseTimeout: int32(leaseTime.Seconds())}
 	ds, bs := disks(dev)
 	for i, d := range ds {
 		name := fmt.Sprintf("disk-%d.vmdk", i)
@@ -115,11 +122,12 @@ func newLease(entity types.ManagedObjectReference, dev []types.BaseVirtualDevice
 		info.TotalDiskCapacityInKB += d.CapacityInKB
 		info.DeviceUrl = append(info.DeviceUrl, types.HttpNfcLeaseDeviceUrl{
 			Key:       fmt.Sprintf("/%s/VirtualDisk:%d", entity.Value, d.Key),
-			ImportKey: "", Url: baseURL + "/fakenfc/" + l.Self.Value + "/" + name,
+			ImportKey: "", Url: "https://*/fakenfc/" + l.Self.Value + "/" + name,
 			SslThumbprint: "", Disk: types.NewBool(true), TargetId: name, FileSize: 0,
 		})
 	}
 	l.Info = info
+	l.timer = time.AfterFunc(leaseTime, l.end)
 	leases.Store(l.Self.Value, l)
 	return l
 }
@@ -293,6 +301,14 @@ func (watcher) PutObject(o mo.Reference) {
 func (watcher) UpdateObject(mo.Reference, []types.PropertyChange) {}
 func (watcher) RemoveObject(types.ManagedObjectReference)         {}
 
+func count(tree []types.VirtualMachineSnapshotTree) int {
+	n := len(tree)
+	for _, s := range tree {
+		n += count(s.ChildSnapshotList)
+	}
+	return n
+}
+
 var this = regexp.MustCompile(`(<(?:[A-Za-z0-9]+:)?_this\b[^>]*?\btype=")(VirtualMachine|VirtualMachineSnapshot)(")`)
 var added = regexp.MustCompile(`<(?:[A-Za-z0-9]+:)?(ExportVm|ExportSnapshot|QueryChangedDiskAreas)\b`)
 var thisID = regexp.MustCompile(`_this\b[^>]*>([^<]+)<`)
@@ -305,6 +321,7 @@ func main() {
 	cert := flag.String("cert", "", "TLS certificate")
 	key := flag.String("key", "", "TLS key")
 	seed := flag.String("seed", "", "VM=raw-image[,VM=raw-image...]: make the image the VM's first disk")
+	flag.DurationVar(&leaseTime, "lease", 300*time.Second, "a lease ends after this time without progress")
 	off := flag.String("off", "", "VM[,VM...]: these are powered off at the start")
 	auth := flag.Bool("folderauth", true, "demand Basic auth or a session cookie on /folder, as real servers do")
 	flag.Parse()
@@ -357,7 +374,6 @@ func main() {
 		}
 		s.TLS.Certificates = []tls.Certificate{c}
 	}
-	baseURL = "https://" + *listen
 	mux := http.NewServeMux()
 	s.ServeMux = mux
 	sdk := func(w http.ResponseWriter, r *http.Request) {
@@ -415,7 +431,19 @@ func main() {
 		w.Header().Set("Content-Type", "application/x-vnd.vmware-streamVmdk")
 		io.Copy(w, f) // chunked, no Content-Length, no ranges: as ESXi does
 	}
+	left := func(w http.ResponseWriter, r *http.Request) {
+		n := 0
+		leases.Range(func(_, _ interface{}) bool { n++; return true })
+		snapshots := 0
+		for _, e := range simulator.Map.All("VirtualMachine") {
+			if s := e.(*simulator.VirtualMachine).Snapshot; s != nil {
+				snapshots += count(s.RootSnapshotList)
+			}
+		}
+		fmt.Fprintf(w, `{"leases": %d, "snapshots": %d}`, n, snapshots)
+	}
 	for _, h := range []string{"127.0.0.1", "localhost"} {
+		mux.HandleFunc(h+"/left", left)
 		mux.HandleFunc(h+"/sdk", sdk)
 		mux.HandleFunc(h+"/folder/", folder)
 		mux.HandleFunc(h+"/fakenfc/", nfc)

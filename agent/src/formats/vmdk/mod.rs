@@ -9,6 +9,7 @@ mod descriptor;
 mod encode;
 mod header;
 mod sparse;
+pub mod stream;
 #[cfg(test)]
 mod tests;
 mod writer;

@@ -261,6 +261,29 @@ impl Client {
         }
     }
 
+    /// Asks for a lease's URL; `*` in place of its host is the host of this client. Another host goes by the `thumbprint` that this one,
+    /// which is trusted, tells of it, and is shown no session.
+    pub async fn nfc(&self, session: &Session, url: &str, thumbprint: &str) -> Result<Response, Error> {
+        let url = url.replacen("://*/", &format!("://{}/", self.settings.host), 1);
+        let parsed = reqwest::Url::parse(&url).map_err(|_| Error::Odd("a lease with a URL that cannot be read".to_owned()))?;
+        let own = reqwest::Url::parse(&format!("https://{}/", self.settings.host)).ok();
+        let host = parsed.host_str().unwrap_or_default();
+        let is_own =
+            own.is_some_and(|own| own.host_str() == parsed.host_str() && own.port_or_known_default() == parsed.port_or_known_default());
+        let request = if is_own {
+            self.http.get(parsed).header(COOKIE, session.cookie.expose())
+        } else {
+            if parsed.scheme() != "https" || !egress::permits(host) {
+                return Err(Error::Odd(format!("a lease whose URL leads to {host}, which is not dialled")));
+            }
+            let told = Some(thumbprint.replace(':', "").to_ascii_lowercase()).filter(|text| !text.is_empty());
+            let trust = Trust { insecure: self.settings.trust.insecure, fingerprint: None, thumbprint: told };
+            egress::hypervisor(&trust).map_err(Error::Odd)?.0.get(parsed)
+        };
+        let answer = request.send().await.map_err(|e| self.unreachable(&e))?;
+        if answer.status() == StatusCode::OK { Ok(answer) } else { Err(refusal(&answer)) }
+    }
+
     /// What kept a request from its answer, in words without the URL.
     pub fn unreachable(&self, error: &reqwest::Error) -> Error {
         if let Some(fingerprint) = self.refused.take() {

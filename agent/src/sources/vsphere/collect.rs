@@ -120,7 +120,8 @@ impl View {
     }
 }
 
-fn returned(answer: &str, method: &str) -> Result<MoRef, Error> {
+/// The reference that a call returned.
+pub fn returned(answer: &str, method: &str) -> Result<MoRef, Error> {
     let document = wire::parse(answer).map_err(Error::Odd)?;
     let value = wire::child(wire::response(&document, method)?, "returnval").and_then(MoRef::of);
     value.ok_or_else(|| Error::Odd(format!("{method} gave no reference")))

@@ -306,6 +306,10 @@ impl Disk for Flat {
         self.capacity
     }
 
+    fn knows_holes(&self) -> bool {
+        false
+    }
+
     /// A datastore does not tell its holes: all of a file may be data.
     fn extents(&self, from: u64, to: u64) -> Result<Vec<Extent>, FormatError> {
         let mut runs: Vec<Extent> = Vec::new();

@@ -42,6 +42,10 @@ pub struct Found {
     pub datacenter: String,
     /// Changes whenever its configuration does.
     pub change_version: String,
+    /// Device keys of its disks, in their order.
+    pub keys: Vec<u64>,
+    /// Labels of disks that no snapshot holds.
+    pub independent: Vec<String>,
 }
 
 /// All VMs below the root.
@@ -155,6 +159,8 @@ struct Raw {
     vm: Vm,
     name: String,
     change_version: String,
+    keys: Vec<u64>,
+    independent: Vec<String>,
     /// Keys of the port groups that cards hang at, by the card's place.
     port_groups: BTreeMap<usize, String>,
 }
@@ -164,6 +170,8 @@ impl Raw {
         let mut raw = Self {
             name: property_text(object, "name").to_owned(),
             change_version: property_text(object, "config.changeVersion").to_owned(),
+            keys: Vec::new(),
+            independent: Vec::new(),
             port_groups: BTreeMap::new(),
             vm: Vm {
                 os: family(property_text(object, "config.guestId")).to_owned(),
@@ -216,11 +224,14 @@ impl Raw {
                     thin_provisioned: text(backing, "thinProvisioned") == "true",
                     bus: bus.to_owned(),
                 };
+                let label = child(device, "deviceInfo").map_or("a disk", |info| text(info, "label"));
                 if let Some(problem) = hindrance(device, backing) {
-                    let label = child(device, "deviceInfo").map_or("a disk", |info| text(info, "label"));
                     problems.push(format!("{label} {problem}"));
                 }
-                disks.push((place, disk));
+                if text(backing, "diskMode").starts_with("independent") {
+                    self.independent.push(label.to_owned());
+                }
+                disks.push((place, number::<u64>(device, "key").unwrap_or_default(), disk));
             } else if let Some(model) = card(type_of(device)) {
                 let place = self.vm.nics.len();
                 if let Some(port) = child(backing, "port") {
@@ -238,8 +249,9 @@ impl Raw {
                 });
             }
         }
-        disks.sort_by_key(|(place, _)| *place);
-        self.vm.disks = disks.into_iter().enumerate().map(|(n, (_, disk))| Disk { name: format!("disk-{n}"), ..disk }).collect();
+        disks.sort_by_key(|(place, ..)| *place);
+        self.keys = disks.iter().map(|(_, key, _)| *key).collect();
+        self.vm.disks = disks.into_iter().enumerate().map(|(n, (.., disk))| Disk { name: format!("disk-{n}"), ..disk }).collect();
         if self.vm.disks.is_empty() {
             problems.push("it has no disk".to_owned());
         }
@@ -256,7 +268,7 @@ impl Raw {
         self.vm.id.clone_from(&reference.value);
         self.vm.path = path;
         self.vm.name = unescaped(&self.name);
-        Found { vm: self.vm, datacenter, change_version: self.change_version }
+        Found { vm: self.vm, datacenter, change_version: self.change_version, keys: self.keys, independent: self.independent }
     }
 }
 

@@ -1,15 +1,25 @@
 //! The provider `vsphere`: the VMs of a vCenter or an ESXi host.
 //!
 //! ```text
-//! wire (SOAP) ◄─ client (session) ◄─ collect (properties) ◄─ inventory          folder (ranges of a datastore's files)
+//! wire (SOAP) ◄─ client (session) ◄─ collect (properties) ◄─ inventory, snapshot      folder (ranges), nfc (leases): the disks
 //! ```
-//! Owns: what a connection of this kind can do: list, and read the disks of a VM that is off.
-//! Never: writes to the source, keeps a password but in memory. A crash here leaves a session that ends by its idle time.
+//! Owns: what a connection of this kind can do, and by which way a VM's disks are read:
+//!
+//! | the VM | way |
+//! |---|---|
+//! | off, without snapshots | ranges of its flat files; where the server gives none, a lease |
+//! | off, with snapshots | a lease of the VM: the server reads over the deltas |
+//! | on or suspended | a temporary snapshot, and a lease of it |
+//!
+//! Never: makes anything at the source that is not noted before, keeps a password but in memory.
+//! A crash here leaves a session that ends by its idle time, and what the ledger names.
 
 mod client;
 mod collect;
 mod folder;
 mod inventory;
+mod nfc;
+mod snapshot;
 mod wire;
 
 use std::sync::Arc;
@@ -23,8 +33,14 @@ use self::client::Error as CallError;
 pub use self::client::{Client, Settings};
 use self::folder::{DatastorePath, Flat, Remote};
 use self::inventory::Found;
-use super::{Error, Opened, Source};
-use crate::formats::vmdk;
+use self::nfc::{Lease, Streamed};
+use self::wire::MoRef;
+use super::{Error, Opened, Source, Touch};
+use crate::formats::{Disk, Extent, FormatError, Scratch, vmdk};
+use crate::touched::Touched;
+
+/// The power state of a VM that nobody writes to.
+const OFF: &str = "poweredOff";
 
 /// Largest descriptor of a disk, bytes.
 const DESCRIPTOR: u64 = 1 << 20;
@@ -92,10 +108,76 @@ impl Vsphere {
         Ok(Opened { name: disk.name.clone(), snapshot: None, disk: Arc::new(flat), identity })
     }
 
+    /// A VM that nothing keeps from being exported.
+    fn exportable(&self, vm_id: &str) -> Result<Found, Error> {
+        let found = self.found(vm_id)?;
+        if found.vm.problem.is_empty() {
+            return Ok(found);
+        }
+        Err(Error::fatal(Code::Unprocessable, format!("{} cannot be exported: {}", found.vm.path, found.vm.problem)))
+    }
+
+    fn by_ranges(&self, found: &Found) -> Result<Vec<Opened>, Error> {
+        found.vm.disks.iter().map(|disk| self.disk(found, disk)).collect()
+    }
+
+    /// Through a lease of the VM or of a snapshot.
+    fn by_lease(&self, found: &Found, method: &str, of: &MoRef, touch: &dyn Touch) -> Result<Vec<Opened>, Error> {
+        let total = found.vm.disks.iter().fold(0u64, |sum, disk| sum.saturating_add(disk.capacity));
+        let note = |id: &str| touch.lease(id);
+        let lease =
+            self.runtime.block_on(Lease::begin(&self.client, &self.runtime, method, of, total, &note)).map_err(|e| self.told(&e))?;
+        let mut opened = Vec::with_capacity(found.vm.disks.len());
+        for (place, disk) in found.vm.disks.iter().enumerate() {
+            // By the device's key where the server tells it, else by its place.
+            let key = found.keys.get(place).copied();
+            let by_key = lease.disks.iter().position(|device| key.is_some() && device.key == key);
+            let streamed = Streamed::new(lease.clone(), by_key.unwrap_or(place), disk.capacity);
+            let streamed = streamed.ok_or_else(|| {
+                let message = format!("{}: the lease has {} disks, the VM has {}", found.vm.path, lease.disks.len(), found.vm.disks.len());
+                Error::fatal(Code::BadGateway, message)
+            })?;
+            // A snapshot is another one each time; the VM itself is the same as long as it is not changed.
+            let identity = format!("{method}:{}:{}:{}", of.value, found.change_version, disk.source);
+            opened.push(Opened { name: disk.name.clone(), snapshot: None, disk: Arc::new(streamed), identity });
+        }
+        Ok(opened)
+    }
+
     /// Waits until something of the inventory changes or nothing has for a while; whether something did. The first wait ends at once.
     pub fn changed(&self, listener: &mut Listener) -> Result<bool, Error> {
         let outcome = self.runtime.block_on(listener.next(&self.client));
         outcome.map_err(|e| self.told(&e))
+    }
+}
+
+fn ledger(e: &std::io::Error) -> Error {
+    Error { code: Code::Internal, message: format!("the ledger cannot be written: {e}"), retryable: true }
+}
+
+/// A disk that is only looked at.
+struct Unread(u64);
+
+impl Disk for Unread {
+    fn format(&self) -> &'static str {
+        "vmdk"
+    }
+
+    fn capacity(&self) -> u64 {
+        self.0
+    }
+
+    fn knows_holes(&self) -> bool {
+        false
+    }
+
+    fn extents(&self, from: u64, to: u64) -> Result<Vec<Extent>, FormatError> {
+        let end = to.min(self.0);
+        Ok(if from < end { vec![Extent { offset: from, len: end - from }] } else { Vec::new() })
+    }
+
+    fn read_at(&self, _: u64, _: &mut [u8], _: &mut Scratch) -> Result<(), FormatError> {
+        Err(FormatError::Unsupported("a disk that was only looked at is not read".to_owned()))
     }
 }
 
@@ -147,29 +229,70 @@ impl Source for Vsphere {
         Ok(found.map_err(|e| self.told(&e))?.into_iter().map(|found| found.vm).collect())
     }
 
+    /// The disks are named and measured; nothing is opened, so nothing is touched.
     fn look(&self, vm_id: &str) -> Result<(Vm, Vec<Opened>), Error> {
-        self.open(vm_id)
+        let found = self.exportable(vm_id)?;
+        let unread = |disk: &shared::vm::Disk| Opened {
+            name: disk.name.clone(),
+            snapshot: None,
+            disk: Arc::new(Unread(disk.capacity)),
+            identity: found.change_version.clone(),
+        };
+        let disks = found.vm.disks.iter().map(unread).collect();
+        Ok((found.vm, disks))
     }
 
     fn open(&self, vm_id: &str) -> Result<(Vm, Vec<Opened>), Error> {
-        let found = self.found(vm_id)?;
-        if !found.vm.problem.is_empty() {
-            return Err(Error::fatal(Code::Unprocessable, format!("{} cannot be exported: {}", found.vm.path, found.vm.problem)));
-        }
-        if found.vm.power_state != "poweredOff" {
+        let found = self.exportable(vm_id)?;
+        if found.vm.power_state != OFF || found.vm.snapshots > 0 {
             let message =
-                format!("{} is {}: export of a VM that is not off is not built yet; power it off", found.vm.path, found.vm.power_state);
-            return Err(Error::fatal(Code::NotBuilt, message));
+                format!("{} is {} and has {} snapshots: only a job reads it", found.vm.path, found.vm.power_state, found.vm.snapshots);
+            return Err(Error::fatal(Code::Unprocessable, message));
         }
-        if found.vm.snapshots > 0 {
-            let message = format!(
-                "{} has {} snapshots: reading over their deltas is not built yet; consolidate them",
-                found.vm.path, found.vm.snapshots
-            );
-            return Err(Error::fatal(Code::NotBuilt, message));
-        }
-        let disks = found.vm.disks.iter().map(|disk| self.disk(&found, disk)).collect::<Result<Vec<_>, _>>()?;
+        let disks = self.by_ranges(&found)?;
         Ok((found.vm, disks))
+    }
+
+    fn open_for(&self, vm_id: &str, touch: &dyn Touch) -> Result<(Vm, Vec<Opened>), Error> {
+        let found = self.exportable(vm_id)?;
+        let disks = match (found.vm.power_state.as_str(), found.vm.snapshots) {
+            (OFF, 0) => match self.by_ranges(&found) {
+                Ok(disks) => {
+                    touch.log(format!("{} is off: its disks are read by ranges from {}", found.vm.path, self.client.host()));
+                    disks
+                }
+                Err(e) => {
+                    touch.log(format!("{} is read by a lease, because ranges are not given: {}", found.vm.path, e.message));
+                    self.by_lease(&found, "ExportVm", &MoRef::new("VirtualMachine", vm_id), touch)?
+                }
+            },
+            (OFF, count) => {
+                touch.log(format!("{} is off and has {count} snapshots: it is read by a lease", found.vm.path));
+                self.by_lease(&found, "ExportVm", &MoRef::new("VirtualMachine", vm_id), touch)?
+            }
+            (state, _) => {
+                if let Some(disk) = found.independent.first() {
+                    let message = format!("{} is {state} and {disk} is independent: no snapshot holds it; power the VM off", found.vm.path);
+                    return Err(Error::fatal(Code::Unprocessable, message));
+                }
+                let name = format!("hypersdk-{}-{}", touch.job(), shared::ids::random_hex::<4>());
+                touch.log(format!("{} is {state}: it is read by a lease of the temporary snapshot {name}", found.vm.path));
+                touch.snapshot(&name).map_err(|e| ledger(&e))?;
+                let made = self.runtime.block_on(snapshot::create(&self.client, vm_id, &name, false)).map_err(|e| self.told(&e))?;
+                self.by_lease(&found, "ExportSnapshot", &made, touch)?
+            }
+        };
+        Ok((found.vm, disks))
+    }
+
+    fn undo(&self, touched: &Touched) -> Result<(), Error> {
+        for lease in &touched.leases {
+            self.runtime.block_on(nfc::abort(&self.client, lease)).map_err(|e| self.told(&e))?;
+        }
+        for name in &touched.snapshots {
+            self.runtime.block_on(snapshot::remove(&self.client, &touched.vm, name)).map_err(|e| self.told(&e))?;
+        }
+        Ok(())
     }
 
     fn open_snapshots(&self, _: &str) -> Result<Vec<Opened>, Error> {

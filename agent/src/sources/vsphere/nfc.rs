@@ -1,0 +1,478 @@
+//! A disk that comes as a stream: an export lease, kept alive as long as somebody reads.
+//!
+//! ```text
+//! connection ─► splitter (a thread) ─► grains between FLOOR and AHEAD of the furthest reader ─► read_at: wait, inflate
+//! ```
+//! Owns: the lease's life (progress well inside its time-out, complete at the end, else abort), the grains in memory, and that a stream
+//! that breaks is asked for again from its beginning. Never: gives a byte of a grain that has not come. What no grain holds is zeros only
+//! once a later grain or the end of the stream has come.
+//! A crash here leaves a lease that the ledger names and that ends by its time-out.
+//! Source: vSphere Web Services API, HttpNfcLease.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+
+use super::client::{CALL, Client, Error, Session};
+use super::collect::{self, property};
+use super::wire::{Fault, MoRef, children, number, text};
+use crate::formats::vmdk::stream::Splitter;
+use crate::formats::{Disk, Extent, FormatError, Packing, Scratch, UNIT};
+
+/// Bytes of the disk that are kept behind the furthest reader, for those that are slower.
+const FLOOR: u64 = 64 << 20;
+/// Bytes of the disk that may be in memory before somebody asks for them.
+const AHEAD: u64 = 32 << 20;
+/// How often a stream may break.
+const TRIES: u32 = 5;
+/// How long a server may take to make a lease ready.
+const READY: Duration = Duration::from_secs(120);
+
+/// Where a disk of a lease is.
+#[derive(Clone)]
+pub struct DeviceUrl {
+    /// The device's key, where the server tells it.
+    pub key: Option<u64>,
+    /// Its URL; the host is `*` where it is the one that was called.
+    url: String,
+    /// SHA-1 of the certificate of a host that was not called yet.
+    thumbprint: String,
+}
+
+/// A lease that is ready.
+pub struct Lease {
+    reference: MoRef,
+    /// Its disks in order.
+    pub disks: Vec<DeviceUrl>,
+    client: Arc<Client>,
+    runtime: Handle,
+    /// Bytes of all disks that have been passed, and of how many.
+    passed: AtomicU64,
+    total: u64,
+    /// Streams that were read to their end.
+    whole: AtomicU64,
+    is_ended: AtomicBool,
+}
+
+impl Lease {
+    /// Waits until the lease that `method` of `this` gave is ready. `note` is told its id before anything else is done with it. `total`:
+    /// bytes of all its disks.
+    pub async fn begin(
+        client: &Arc<Client>,
+        runtime: &Handle,
+        method: &str,
+        this: &MoRef,
+        total: u64,
+        note: &dyn Fn(&str) -> io::Result<()>,
+    ) -> Result<Arc<Self>, Error> {
+        let session = client.session().await?;
+        let answer = client.call(&session, method, this, "", CALL).await?;
+        let reference = collect::returned(&answer, method)?;
+        note(&reference.value).map_err(|e| Error::Odd(format!("the ledger cannot be written: {e}")))?;
+        let (disks, timeout) = match ready(client, &session, &reference).await {
+            Ok(ready) => ready,
+            Err(e) => {
+                // It may be no more.
+                let _ = client.call(&session, "HttpNfcLeaseAbort", &reference, "", CALL).await;
+                return Err(e);
+            }
+        };
+        let lease = Arc::new(Self {
+            reference,
+            disks,
+            client: client.clone(),
+            runtime: runtime.clone(),
+            passed: AtomicU64::new(0),
+            total: total.max(1),
+            whole: AtomicU64::new(0),
+            is_ended: AtomicBool::new(false),
+        });
+        runtime.spawn(keep(Arc::downgrade(&lease), timeout));
+        Ok(lease)
+    }
+
+    /// A stream was read to its end; with the last one the lease is complete. For threads that may wait.
+    fn passed_whole(&self) {
+        if self.whole.fetch_add(1, Ordering::AcqRel) + 1 < self.disks.len() as u64 {
+            return;
+        }
+        let completed = self.runtime.block_on(async {
+            let session = self.client.session().await?;
+            self.client.call(&session, "HttpNfcLeaseComplete", &self.reference, "", CALL).await
+        });
+        match completed {
+            Ok(_) => self.is_ended.store(true, Ordering::Relaxed),
+            Err(e) => tracing::debug!(lease = self.reference.value, error = ?e, "a lease could not be completed"),
+        }
+    }
+
+    fn percent(&self) -> u64 {
+        (self.passed.load(Ordering::Relaxed).saturating_mul(100) / self.total).min(99)
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if self.is_ended.load(Ordering::Relaxed) {
+            return;
+        }
+        let (client, reference) = (self.client.clone(), self.reference.clone());
+        // One that cannot be ended now is in the ledger, and ends by its time-out.
+        self.runtime.spawn(async move {
+            let Ok(session) = client.session().await else { return };
+            if let Err(e) = client.call(&session, "HttpNfcLeaseAbort", &reference, "", CALL).await {
+                tracing::debug!(lease = reference.value, error = ?e, "a lease could not be aborted");
+            }
+        });
+    }
+}
+
+/// Aborts a lease by its id, where it still is.
+pub async fn abort(client: &Client, id: &str) -> Result<(), Error> {
+    let reference = MoRef::new("HttpNfcLease", id);
+    match client.within(async |session| client.call(session, "HttpNfcLeaseAbort", &reference, "", CALL).await.map(drop)).await {
+        Err(Error::Fault(Fault::ManagedObjectNotFound)) => Ok(()),
+        // Ended already, by its time-out or by whoever held it.
+        Err(Error::Fault(Fault::Other(kind, _))) if kind == "InvalidState" => Ok(()),
+        other => other,
+    }
+}
+
+/// Tells the server that somebody still reads.
+async fn keep(lease: std::sync::Weak<Lease>, timeout: Duration) {
+    let pause = (timeout / 4).clamp(Duration::from_secs(1), Duration::from_secs(30));
+    loop {
+        tokio::time::sleep(pause).await;
+        let Some(lease) = lease.upgrade() else { return };
+        let Ok(session) = lease.client.session().await else { continue };
+        let body = format!("<percent>{}</percent>", lease.percent());
+        match lease.client.call(&session, "HttpNfcLeaseProgress", &lease.reference, &body, CALL).await {
+            Err(Error::Fault(Fault::NotAuthenticated)) => lease.client.forget(&session).await,
+            Err(e) => tracing::debug!(lease = lease.reference.value, error = ?e, "a lease could not be kept alive"),
+            Ok(_) => {}
+        }
+    }
+}
+
+type Ready = (Vec<DeviceUrl>, Duration);
+
+async fn ready(client: &Client, session: &Session, lease: &MoRef) -> Result<Ready, Error> {
+    let end = Instant::now() + READY;
+    loop {
+        let (mut state, mut found, mut error) = (String::new(), None, String::new());
+        collect::one(client, session, lease, &["state", "info", "error"], |_, object| {
+            state = collect::property_text(object, "state").to_owned();
+            error = property(object, "error").map(|fault| text(fault, "localizedMessage").to_owned()).unwrap_or_default();
+            found = property(object, "info").map(|info| {
+                let urls = children(info, "deviceUrl").filter(|device| text(*device, "disk") != "false").map(|device| {
+                    let key = text(device, "key").rsplit_once("VirtualDisk:").and_then(|(_, key)| key.parse().ok());
+                    DeviceUrl { key, url: text(device, "url").to_owned(), thumbprint: text(device, "sslThumbprint").to_owned() }
+                });
+                (urls.collect(), Duration::from_secs(number(info, "leaseTimeout").unwrap_or(300)))
+            });
+        })
+        .await?;
+        match (state.as_str(), found) {
+            ("ready", Some(ready)) => return Ok(ready),
+            ("error", _) => return Err(Error::Odd(format!("the lease failed: {error}"))),
+            _ if Instant::now() > end => return Err(Error::Unreachable(format!("the lease is {state} after {} s", READY.as_secs()))),
+            _ => tokio::time::sleep(Duration::from_millis(200)).await,
+        }
+    }
+}
+
+struct State {
+    grains: BTreeMap<u64, Arc<Vec<u8>>>,
+    /// Every grain below this number has come or never will.
+    passed: u64,
+    /// The furthest grain that somebody asked for.
+    wanted: u64,
+    /// Set at the end: what went wrong, if anything.
+    ended: Option<Result<(), String>>,
+    /// Nobody reads any more.
+    closed: bool,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    news: Condvar,
+}
+
+/// A disk read from a lease's URL. The stream begins when somebody reads.
+pub struct Streamed {
+    lease: Arc<Lease>,
+    device: DeviceUrl,
+    capacity: u64,
+    shared: Arc<Shared>,
+    started: AtomicBool,
+}
+
+/// Bytes of a grain; the specification allows others, nobody streams them.
+const GRAIN: u64 = UNIT as u64;
+
+impl Streamed {
+    /// The lease's disk number `index`, which has so many bytes.
+    pub fn new(lease: Arc<Lease>, index: usize, capacity: u64) -> Option<Self> {
+        let device = lease.disks.get(index).cloned()?;
+        let state = State { grains: BTreeMap::new(), passed: 0, wanted: 0, ended: None, closed: false };
+        let shared = Arc::new(Shared { state: Mutex::new(state), news: Condvar::new() });
+        Some(Self { lease, device, capacity, shared, started: AtomicBool::new(false) })
+    }
+
+    fn start(&self) {
+        if self.started.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        let (lease, device, capacity, shared) = (self.lease.clone(), self.device.clone(), self.capacity, self.shared.clone());
+        let spawned = std::thread::Builder::new().name("stream".to_owned()).spawn(move || {
+            let outcome = pump(&lease, &device, capacity, &shared);
+            let is_whole = outcome.is_ok();
+            shared.state.lock().unwrap_or_else(PoisonError::into_inner).ended = Some(outcome);
+            shared.news.notify_all();
+            if is_whole {
+                lease.passed_whole();
+            }
+        });
+        if let Err(e) = spawned {
+            self.shared.state.lock().unwrap_or_else(PoisonError::into_inner).ended = Some(Err(format!("no thread for a stream: {e}")));
+        }
+    }
+
+    /// The grain as it is stored, once it is certain; none: zeros.
+    fn grain(&self, number: u64) -> Result<Option<Arc<Vec<u8>>>, FormatError> {
+        self.start();
+        let mut state = self.shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if state.wanted < number {
+            state.wanted = number;
+            let floor = number.saturating_sub(FLOOR / GRAIN);
+            state.grains = state.grains.split_off(&floor);
+            self.shared.news.notify_all();
+        }
+        loop {
+            if let Some(grain) = state.grains.get(&number) {
+                return Ok(Some(grain.clone()));
+            }
+            if number < state.wanted.saturating_sub(FLOOR / GRAIN) {
+                let message = format!("the stream has passed grain {number} long ago");
+                return Err(FormatError::Io(io::Error::other(message)));
+            }
+            if number < state.passed {
+                return Ok(None);
+            }
+            match &state.ended {
+                Some(Ok(())) => return Ok(None),
+                Some(Err(message)) => return Err(FormatError::Io(io::Error::other(message.clone()))),
+                None => state = self.shared.news.wait(state).unwrap_or_else(PoisonError::into_inner),
+            }
+        }
+    }
+
+    fn inflate(&self, number: u64, packed: &[u8], plain: &mut [u8], scratch: &mut Scratch) -> Result<(), FormatError> {
+        let wrong = |reason: String| FormatError::Corrupt { format: "vmdk", what: "grain", index: number, offset: number * GRAIN, reason };
+        let inflate = scratch.inflate.get_or_insert_with(libdeflater::Decompressor::new);
+        let length = inflate.zlib_decompress(packed, plain).map_err(|e| wrong(format!("it does not inflate: {e}")))?;
+        let logical = self.capacity.saturating_sub(number * GRAIN).min(GRAIN);
+        if length as u64 != GRAIN && length as u64 != logical {
+            return Err(wrong(format!("it unpacks to {length} bytes, {GRAIN} would be right")));
+        }
+        plain[length..].fill(0);
+        Ok(())
+    }
+}
+
+impl Drop for Streamed {
+    fn drop(&mut self) {
+        self.shared.state.lock().unwrap_or_else(PoisonError::into_inner).closed = true;
+        self.shared.news.notify_all();
+    }
+}
+
+/// Reads the stream to its end, again where it breaks; what has been passed is passed by.
+fn pump(lease: &Lease, device: &DeviceUrl, capacity: u64, shared: &Shared) -> Result<(), String> {
+    let mut tries = 0;
+    loop {
+        let error = match attempt(lease, device, capacity, shared) {
+            Ok(()) => return Ok(()),
+            Err(error) => error,
+        };
+        tries += 1;
+        if shared.state.lock().unwrap_or_else(PoisonError::into_inner).closed {
+            return Err("nobody reads any more".to_owned());
+        }
+        match error {
+            Broken::Passing(message) if tries < TRIES => {
+                tracing::debug!(message, tries, "a stream is asked for again");
+                std::thread::sleep(Duration::from_millis(300) * tries);
+            }
+            Broken::Passing(message) => return Err(format!("{message}, {tries} times")),
+            Broken::Fatal(message) => return Err(message),
+        }
+    }
+}
+
+enum Broken {
+    Passing(String),
+    Fatal(String),
+}
+
+fn attempt(lease: &Lease, device: &DeviceUrl, capacity: u64, shared: &Shared) -> Result<(), Broken> {
+    let broken = |e: FormatError| match e {
+        FormatError::Io(e) => Broken::Passing(format!("the stream broke: {e}")),
+        e => Broken::Fatal(e.to_string()),
+    };
+    let body = Body::open(lease, device).map_err(|e| match e {
+        e if e.is_passing() => Broken::Passing(e.told(lease.client.host()).message),
+        e => Broken::Fatal(e.told(lease.client.host()).message),
+    })?;
+    let mut splitter = Splitter::open(io::BufReader::with_capacity(256 << 10, body)).map_err(broken)?;
+    if splitter.capacity() != capacity || splitter.grain() != GRAIN {
+        let (found, grain) = (splitter.capacity(), splitter.grain());
+        return Err(Broken::Fatal(format!("the stream is of {found} bytes in grains of {grain}, the disk has {capacity}")));
+    }
+    while let Some((number, packed)) = splitter.next().map_err(broken)? {
+        let mut state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
+        if number < state.passed {
+            continue;
+        }
+        while !state.closed && number > state.wanted + AHEAD / GRAIN {
+            state = shared.news.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
+        if state.closed {
+            return Err(Broken::Fatal("nobody reads any more".to_owned()));
+        }
+        if number >= state.wanted.saturating_sub(FLOOR / GRAIN) {
+            state.grains.insert(number, Arc::new(packed));
+        }
+        lease.passed.fetch_add((number + 1 - state.passed) * GRAIN, Ordering::Relaxed);
+        state.passed = number + 1;
+        shared.news.notify_all();
+    }
+    Ok(())
+}
+
+/// A response's body as a reader.
+struct Body {
+    pieces: mpsc::Receiver<Result<bytes::Bytes, String>>,
+    piece: bytes::Bytes,
+}
+
+impl Body {
+    fn open(lease: &Lease, device: &DeviceUrl) -> Result<Self, Error> {
+        let client = lease.client.clone();
+        let mut answer = lease.runtime.block_on(async {
+            let session = client.session().await?;
+            client.nfc(&session, &device.url, &device.thumbprint).await
+        })?;
+        let (send, pieces) = mpsc::channel(16);
+        lease.runtime.spawn(async move {
+            loop {
+                let piece = match answer.chunk().await {
+                    Ok(Some(piece)) => Ok(piece),
+                    Ok(None) => return,
+                    Err(e) => Err(match client.unreachable(&e) {
+                        Error::Unreachable(cause) => cause,
+                        other => format!("{other:?}"),
+                    }),
+                };
+                let is_last = piece.is_err();
+                if send.send(piece).await.is_err() || is_last {
+                    return;
+                }
+            }
+        });
+        Ok(Self { pieces, piece: bytes::Bytes::new() })
+    }
+}
+
+impl Read for Body {
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        while self.piece.is_empty() {
+            match self.pieces.blocking_recv() {
+                Some(Ok(piece)) => self.piece = piece,
+                Some(Err(message)) => return Err(io::Error::new(io::ErrorKind::ConnectionAborted, message)),
+                None => return Ok(0),
+            }
+        }
+        let count = buf.len().min(self.piece.len());
+        buf[..count].copy_from_slice(&self.piece.split_to(count));
+        Ok(count)
+    }
+}
+
+impl Disk for Streamed {
+    fn format(&self) -> &'static str {
+        "vmdk"
+    }
+
+    fn subformat(&self) -> &str {
+        "streamOptimized"
+    }
+
+    fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
+    fn knows_holes(&self) -> bool {
+        false
+    }
+
+    /// What a stream holds is known when it has come: all of it may be data.
+    fn extents(&self, from: u64, to: u64) -> Result<Vec<Extent>, FormatError> {
+        let end = to.min(self.capacity);
+        Ok(if from < end { vec![Extent { offset: from, len: end - from }] } else { Vec::new() })
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8], scratch: &mut Scratch) -> Result<(), FormatError> {
+        if offset.checked_add(buf.len() as u64).is_none_or(|end| end > self.capacity) {
+            return Err(FormatError::Io(io::ErrorKind::UnexpectedEof.into()));
+        }
+        let (mut at, mut rest) = (offset, buf);
+        while !rest.is_empty() {
+            let (number, within) = (at / GRAIN, (at % GRAIN) as usize);
+            let count = rest.len().min(UNIT - within);
+            let (now, later) = rest.split_at_mut(count);
+            match self.grain(number)? {
+                None => now.fill(0),
+                Some(packed) if count == UNIT => self.inflate(number, &packed, now, scratch)?,
+                Some(packed) => {
+                    let mut plain = std::mem::take(&mut scratch.plain);
+                    plain.resize(plain.len().max(UNIT), 0);
+                    let inflated = self.inflate(number, &packed, &mut plain[..UNIT], scratch);
+                    now.copy_from_slice(&plain[within..within + count]);
+                    scratch.plain = plain;
+                    inflated?;
+                }
+            }
+            (rest, at) = (later, at + count as u64);
+        }
+        Ok(())
+    }
+
+    fn packs(&self, want: Packing) -> bool {
+        matches!(want, Packing::Zlib | Packing::Deflate)
+    }
+
+    fn packed<'s>(&self, unit: u64, want: Packing, plain: &mut [u8], scratch: &'s mut Scratch) -> Result<Option<&'s [u8]>, FormatError> {
+        if unit.saturating_add(1).saturating_mul(GRAIN) > self.capacity {
+            return Ok(None);
+        }
+        let Some(packed) = self.grain(unit)? else { return Ok(None) };
+        self.inflate(unit, &packed, plain, scratch)?;
+        // What lies behind the checksum is nobody's data and is not passed on.
+        let is_whole = packed.last_chunk::<4>().is_some_and(|told| u32::from_be_bytes(*told) == libdeflater::adler32(plain));
+        if !is_whole || packed.len() < 6 {
+            return Ok(None);
+        }
+        scratch.packed.clear();
+        scratch.packed.extend_from_slice(match want {
+            Packing::Zlib => &packed,
+            Packing::Deflate => &packed[2..packed.len() - 4],
+        });
+        Ok(Some(&scratch.packed))
+    }
+}

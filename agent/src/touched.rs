@@ -1,0 +1,116 @@
+//! What a job touches at its source: snapshots and leases, written down before they are made, gone when the job's attempt has ended.
+//!
+//! ```text
+//! note (durable) ─► make ─► … ─► attempt ends ─► undo ─► forget          crash anywhere: the reaper undoes what is noted
+//! ```
+//! Owns: `jobs/JOBID.touched` and the reaper. Never: forgets a thing before it is gone at the source, undoes what a running attempt needs.
+//! A crash here costs nothing: what is noted stays noted.
+
+use std::io;
+use std::sync::Arc;
+
+use proto::v1;
+use serde::{Deserialize, Serialize};
+use shared::vault;
+
+use crate::Agent;
+
+/// What one attempt has touched of one VM.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Touched {
+    /// The connection's name, kind and path.
+    pub connection: (String, String, String),
+    /// The VM's id at the source.
+    pub vm: String,
+    /// Names of snapshots that were or will be made.
+    pub snapshots: Vec<String>,
+    /// Ids of leases.
+    pub leases: Vec<String>,
+}
+
+/// The pen of one attempt.
+pub struct Pen<'a> {
+    agent: &'a Agent,
+    held: &'a crate::held::Assignment,
+    touched: std::sync::Mutex<Touched>,
+}
+
+impl<'a> Pen<'a> {
+    /// For an attempt at a VM of a connection.
+    pub fn new(agent: &'a Agent, held: &'a crate::held::Assignment, connection: &v1::Connection, vm: &str) -> Self {
+        let connection = (connection.name.clone(), connection.kind.clone(), connection.path.clone());
+        let touched = Touched { connection, vm: vm.to_owned(), ..Touched::default() };
+        Self { agent, held, touched: std::sync::Mutex::new(touched) }
+    }
+
+    fn note(&self, change: impl FnOnce(&mut Touched)) -> io::Result<()> {
+        let mut touched = self.touched.lock().unwrap_or_else(|e| e.into_inner());
+        change(&mut touched);
+        let json = serde_json::to_vec(&*touched).map_err(io::Error::other)?;
+        vault::write_whole(self.agent.ledger.dir(), &file(&self.held.job), &json)
+    }
+}
+
+impl crate::sources::Touch for Pen<'_> {
+    fn job(&self) -> &str {
+        &self.held.job
+    }
+
+    fn snapshot(&self, name: &str) -> io::Result<()> {
+        self.note(|touched| touched.snapshots.push(name.to_owned()))
+    }
+
+    fn lease(&self, id: &str) -> io::Result<()> {
+        self.note(|touched| touched.leases.push(id.to_owned()))
+    }
+
+    fn log(&self, text: String) {
+        self.agent.table.log(self.held, "info", "preparing", text);
+    }
+}
+
+fn file(job: &str) -> String {
+    format!("{job}.touched")
+}
+
+/// Undoes what an ended attempt has touched. What cannot be undone now stays noted, and the reaper comes back to it.
+pub fn undo(agent: &Agent, job: &str) {
+    let noted = match vault::read_optional(agent.ledger.dir(), &file(job)) {
+        Ok(Some(bytes)) => serde_json::from_slice::<Touched>(&bytes).unwrap_or_default(),
+        Ok(None) => return,
+        Err(e) => {
+            tracing::error!(job, error = %e, "what a job has touched cannot be read");
+            return;
+        }
+    };
+    let (name, kind, path) = noted.connection.clone();
+    let undone = if kind.is_empty() {
+        Ok(())
+    } else {
+        agent.source(&v1::Connection { name, kind, path, account: None }).and_then(|source| source.undo(&noted))
+    };
+    match undone {
+        Ok(()) => {
+            let removed = agent.ledger.dir().remove_file(file(job)).and_then(|()| vault::sync_dir(agent.ledger.dir()));
+            if let Err(e) = removed {
+                tracing::error!(job, error = %e, "what a job has touched cannot be forgotten");
+            }
+        }
+        Err(e) => {
+            tracing::warn!(job, connection = noted.connection.0, vm = noted.vm, error = %e, "what a job has left at its source is not gone yet")
+        }
+    }
+}
+
+/// Undoes what attempts have left that do not run any more.
+pub fn reap(agent: &Arc<Agent>) {
+    let Ok(entries) = agent.ledger.dir().entries() else { return };
+    for entry in entries.flatten() {
+        let Ok(name) = entry.file_name().into_string() else { continue };
+        let Some(job) = name.strip_suffix(".touched") else { continue };
+        if agent.table.get(job).is_none_or(|held| held.is_over()) {
+            undo(agent, job);
+        }
+    }
+}
