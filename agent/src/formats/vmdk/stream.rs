@@ -69,7 +69,7 @@ impl<R: Read> Splitter<R> {
     }
 
     /// The next grain: its number, and its bytes as they are stored (RFC 1950). `None` behind the end-of-stream marker.
-    pub fn next(&mut self) -> Result<Option<(u64, Vec<u8>)>> {
+    pub fn next_grain(&mut self) -> Result<Option<(u64, Vec<u8>)>> {
         let mut sector = [0u8; SECTOR as usize];
         while !self.ended {
             self.fill(&mut sector)?;
@@ -191,7 +191,7 @@ mod tests {
     fn grains(bytes: &[u8]) -> Result<Vec<(u64, usize)>> {
         let mut splitter = Splitter::open(bytes)?;
         let mut found = Vec::new();
-        while let Some((number, bytes)) = splitter.next()? {
+        while let Some((number, bytes)) = splitter.next_grain()? {
             found.push((number, bytes.len()));
         }
         Ok(found)

@@ -334,7 +334,7 @@ fn attempt(lease: &Lease, device: &DeviceUrl, capacity: u64, shared: &Shared) ->
         let (found, grain) = (splitter.capacity(), splitter.grain());
         return Err(Broken::Fatal(format!("the stream is of {found} bytes in grains of {grain}, the disk has {capacity}")));
     }
-    while let Some((number, packed)) = splitter.next().map_err(broken)? {
+    while let Some((number, packed)) = splitter.next_grain().map_err(broken)? {
         let mut state = shared.state.lock().unwrap_or_else(PoisonError::into_inner);
         if number < state.passed {
             continue;
