@@ -9,11 +9,12 @@ use std::time::{Duration, Instant};
 use reqwest::Method;
 use serde_json::{Value, json};
 
+use crate::boot::boot;
 use crate::harness::client::{Answer, file_of};
 use crate::harness::double::{self, Double, Kind, USER};
 use crate::harness::faults::{Fault, Faults, Rule};
 use crate::harness::fleet::{Fleet, Plan, ready};
-use crate::harness::images::{check, identical, pattern, untar};
+use crate::harness::images::{check, guest, identical, pattern, untar};
 use crate::harness::{seconds, wait_for};
 
 const MIB: u64 = 1 << 20;
@@ -59,8 +60,14 @@ fn qcow2_of(job: &Value) -> PathBuf {
 
 async fn whole_way(kind: Kind) {
     let mut fleet = Fleet::start(&format!("vsphere-{kind:?}"), Plan::plain(), |_| {}).await;
-    let image = fleet.scratch.join("disk.raw");
-    disk(&image, 48 * MIB);
+    let image = match kind {
+        // A guest that boots.
+        Kind::Vcenter => guest().raw.clone(),
+        Kind::Esxi => fleet.scratch.join("disk.raw"),
+    };
+    if kind == Kind::Esxi {
+        disk(&image, 48 * MIB);
+    }
     let double = Double::start(&fleet.scratch, kind, &image).await;
 
     // What is wrong is told, and nothing is kept of it.
@@ -113,8 +120,12 @@ async fn whole_way(kind: Kind) {
     assert_eq!(running["power_state"], "poweredOn", "{running:#}");
     for format in ["qcow2", "vmdk"] {
         let job = exported(&fleet, kind.other(), format).await;
-        identical(("raw", &datastore), (format, &file_of(&job, &format!(".{format}"))));
+        let exported = file_of(&job, &format!(".{format}"));
+        identical(("raw", &datastore), (format, &exported));
         assert_eq!(double.left().await, (0, 0), "leases and snapshots after {job:#}");
+        if (kind, format) == (Kind::Vcenter, "qcow2") {
+            boots(&exported, format, &fleet);
+        }
     }
     double.power(running["id"].as_str().unwrap(), false).await;
     let switched = Instant::now();
@@ -135,6 +146,9 @@ async fn whole_way(kind: Kind) {
     let members = untar(&file_of(&job, ".ova"), &unpacked);
     let vmdk = members.iter().find(|name| name.ends_with(".vmdk")).expect("a disk in the OVA");
     identical(("raw", &datastore), ("vmdk", &unpacked.join(vmdk)));
+    if kind == Kind::Vcenter {
+        boots(&unpacked.join(vmdk), "vmdk", &fleet);
+    }
 
     // Over a snapshot that an operator took, which stays.
     double.snapshot(off["id"].as_str().unwrap(), "before the update").await;
@@ -156,6 +170,11 @@ async fn whole_way(kind: Kind) {
     assert!(changed.refused(400, "bad_request").contains("password"));
     canary(&fleet).await;
     fleet.client.delete("/providers/vc").await.expect(204);
+}
+
+fn boots(disk: &Path, format: &str, fleet: &Fleet) {
+    let console = boot(disk, format, &fleet.scratch.join("console"));
+    assert!(console.contains(&format!("TINYGUEST-DATA {}", guest().payload)), "{format}: {console}");
 }
 
 /// The password is in nothing that the product wrote or answers.

@@ -339,6 +339,10 @@ fn attempt(lease: &Lease, device: &DeviceUrl, capacity: u64, shared: &Shared) ->
         if number < state.passed {
             continue;
         }
+        // What lies before it is certain now, whether or not there is room for it: whoever waits for zeros must not wait for room.
+        lease.passed.fetch_add((number + 1 - state.passed) * GRAIN, Ordering::Relaxed);
+        state.passed = number;
+        shared.news.notify_all();
         while !state.closed && number > state.wanted + AHEAD / GRAIN {
             state = shared.news.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
@@ -348,7 +352,6 @@ fn attempt(lease: &Lease, device: &DeviceUrl, capacity: u64, shared: &Shared) ->
         if number >= state.wanted.saturating_sub(FLOOR / GRAIN) {
             state.grains.insert(number, Arc::new(packed));
         }
-        lease.passed.fetch_add((number + 1 - state.passed) * GRAIN, Ordering::Relaxed);
         state.passed = number + 1;
         shared.news.notify_all();
     }
