@@ -511,10 +511,20 @@ async fn an_upload_is_a_source_for_any_agent() {
         if job["bytes_done"].as_u64() >= Some(16 * MIB) { Ok(()) } else { Err(brief(&job)) }
     })
     .await;
+    // A pause keeps what was fetched, and so the checkpoint that hangs on it.
+    client.post(&format!("/jobs/{id}/pause"), json!({})).await.expect(200);
+    let copied = client.post(&format!("/jobs/{id}/resume"), json!({})).await.expect(200).body["bytes_done"].as_u64().unwrap();
+    wait_for("the copy to go on", seconds(30), async || {
+        let job = client.job(&id).await;
+        if job["bytes_done"].as_u64() > Some(copied) { Ok(()) } else { Err(brief(&job)) }
+    })
+    .await;
+    let job = client.job(&id).await;
+    assert!(job["attempt"] == 2 && job["bytes_resumed"].as_u64() >= Some(8 * MIB), "{job:#}");
     fleet.agents[1].kill();
     fleet.agents[1].start();
     let job = client.completed(&id, seconds(90)).await;
-    assert!(job["agent"] == "agent-1" && job["attempt"] == 2 && job["bytes_resumed"].as_u64() >= Some(8 * MIB), "{job:#}");
+    assert!(job["agent"] == "agent-1" && job["attempt"] == 3 && job["bytes_resumed"].as_u64() >= Some(8 * MIB), "{job:#}");
     identical(("raw", &raw), ("qcow2", &file_of(&job, ".qcow2")));
 
     let verified =

@@ -100,13 +100,6 @@ pub fn forget(agent: &Agent, job: &str) -> io::Result<()> {
     }
 }
 
-/// The same, where a failure is only worth a line in the log.
-pub fn forget_logged(agent: &Agent, job: &str) {
-    if let Err(e) = forget(agent, job) {
-        tracing::warn!(job, error = %e, "what was pulled for a job could not be removed");
-    }
-}
-
 enum Lost {
     /// The connection; the same may work in a moment.
     Away(String),
