@@ -427,7 +427,7 @@ impl Core {
     }
 
     /// Somebody else changed it: take what the store says.
-    async fn reload(&mut self, id: &str) -> Result<(), StoreError> {
+    pub(super) async fn reload(&mut self, id: &str) -> Result<(), StoreError> {
         tracing::warn!(job = id, "another controller changed this job");
         match store::load(&self.ports.store, id).await? {
             Some(job) => {

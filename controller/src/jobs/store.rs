@@ -1,14 +1,14 @@
 //! Rows of jobs and their logs.
 //!
 //! Owns: every query on `jobs` and `job_logs` but those of the list ([`super::lists`]), and the measured rates in `agents.rates`. A transition is a compare-and-set on
-//! (id, epoch, status): where another controller was quicker, it does nothing and says so.
+//! (id, epoch, status, hold): where another controller was quicker, it does nothing and says so.
 //! Never: decides a transition. A crash here costs nothing: each call is one transaction.
 
 use std::collections::BTreeMap;
 
 use sea_orm::ActiveValue::Set;
 use sea_orm::sea_query::{Expr, OnConflict};
-use sea_orm::{ColumnTrait, EntityTrait, FromQueryResult, QueryFilter, QueryOrder, QuerySelect, TransactionTrait};
+use sea_orm::{ColumnTrait, Condition, EntityTrait, FromQueryResult, QueryFilter, QueryOrder, QuerySelect, TransactionTrait};
 use serde::{Deserialize, Serialize};
 use shared::job::{State, Status};
 use shared::options::JobType;
@@ -174,17 +174,22 @@ pub async fn commit(store: &Store, transitions: &[Transition]) -> Result<Vec<boo
             let transaction = db.begin().await?;
             let mut held = Vec::with_capacity(updates.len());
             for (id, before, changes) in updates {
-                let update = jobs::Entity::update_many()
-                    .set(changes)
-                    .filter(jobs::Column::Id.eq(id))
-                    .filter(jobs::Column::Epoch.eq(stored(before.epoch)))
-                    .filter(jobs::Column::Status.eq(before.status.word()));
+                let update = jobs::Entity::update_many().set(changes).filter(still(&id, &before));
                 held.push(update.exec(&transaction).await?.rows_affected == 1);
             }
             transaction.commit().await?;
             Ok(held)
         })
         .await
+}
+
+/// That the store still holds a job in this state.
+fn still(id: &str, state: &State) -> Condition {
+    Condition::all()
+        .add(jobs::Column::Id.eq(id))
+        .add(jobs::Column::Epoch.eq(stored(state.epoch)))
+        .add(jobs::Column::Status.eq(state.status.word()))
+        .add(jobs::Column::Hold.eq(state.hold.word()))
 }
 
 /// Changes what is said of a finished job's output.
@@ -228,13 +233,10 @@ pub async fn save_counters(store: &Store, jobs_now: &[Job]) -> Result<(), Error>
         .await
 }
 
-/// Stores what changed of a job beside its state; where its assignment is over, nothing.
-pub async fn save_hold(store: &Store, job: &Job) -> Result<(), Error> {
-    let update = jobs::Entity::update_many()
-        .set(job.to_holds())
-        .filter(jobs::Column::Id.eq(job.id.clone()))
-        .filter(jobs::Column::Epoch.eq(stored(job.state.epoch)));
-    store.run(move |db| async move { Ok(update.exec(&db).await.map(drop)?) }).await
+/// Stores what changed of a job beside its state. Whether the store still held that state.
+pub async fn save_hold(store: &Store, job: &Job) -> Result<bool, Error> {
+    let update = jobs::Entity::update_many().set(job.to_holds()).filter(still(&job.id, &job.state));
+    store.run(move |db| async move { Ok(update.exec(&db).await?.rows_affected == 1) }).await
 }
 
 #[derive(FromQueryResult)]
