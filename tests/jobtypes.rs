@@ -511,6 +511,8 @@ async fn an_upload_is_a_source_for_any_agent() {
         if job["bytes_done"].as_u64() >= Some(16 * MIB) { Ok(()) } else { Err(brief(&job)) }
     })
     .await;
+    let sentence = client.delete(&format!("/upload/{}", web.split('/').nth(1).unwrap())).await.refused(409, "conflict");
+    assert!(sentence.contains(&id), "{sentence}");
     // A pause keeps what was fetched, and so the checkpoint that hangs on it.
     client.post(&format!("/jobs/{id}/pause"), json!({})).await.expect(200);
     let copied = client.post(&format!("/jobs/{id}/resume"), json!({})).await.expect(200).body["bytes_done"].as_u64().unwrap();

@@ -160,4 +160,8 @@ async fn chunks_come_in_any_order_and_outlive_a_kill(database: Database) {
     })
     .await;
     client.post("/upload/init", json!({"filename": "b", "size": 20_000_000})).await.expect(201);
+    // Many at once have no more together: 20 MB are taken, 10 MB are left.
+    let begun =
+        join_all((0..16).map(|_| async { client.post("/upload/init", json!({"filename": "c", "size": 4_000_000})).await.status })).await;
+    assert_eq!((begun.iter().filter(|status| **status == 201).count(), begun.iter().filter(|status| **status == 413).count()), (2, 14));
 }

@@ -112,6 +112,19 @@ pub async fn load(store: &Store, id: &str) -> Result<Option<Job>, Error> {
     Ok(row.and_then(readable))
 }
 
+/// A job that is not final and reads one of these sources.
+pub async fn live_by_source(store: &Store, sources: Vec<String>) -> Result<Option<String>, Error> {
+    let sources = sources.into_iter().filter(|source| !source.is_empty());
+    let find = jobs::Entity::find()
+        .filter(jobs::Column::Status.is_in(LIVE.map(Status::word)))
+        .filter(jobs::Column::Source.is_in(sources))
+        .select_only()
+        .column(jobs::Column::Id)
+        .limit(1)
+        .into_tuple();
+    store.read(move |db| async move { Ok(find.one(&db).await?) }).await
+}
+
 /// Several jobs by id.
 pub async fn load_many(store: &Store, ids: Vec<String>) -> Result<Vec<Job>, Error> {
     if ids.is_empty() {

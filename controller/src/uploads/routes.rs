@@ -163,7 +163,7 @@ pub async fn init(caller: Operator, request: HttpRequest, app: web::Data<App>, b
         (status = 401, description = "no valid token", body = ErrorBody),
         (status = 403, description = "not an operator", body = ErrorBody),
         (status = 404, description = "no such upload", body = ErrorBody),
-        (status = 409, description = "the upload is complete", body = ErrorBody),
+        (status = 409, description = "the upload is complete, or all of it is there and it is to be completed", body = ErrorBody),
         (status = 413, description = "larger than any chunk may be", body = ErrorBody),
         (status = 415, description = "not application/octet-stream", body = ErrorBody),
         (status = 422, description = "not what X-Chunk-SHA256 says, or no room on the disk", body = ErrorBody),
@@ -256,11 +256,6 @@ fn status_of(app: &App, row: uploads::Model, received: Vec<i64>) -> Status {
 ))]
 pub async fn remove(caller: Operator, id: web::Path<String>, app: web::Data<App>) -> Result<HttpResponse, Error> {
     let row = app.uploads.get(&id).await?;
-    let (path, absolute) = app.uploads.paths(&row);
-    let live = crate::jobs::store::load_live(&app.store).await?;
-    if let Some(job) = live.iter().find(|job| job.source == path || job.source == absolute) {
-        return Err(Error::new(Code::Conflict, format!("{} needs this upload and is not finished", job.id)));
-    }
     let act = audit::begin(&app.store, &caller.name, "upload.delete", &format!("{} {}", row.id, row.filename)).await?;
     let gone = app.uploads.remove(&id).await;
     act.finish(&gone).await;
