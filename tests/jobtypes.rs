@@ -109,6 +109,11 @@ async fn an_import_becomes_a_vm_of_the_catalogue_and_exports_again() {
         let again = json!({"type": "export", "provider": "images", "vm_name": name, "format": "raw"});
         let exported = client.completed(&client.create_job(again).await, seconds(60)).await;
         identical(("raw", &raw), ("raw", &file_of(&exported, ".raw")));
+        // What it made is the catalogue's, and is no export to be removed.
+        let id = job["id"].as_str().unwrap();
+        let sentence = client.delete(&format!("/exports/{id}")).await.refused(422, "unprocessable");
+        assert!(sentence.contains("catalogue") && images.join(name).is_dir(), "{sentence}");
+        assert_eq!(client.job(id).await["result"].get("removed_at"), None);
         // The name is taken now.
         let sentence = client.post("/jobs", body).await.refused(409, "conflict");
         assert!(sentence.contains(name) && sentence.contains("vm_name"), "{sentence}");
