@@ -20,6 +20,9 @@ use crate::store::{Error, Store};
 /// Statuses of jobs that the queue keeps in memory.
 const LIVE: [Status; 3] = [Status::Queued, Status::Running, Status::Cancelling];
 
+/// Jobs with files that are read at a time.
+const FILES: u64 = 1000;
+
 /// A transition to store: from which state, to which job.
 pub struct Transition {
     /// What the store must still hold.
@@ -215,17 +218,33 @@ pub async fn save_result(store: &Store, id: &str, result: &serde_json::Value) ->
     store.run(move |db| async move { Ok(update.exec(&db).await.map(drop)?) }).await
 }
 
-/// Completed jobs of these types that ended before a time (milliseconds since 1970) and whose result does not hold the field `without`; the
-/// oldest first, 1,000 at most.
-pub async fn with_files(store: &Store, kinds: &[JobType], before: i64, without: &str) -> Result<Vec<Job>, Error> {
-    let find = jobs::Entity::find()
+/// Completed jobs of these types at these agents that ended before a time (milliseconds since 1970) and whose result does not hold the field
+/// `without`; the oldest first, 1,000 at most, behind the job (end, id) where one is given.
+pub async fn with_files(
+    store: &Store,
+    kinds: &[JobType],
+    agents: Vec<String>,
+    before: i64,
+    behind: Option<(i64, String)>,
+    without: &str,
+) -> Result<Vec<Job>, Error> {
+    if agents.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut find = jobs::Entity::find()
         .filter(jobs::Column::Status.eq(Status::Completed.word()))
         .filter(jobs::Column::Kind.is_in(kinds.iter().map(|kind| kind.word())))
+        .filter(jobs::Column::Agent.is_in(agents))
         .filter(jobs::Column::FinishedAt.lt(before))
         .filter(jobs::Column::Result.is_not_null())
         .filter(jobs::Column::Result.not_like(format!("%\"{without}\"%")))
         .order_by_asc(jobs::Column::FinishedAt)
-        .limit(1000);
+        .order_by_asc(jobs::Column::Id)
+        .limit(FILES);
+    if let Some((finished, id)) = behind {
+        let later = Condition::all().add(jobs::Column::FinishedAt.eq(finished)).add(jobs::Column::Id.gt(id));
+        find = find.filter(Condition::any().add(jobs::Column::FinishedAt.gt(finished)).add(later));
+    }
     let rows = store.read(move |db| async move { Ok(find.all(&db).await?) }).await?;
     Ok(rows.into_iter().filter_map(readable).collect())
 }

@@ -3,6 +3,7 @@
 
 mod holds;
 mod logs;
+mod retention;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
