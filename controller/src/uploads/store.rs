@@ -16,8 +16,8 @@ pub const OPEN: &str = "open";
 /// It is whole.
 pub const COMPLETE: &str = "complete";
 
-/// The advisory lock on Postgres under which uploads begin: "upload" in ASCII.
-const QUOTA_LOCK: i64 = 0x75_70_6c_6f_61_64;
+/// The advisory lock on Postgres under which uploads begin.
+const QUOTA_LOCK: i64 = i64::from_be_bytes(*b"\0\0upload");
 
 /// Begins an upload where all of them together stay within `quota` bytes (0: no quota); else answers how many bytes are taken.
 pub async fn begin(
