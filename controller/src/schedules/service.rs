@@ -82,8 +82,8 @@ pub struct Update {
     pub carbon_aware: Option<bool>,
 }
 
-/// Makes a schedule. `None` where a twin request with the same key was quicker.
-pub async fn create(app: &App, owner: &str, wanted: Create, key: Option<(Idempotency, Show)>) -> Result<Option<schedules::Model>, Error> {
+/// Makes a schedule.
+pub async fn create(app: &App, owner: &str, wanted: Create, key: Option<(&Idempotency, Show)>) -> Result<schedules::Model, Error> {
     let now = shared::clock::now();
     let row = schedules::Model {
         id: format!("sched-{}", shared::ids::random_hex::<8>()),
@@ -123,12 +123,8 @@ pub async fn create(app: &App, owner: &str, wanted: Create, key: Option<(Idempot
         Some((key, show)) => Some(key.row(201, &location(&row.id), show(row.clone())?)),
         None => None,
     };
-    let keyed = answer.is_some();
-    match store::insert(&app.store, row.clone(), answer).await {
-        Ok(()) => Ok(Some(row)),
-        Err(StoreError::Conflict(_)) if keyed => Ok(None),
-        Err(error) => Err(error.into()),
-    }
+    store::insert(&app.store, row.clone(), answer).await?;
+    Ok(row)
 }
 
 /// How a schedule's answer is written, for the row of its key.

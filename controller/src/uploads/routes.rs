@@ -122,32 +122,25 @@ pub struct Status {
         (status = 422, description = "no room on the disk", body = ErrorBody),
     ))]
 pub async fn init(caller: Operator, request: HttpRequest, app: web::Data<App>, body: Json<Init>) -> Result<HttpResponse, Error> {
-    let key = Idempotency::of(&request, &caller, &body.digest)?;
-    if let Some(key) = &key
-        && let Some(first) = key.replay(&app.store).await?
-    {
-        return Ok(first);
-    }
-    let Init { filename, size, sha256 } = body.value;
-    let row = app.uploads.draft(&caller.name, filename, size, sha256.as_deref())?;
-    let answer = Begun {
-        upload_id: row.id.clone(),
-        chunk_size: CHUNK,
-        chunks: service::count(row.size.unsigned_abs()),
-        expires_at: rfc3339(row.expires_at),
-    };
-    let location = format!("/api/v1/upload/status/{}", row.id);
-    let text = serde_json::to_string(&answer).map_err(Error::internal)?;
-    let replay = key.as_ref().map(|key| key.row(201, &location, text));
-    let act = audit::begin(&app.store, &caller.name, "upload.init", &format!("{} {}", row.id, row.filename)).await?;
-    let begun = app.uploads.begin(row, replay).await;
-    act.finish(&begun).await;
-    match (begun, &key) {
-        // A twin request with the same key was quicker: its answer is the answer.
-        (Err(error), Some(key)) if error.code() == Code::Conflict => key.replay(&app.store).await?.ok_or(error),
-        (Err(error), _) => Err(error),
-        (Ok(()), _) => Ok(HttpResponse::Created().insert_header((header::LOCATION, location)).json(answer)),
-    }
+    Idempotency::once(&request, &caller, &body.digest, &app.store, async |key| {
+        let Init { filename, size, sha256 } = body.value;
+        let row = app.uploads.draft(&caller.name, filename, size, sha256.as_deref())?;
+        let answer = Begun {
+            upload_id: row.id.clone(),
+            chunk_size: CHUNK,
+            chunks: service::count(row.size.unsigned_abs()),
+            expires_at: rfc3339(row.expires_at),
+        };
+        let location = format!("/api/v1/upload/status/{}", row.id);
+        let text = serde_json::to_string(&answer).map_err(Error::internal)?;
+        let replay = key.map(|key| key.row(201, &location, text));
+        let act = audit::begin(&app.store, &caller.name, "upload.init", &format!("{} {}", row.id, row.filename)).await?;
+        let begun = app.uploads.begin(row, replay).await;
+        act.finish(&begun).await;
+        begun?;
+        Ok(HttpResponse::Created().insert_header((header::LOCATION, location)).json(answer))
+    })
+    .await
 }
 
 /// Sends a chunk: in any order, several at a time, and again.
