@@ -109,6 +109,11 @@ async fn an_import_becomes_a_vm_of_the_catalogue_and_exports_again() {
         let again = json!({"type": "export", "provider": "images", "vm_name": name, "format": "raw"});
         let exported = client.completed(&client.create_job(again).await, seconds(60)).await;
         identical(("raw", &raw), ("raw", &file_of(&exported, ".raw")));
+        // What it made is the catalogue's, and is no export to be removed.
+        let id = job["id"].as_str().unwrap();
+        let sentence = client.delete(&format!("/exports/{id}")).await.refused(422, "unprocessable");
+        assert!(sentence.contains("catalogue") && images.join(name).is_dir(), "{sentence}");
+        assert_eq!(client.job(id).await["result"].get("removed_at"), None);
         // The name is taken now.
         let sentence = client.post("/jobs", body).await.refused(409, "conflict");
         assert!(sentence.contains(name) && sentence.contains("vm_name"), "{sentence}");
@@ -511,10 +516,21 @@ async fn an_upload_is_a_source_for_any_agent() {
         if job["bytes_done"].as_u64() >= Some(16 * MIB) { Ok(()) } else { Err(brief(&job)) }
     })
     .await;
+    let sentence = client.delete(&format!("/upload/{}", web.split('/').nth(1).unwrap())).await.refused(409, "conflict");
+    assert!(sentence.contains(&id), "{sentence}");
+    // A drain parks it: what was fetched stays, and so the checkpoint that hangs on it.
+    fleet.agents[1].process().terminate(seconds(20)).await;
+    assert!(fleet.scratch.join(&format!("agent-1/data/pulled/{id}/whole/web.qcow2")).is_file());
+    fleet.agents[1].start();
+    wait_for("the copy to go on", seconds(30), async || {
+        let job = client.job(&id).await;
+        if job["bytes_resumed"].as_u64() >= Some(8 * MIB) { Ok(()) } else { Err(brief(&job)) }
+    })
+    .await;
     fleet.agents[1].kill();
     fleet.agents[1].start();
     let job = client.completed(&id, seconds(90)).await;
-    assert!(job["agent"] == "agent-1" && job["attempt"] == 2 && job["bytes_resumed"].as_u64() >= Some(8 * MIB), "{job:#}");
+    assert!(job["agent"] == "agent-1" && job["attempt"] == 3 && job["bytes_resumed"].as_u64() >= Some(8 * MIB), "{job:#}");
     identical(("raw", &raw), ("qcow2", &file_of(&job, ".qcow2")));
 
     let verified =

@@ -177,6 +177,11 @@ async fn whole_life(database: Database) {
 
 /// Every field that is wrong is named, with what would be right.
 async fn refusals(client: &Client, good: &Value) {
+    let with = |option: &str| {
+        let mut job = job("web");
+        job["options"][option] = json!("2999-01-01T00:00:00Z");
+        job
+    };
     for (field, value, status, words) in [
         ("name", json!(""), 400, ["name", "1 to 200"]),
         ("name", json!("a\u{0}b"), 400, ["name", "control"]),
@@ -191,6 +196,8 @@ async fn refusals(client: &Client, good: &Value) {
         ("job", json!("export"), 400, ["job", "object"]),
         ("job", json!({"type": "export", "speed": 3}), 400, ["job", "speed"]),
         ("job", json!({"type": "export", "format": "raw", "provider": "local"}), 400, ["job", "vm_name"]),
+        ("job", with("not_before"), 400, ["job", "`not_before`"]),
+        ("job", with("deadline"), 400, ["job", "`deadline`"]),
         ("job", job("nobody"), 404, ["job", "nobody"]),
         ("carbon", json!(true), 400, ["carbon", "carbon_aware"]),
     ] {

@@ -160,4 +160,13 @@ async fn chunks_come_in_any_order_and_outlive_a_kill(database: Database) {
     })
     .await;
     client.post("/upload/init", json!({"filename": "b", "size": 20_000_000})).await.expect(201);
+    // Many at once have no more together: 20 MB are taken, 10 MB are left. Slow, so that each has looked before another is done.
+    if let Some(db) = &fleet.db {
+        let pause = "BEGIN PERFORM pg_sleep(0.1); RETURN NEW; END";
+        db.sql(&format!("CREATE FUNCTION pause() RETURNS trigger LANGUAGE plpgsql AS '{pause}'"));
+        db.sql("CREATE TRIGGER pause BEFORE INSERT ON uploads FOR EACH ROW EXECUTE FUNCTION pause()");
+    }
+    let begun =
+        join_all((0..16).map(|_| async { client.post("/upload/init", json!({"filename": "c", "size": 4_000_000})).await.status })).await;
+    assert_eq!((begun.iter().filter(|status| **status == 201).count(), begun.iter().filter(|status| **status == 413).count()), (2, 14));
 }

@@ -98,6 +98,23 @@ impl Config {
             data_dir,
         })
     }
+
+    /// One whose folders all lie in `base`.
+    #[cfg(test)]
+    pub fn in_folder(base: &Path) -> Self {
+        Self {
+            controller: "https://127.0.0.1:1".to_owned(),
+            token: None,
+            token_file: None,
+            data_dir: base.join("data"),
+            name: "agent".to_owned(),
+            exports_dir: base.join("exports"),
+            images_dir: base.join("images"),
+            images_connection: IMAGES.to_owned(),
+            local_root: None,
+            roots: BTreeMap::new(),
+        }
+    }
 }
 
 fn read_file(path: &Path) -> Result<File, String> {

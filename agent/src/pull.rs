@@ -8,7 +8,7 @@
 
 use std::fs::File;
 use std::io::{self, Read as _, Seek as _, Write as _};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use proto::v1::fleet_client::FleetClient;
 use proto::v1::piece::Kind;
@@ -22,8 +22,12 @@ use crate::sources::Error;
 
 /// How long a pull waits for the next piece.
 const STALL: Duration = Duration::from_secs(60);
-/// Losses in a row, without a byte between them, after which a pull gives up.
-const LOSSES: u32 = 5;
+/// How long a pull tries on without a byte.
+const PATIENCE: Duration = Duration::from_secs(300);
+/// Between two tries.
+const PAUSE: Duration = Duration::from_secs(1);
+/// Bytes that are hashed at a time.
+const STEP: usize = 1 << 20;
 /// The folder of pulled files in the data directory.
 const PULLED: &str = "pulled";
 /// The folder of a job's whole files below that.
@@ -41,54 +45,95 @@ pub struct Pulled {
     pub sha256: String,
 }
 
-/// Fetches the upload `path` that the assignment (`job`, `epoch`) names as its source, and goes on where an earlier try ended. `go_on` hears
-/// how many bytes of how many are here and says whether to go on. For a worker's thread: it blocks.
-pub fn pull(agent: &Agent, job: &str, epoch: u64, path: &str, go_on: &dyn Fn(u64, u64) -> bool) -> Result<Pulled, Error> {
+/// Why a pull ended without its file.
+pub enum Ended {
+    /// It was told to stop.
+    Stopped,
+    /// The controller has been away for minutes, after it had given more than there was: this attempt brought something.
+    Away(String),
+    /// It cannot be done, or brought nothing for minutes.
+    Failed(Error),
+}
+
+/// Fetches the upload `path` that the assignment (`job`, `epoch`) names as its source, and goes on where an earlier try ended. `go_on` is
+/// asked often. A controller that is away is waited for. For a worker's thread: it blocks.
+pub fn pull(agent: &Agent, job: &str, epoch: u64, path: &str, go_on: &dyn Fn() -> bool) -> Result<Pulled, Ended> {
     let name = path.rsplit('/').next().unwrap_or_default().to_owned();
     let broken = |e: io::Error| match e.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Error::fatal(Code::NoSpace, "no space left in the data directory"),
-        _ => Error { code: Code::Internal, message: format!("{PULLED}/{job}: {e}"), retryable: true },
+        io::ErrorKind::Interrupted => Ended::Stopped,
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
+            Ended::Failed(Error::fatal(Code::NoSpace, "no space left in the data directory"))
+        }
+        _ => Ended::Failed(Error { code: Code::Internal, message: format!("{PULLED}/{job}: {e}"), retryable: true }),
     };
     let below = format!("{PULLED}/{job}");
     agent.home.dir.create_dir_all(&below).map_err(broken)?;
     let dir = agent.home.dir.open_dir(&below).map_err(broken)?;
     dir.create_dir_all(WHOLE).map_err(broken)?;
     let whole = dir.open_dir(WHOLE).map_err(broken)?;
-    if let Some(part) = Part::read(&whole, &name).map_err(broken)? {
+    if let Some(part) = Part::read(&whole, &name, go_on).map_err(broken)? {
         return Ok(Pulled { sha256: part.digest(), size: part.size, dir: whole, name });
     }
-    let mut part = Part::find(&dir).map_err(broken)?;
-    let mut losses = 0;
+    let mut part = Part::find(&dir, go_on).map_err(broken)?;
+    let mut patience = Patience::new(part.size, Instant::now());
     loop {
-        let before = part.size;
         let request =
             v1::PullRequest { job: job.to_owned(), epoch, path: path.to_owned(), offset: part.size, version: part.version.clone() };
-        match agent.runtime.block_on(receive(agent, request, &dir, &mut part, go_on)) {
+        let received = agent.runtime.block_on(async {
+            tokio::select! {
+                received = receive(agent, request, &dir, &mut part) => received,
+                () = told_to_stop(go_on) => Err(Lost::Stopped),
+            }
+        });
+        match received {
             Ok(opened) => {
                 let sha256 = part.digest();
-                if !opened.sha256.is_empty() && sha256 != opened.sha256 {
+                if sha256 != opened.sha256 {
                     part.remove(&dir).map_err(broken)?;
                     let message = format!("{path} arrived as {sha256} and is {}; it is fetched again", opened.sha256);
-                    return Err(Error { code: Code::VerificationFailed, message, retryable: true });
+                    return Err(Ended::Failed(Error { code: Code::VerificationFailed, message, retryable: true }));
                 }
                 part.keep(&dir, &whole, &name).map_err(broken)?;
                 return Ok(Pulled { dir: whole, name, size: opened.size, sha256 });
             }
-            Err(Lost::Refused(error)) => return Err(error),
+            Err(Lost::Stopped) => return Err(Ended::Stopped),
+            Err(Lost::Refused(error)) => return Err(Ended::Failed(error)),
             Err(Lost::Io(error)) => return Err(broken(error)),
             Err(Lost::Away(reason)) => {
-                losses = if part.size > before { 1 } else { losses + 1 };
-                if losses >= LOSSES {
-                    return Err(Error {
-                        code: Code::Unavailable,
-                        message: format!("{path} could not be fetched: {reason}"),
-                        retryable: true,
-                    });
+                if let Some(brought) = patience.lost(part.size, Instant::now()) {
+                    let message = format!("{path} could not be fetched: {reason}");
+                    let error = |message| Error { code: Code::Unavailable, message, retryable: true };
+                    return Err(if brought { Ended::Away(message) } else { Ended::Failed(error(message)) });
                 }
                 tracing::warn!(job, path, reason, have = part.size, "a pull was interrupted and goes on");
-                std::thread::sleep(Duration::from_secs(1));
+                std::thread::sleep(PAUSE);
             }
         }
+    }
+}
+
+/// For how long a pull has waited in vain.
+struct Patience {
+    /// Bytes at the beginning of this attempt.
+    found: u64,
+    /// Bytes at the last loss.
+    had: u64,
+    /// When there were more than before.
+    since: Instant,
+}
+
+impl Patience {
+    fn new(found: u64, now: Instant) -> Self {
+        Self { found, had: found, since: now }
+    }
+
+    /// Takes a loss; where it was the last one, whether the attempt has brought something.
+    fn lost(&mut self, have: u64, now: Instant) -> Option<bool> {
+        if have > self.had {
+            self.since = now;
+        }
+        self.had = have;
+        (now.saturating_duration_since(self.since) >= PATIENCE).then_some(have > self.found)
     }
 }
 
@@ -100,17 +145,12 @@ pub fn forget(agent: &Agent, job: &str) -> io::Result<()> {
     }
 }
 
-/// The same, where a failure is only worth a line in the log.
-pub fn forget_logged(agent: &Agent, job: &str) {
-    if let Err(e) = forget(agent, job) {
-        tracing::warn!(job, error = %e, "what was pulled for a job could not be removed");
-    }
-}
-
 enum Lost {
     /// The connection; the same may work in a moment.
     Away(String),
-    /// A clear no, or the worker is to stop.
+    /// The worker is to stop.
+    Stopped,
+    /// A clear no.
     Refused(Error),
     /// Our own disk.
     Io(io::Error),
@@ -130,14 +170,14 @@ impl From<tonic::Status> for Lost {
     }
 }
 
-async fn receive(
-    agent: &Agent,
-    request: v1::PullRequest,
-    dir: &vault::Dir,
-    part: &mut Part,
-    go_on: &dyn Fn(u64, u64) -> bool,
-) -> Result<v1::Opened, Lost> {
-    let stopped = || Lost::Refused(Error { code: Code::Conflict, message: "the job is to stop".to_owned(), retryable: true });
+/// Comes back when a pull is to stop.
+async fn told_to_stop(go_on: &dyn Fn() -> bool) {
+    while go_on() {
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+async fn receive(agent: &Agent, request: v1::PullRequest, dir: &vault::Dir, part: &mut Part) -> Result<v1::Opened, Lost> {
     let slow = |_| Lost::Away(format!("nothing came for {} s", STALL.as_secs()));
     let channel = agent.dial().await.map_err(|e| Lost::Away(e.to_string()))?;
     let mut client = FleetClient::new(channel);
@@ -153,9 +193,6 @@ async fn receive(
         return Err(Lost::Refused(Error::fatal(Code::NoSpace, message)));
     }
     while part.size < opened.size {
-        if !go_on(part.size, opened.size) {
-            return Err(stopped());
-        }
         match tokio::time::timeout(STALL, pieces.message()).await.map_err(slow)?? {
             Some(Piece { kind: Some(Kind::Data(bytes)), .. }) => part.append(&bytes).map_err(Lost::Io)?,
             Some(Piece { kind: Some(Kind::Failed(failed)), .. }) => return Err(Lost::Away(failed.message)),
@@ -163,7 +200,6 @@ async fn receive(
             None => return Err(Lost::Away("the stream ended early".to_owned())),
         }
     }
-    go_on(part.size, opened.size);
     if part.size > opened.size {
         part.remove(dir).map_err(Lost::Io)?;
         return Err(Lost::Away("more came than was announced".to_owned()));
@@ -182,27 +218,30 @@ struct Part {
 
 impl Part {
     /// What an earlier try left, hashed again.
-    fn find(dir: &vault::Dir) -> io::Result<Self> {
+    fn find(dir: &vault::Dir, go_on: &dyn Fn() -> bool) -> io::Result<Self> {
         for entry in dir.entries()? {
             let Ok(name) = entry?.file_name().into_string() else { continue };
             let Some(version) = name.strip_suffix(".part") else { continue };
-            if let Some(part) = Part::read(dir, &name)? {
+            if let Some(part) = Part::read(dir, &name, go_on)? {
                 return Ok(Part { version: version.to_owned(), ..part });
             }
         }
         Ok(Part::default())
     }
 
-    /// A file with its digest; none where it is not there.
-    fn read(dir: &vault::Dir, name: &str) -> io::Result<Option<Self>> {
+    /// A file with its digest; none where it is not there. Told to stop, it is interrupted.
+    fn read(dir: &vault::Dir, name: &str, go_on: &dyn Fn() -> bool) -> io::Result<Option<Self>> {
         let mut file = match open_part(dir, name, false) {
             Ok(file) => file,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(e),
         };
         let mut part = Part::default();
-        let mut buffer = vec![0; 1 << 20];
+        let mut buffer = vec![0; STEP];
         loop {
+            if !go_on() {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
             match file.read(&mut buffer)? {
                 0 => break,
                 length => {
@@ -291,25 +330,67 @@ mod tests {
         let base = vault::temporary_dir("pull").unwrap();
         let dir = vault::open_data_dir(&base).unwrap();
         dir.create_dir(WHOLE).unwrap();
-        let mut part = Part::find(&dir).unwrap();
+        let mut part = Part::find(&dir, &|| true).unwrap();
         part.begin(&dir, &opened("a-1", 0)).unwrap();
         part.append(b"0123").unwrap();
         drop(part);
         // As the next process finds it.
-        let mut part = Part::find(&dir).unwrap();
+        let mut part = Part::find(&dir, &|| true).unwrap();
         assert_eq!((part.size, part.version.as_str()), (4, "a-1"));
         assert!(part.begin(&dir, &opened("a-1", 6)).is_err(), "a gap");
         part.begin(&dir, &opened("a-1", 4)).unwrap();
         part.append(b"456789").unwrap();
         assert_eq!(part.digest(), hex::encode(Sha256::digest(b"0123456789")));
         part.begin(&dir, &opened("b-2", 0)).unwrap();
-        assert_eq!((part.size, Part::find(&dir).unwrap().version.as_str()), (0, "b-2"));
+        assert_eq!((part.size, Part::find(&dir, &|| true).unwrap().version.as_str()), (0, "b-2"));
         assert!(part.begin(&dir, &opened("../escape", 0)).is_err());
         part.append(b"new").unwrap();
         let whole = dir.open_dir(WHOLE).unwrap();
         part.keep(&dir, &whole, "disk.raw").unwrap();
         assert_eq!(std::fs::read(base.join("whole/disk.raw")).unwrap(), b"new");
-        assert_eq!(Part::find(&dir).unwrap().size, 0);
+        assert_eq!(Part::find(&dir, &|| true).unwrap().size, 0);
+        std::fs::remove_dir_all(base).unwrap();
+    }
+
+    #[test]
+    fn hashing_ends_when_it_is_told_to() {
+        let base = vault::temporary_dir("pull-stop").unwrap();
+        let dir = vault::open_data_dir(&base).unwrap();
+        std::fs::write(base.join("disk.raw"), vec![7; 3 * STEP]).unwrap();
+        let asked = std::cell::Cell::new(0);
+        let twice = || {
+            asked.set(asked.get() + 1);
+            asked.get() <= 2
+        };
+        let error = Part::read(&dir, "disk.raw", &twice).err().unwrap();
+        assert_eq!((error.kind(), asked.get()), (io::ErrorKind::Interrupted, 3));
+        assert_eq!(Part::read(&dir, "disk.raw", &|| true).unwrap().unwrap().size, 3 * STEP as u64);
+        std::fs::remove_dir_all(base).unwrap();
+    }
+
+    #[test]
+    fn a_controller_that_is_away_is_waited_for_by_the_clock() {
+        let start = Instant::now();
+        let mut patience = Patience::new(10, start);
+        for second in 0..299 {
+            assert_eq!(patience.lost(10, start + Duration::from_secs(second)), None);
+        }
+        assert_eq!(patience.lost(10, start + PATIENCE), Some(false), "nothing came");
+        let mut patience = Patience::new(10, start);
+        assert_eq!(patience.lost(11, start + PATIENCE), None, "each byte begins the wait anew");
+        assert_eq!(patience.lost(11, start + PATIENCE * 2), Some(true));
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+    async fn a_pull_that_waits_for_its_controller_stops_when_it_is_told_to() {
+        let base = vault::temporary_dir("pull-away").unwrap();
+        let agent = Agent::open(crate::config::Config::in_folder(&base)).unwrap();
+        let asked = std::sync::atomic::AtomicU32::new(0);
+        let told = tokio::task::spawn_blocking(move || {
+            let twice = || asked.fetch_add(1, std::sync::atomic::Ordering::Relaxed) < 2;
+            matches!(pull(&agent, "job-0123456789abcdef", 1, "uploads/x/disk.raw", &twice), Err(Ended::Stopped))
+        });
+        assert!(told.await.unwrap());
         std::fs::remove_dir_all(base).unwrap();
     }
 }

@@ -280,15 +280,16 @@ fn stop(agent: &Arc<Agent>, cancel: &v1::Cancel) {
     }
 }
 
-/// The controller has it in its store: an end may be forgotten, and with a published job its journal and ledger entry.
+/// The controller has it in its store: an end may be forgotten, and with a published job what was fetched for it, its journal and its
+/// ledger entry. What is parked or tried again goes on from them; what has ended otherwise was discarded, or is when the controller says so.
 fn acknowledge(agent: &Arc<Agent>, ack: &v1::Acknowledge) {
     let Some(held) = agent.table.get(&ack.job).filter(|held| held.epoch == ack.epoch) else { return };
+    // The ledger last: what it names is looked after at the next Hello.
     if held.is_completed()
-        && let Err(e) = agent.ledger.remove(&ack.job)
+        && let Err(e) = pull::forget(agent, &ack.job).and_then(|()| agent.ledger.remove(&ack.job))
     {
-        tracing::warn!(job = ack.job, error = %e, "the journal of a published job could not be removed");
+        tracing::warn!(job = ack.job, error = %e, "what a published job needed could not be removed; the ledger keeps it");
     }
-    pull::forget_logged(agent, &ack.job);
     agent.table.forget(&ack.job, ack.epoch);
 }
 
@@ -386,4 +387,37 @@ fn resident_bytes() -> u64 {
 /// Wraps a message.
 pub fn message(kind: agent_message::Kind) -> v1::AgentMessage {
     v1::AgentMessage { kind: Some(kind) }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, clippy::disallowed_methods)]
+mod tests {
+    use v1::finished::Outcome;
+
+    use super::*;
+    use crate::ledger::Entry;
+
+    #[tokio::test]
+    async fn what_was_fetched_stays_until_its_job_is_published() {
+        let base = shared::vault::temporary_dir("session").unwrap();
+        let agent = Arc::new(Agent::open(crate::config::Config::in_folder(&base)).unwrap());
+        let job = "job-0123456789abcdef";
+        let entry = Entry { job: job.to_owned(), epoch: 1, destination: "exports".to_owned(), created: 0 };
+        agent.ledger.write(&entry).unwrap();
+        let whole = base.join("data/pulled").join(job).join("whole");
+        std::fs::create_dir_all(&whole).unwrap();
+        std::fs::write(whole.join("disk.raw"), b"x").unwrap();
+        let failure = v1::Failure { code: Code::BadGateway.word().to_owned(), message: String::new(), retryable: true };
+        let ends = [Outcome::Parked(true), Outcome::Failed(failure), Outcome::Completed("{}".to_owned())];
+        for (epoch, outcome) in (1..).zip(ends) {
+            let is_completed = matches!(outcome, Outcome::Completed(_));
+            let (held, _) = agent.table.take(job, epoch).unwrap();
+            agent.table.end(&held, outcome);
+            acknowledge(&agent, &v1::Acknowledge { job: job.to_owned(), epoch });
+            assert!(agent.table.get(job).is_none());
+            assert_eq!((whole.join("disk.raw").exists(), agent.ledger.read(job).unwrap().is_some()), (!is_completed, !is_completed));
+        }
+        assert!(!base.join("data/pulled").join(job).exists());
+        std::fs::remove_dir_all(base).unwrap();
+    }
 }

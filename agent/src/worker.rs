@@ -348,13 +348,19 @@ fn find_source(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<
         return Ok(FileSource::find(&agent.vault, &assign.source).map_err(Failure::from)?);
     }
     agent.table.log(held, "info", "preparing", format!("{} is fetched from the controller", assign.source));
-    match pull::pull(agent, &held.job, held.epoch, &assign.source, &|_, _| held.stop().is_none()) {
+    match pull::pull(agent, &held.job, held.epoch, &assign.source, &|| held.stop().is_none()) {
         Ok(pulled) => {
             let line = format!("{} is here: {} bytes, SHA-256 {}", assign.source, pulled.size, pulled.sha256);
             agent.table.log(held, "info", "preparing", line);
             Ok(FileSource::fetched(pulled.dir, pulled.name, pulled.size, &assign.source))
         }
-        Err(e) => Err(held.stop().map_or_else(|| End::Failed(e.into()), End::Stopped)),
+        Err(pull::Ended::Stopped) => Err(End::Stopped(held.stop().unwrap_or(Stop::Park))),
+        // What came is kept, and is no attempt in vain.
+        Err(pull::Ended::Away(message)) => {
+            agent.table.log(held, "warn", "preparing", message);
+            Err(End::Stopped(Stop::Park))
+        }
+        Err(pull::Ended::Failed(e)) => Err(held.stop().map_or_else(|| End::Failed(e.into()), End::Stopped)),
     }
 }
 

@@ -196,6 +196,9 @@ pub async fn rows(fleet: &Fleet, people: &People) -> Vec<Row> {
         "options": {"bandwidth_limit": 4096}});
     let done = operator.create_job(export.clone()).await;
     admin.completed(&done, seconds(30)).await;
+    let import = json!({"type": "import", "source": "vms/db-server-01.raw", "format": "raw", "vm_name": "imported"});
+    let imported = operator.create_job(import).await;
+    admin.completed(&imported, seconds(30)).await;
     let paused = operator.create_job(slow.clone()).await;
     operator.post(&format!("/jobs/{paused}/pause"), json!({})).await.expect(200);
     let [running, held, ended] =
@@ -308,7 +311,7 @@ pub async fn rows(fleet: &Fleet, people: &People) -> Vec<Row> {
             .at(format!("/jobs/progress/{done}"))
             .gives(200, json!({"job_id": "", "status": "", "progress": {"phase": "", "total_bytes": 0}, "timestamp": ""})),
         row("GET", "/status", Viewer).gives(200, json!({"version": "", "uptime": "", "total_jobs": 0, "running_jobs": 0, "timestamp": ""})),
-        row("GET", "/jobs", Viewer).at("/jobs?status=completed").gives(200, page(finished_job())),
+        row("GET", "/jobs", Viewer).at("/jobs?status=completed&type=export").gives(200, page(finished_job())),
         row("GET", "/jobs/stats", Viewer).gives(200, json!({"total": 0, "by_status": {}})),
         row("GET", "/jobs/{id}", Viewer).at(format!("/jobs/{done}")).gives(200, finished_job()),
         row("GET", "/jobs/{id}/logs", Viewer).at(format!("/jobs/{done}/logs")).gives(200, Value::Null),
@@ -335,6 +338,7 @@ pub async fn rows(fleet: &Fleet, people: &People) -> Vec<Row> {
         row("DELETE", "/exports/{id}", Operator)
             .at(format!("/exports/{done}"))
             .fails_at(409, "conflict", format!("/exports/{held}"))
+            .fails_at(422, "unprocessable", format!("/exports/{imported}"))
             .gives(204, Value::Null),
         key(row("POST", "/upload/init", Operator).json(json!({"filename": "web.ova", "size": 25_000_000})))
             .fails_with(422, "no_space", json!({"filename": "web.ova", "size": 1u64 << 45}))

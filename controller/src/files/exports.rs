@@ -21,9 +21,8 @@ use crate::jobs::core::Outbox as _;
 use crate::jobs::record::Job;
 use crate::system::audit;
 
-/// Where an output goes that names no destination, and where an import does.
+/// Where an output goes that names no destination.
 const EXPORTS: &str = "exports";
-const IMAGES: &str = "images";
 /// What a job's result says once its files are gone.
 const REMOVED: &str = "removed_at";
 /// Whose files go when their time is over. What was imported is the catalogue's, and stays.
@@ -78,7 +77,11 @@ pub async fn manifest(app: &App, job: &Job, file: Option<&str>) -> Result<(u64, 
 /// Removes a job's files from its agent's disk; the job and its result stay, and say when that was.
 pub async fn remove(app: &App, caller: &str, job: &Job) -> Result<(), Error> {
     let result = published(job)?;
-    let destination = job.options.destination.as_deref().unwrap_or(if job.kind == JobType::Import { IMAGES } else { EXPORTS });
+    if job.kind == JobType::Import {
+        let message = format!("what {} imported belongs to the catalogue of its agent, and is no export", job.id);
+        return Err(Error::new(Code::Unprocessable, message));
+    }
+    let destination = job.options.destination.as_deref().unwrap_or(EXPORTS);
     if destination.contains("://") {
         return Err(Error::not_built("removing an export from an object store"));
     }
@@ -105,19 +108,33 @@ async fn remove_at(app: &App, agent: &str, job: &Job, destination: &str, mut res
 /// Removes the files of jobs that ended longer ago than `age`, where their agents are connected. Answers how many.
 pub async fn retire(app: &App, age: Duration) -> Result<usize, Error> {
     let before = shared::clock::now().timestamp_millis().saturating_sub(i64::try_from(age.as_millis()).unwrap_or(i64::MAX));
-    let mut removed = 0;
-    for job in jobs::store::with_files(&app.store, &RETIRED, before, REMOVED).await? {
-        let here = job.state.agent.as_ref().is_some_and(|agent| app.fleet.is_connected(agent));
-        let in_a_root = job.options.destination.as_ref().is_none_or(|destination| !destination.contains("://"));
-        if app.is_draining() || !here || !in_a_root {
-            continue;
-        }
-        match remove(app, "retention", &job).await {
-            Ok(()) => removed += 1,
-            // Somebody was quicker.
-            Err(error) if error.code() == Code::NotFound => {}
-            Err(error) => tracing::warn!(job = job.id, cause = %error, "an export whose time is over could not be removed yet"),
+    let mut agents: Vec<String> = app.fleet.connected().into_iter().map(|agent| agent.id).collect();
+    let (mut removed, mut behind) = (0, None);
+    loop {
+        let jobs = jobs::store::with_files(&app.store, &RETIRED, agents.clone(), before, behind, REMOVED).await?;
+        // What could not be removed stands in nobody's way.
+        let Some(last) = jobs.last() else { return Ok(removed) };
+        behind = Some((last.finished_at.unwrap_or_default(), last.id.clone()));
+        for job in jobs {
+            let agent = job.state.agent.clone().unwrap_or_default();
+            if app.is_draining() {
+                return Ok(removed);
+            }
+            if !agents.contains(&agent) {
+                continue;
+            }
+            match remove(app, "retention", &job).await {
+                Ok(()) => removed += 1,
+                // Somebody was quicker.
+                Err(error) if error.code() == Code::NotFound => {}
+                Err(error) => {
+                    tracing::warn!(job = job.id, cause = %error, "an export whose time is over could not be removed yet");
+                    // An agent that left or hangs is asked again by the next sweep.
+                    if matches!(error.code(), Code::Unavailable | Code::BadGateway) {
+                        agents.retain(|other| *other != agent);
+                    }
+                }
+            }
         }
     }
-    Ok(removed)
 }

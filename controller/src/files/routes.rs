@@ -230,6 +230,7 @@ pub async fn manifest(_: Viewer, id: web::Path<String>, request: HttpRequest, ap
     (status = 403, description = "not an operator", body = ErrorBody),
     (status = 404, description = "no such job, or it published nothing, or that is gone already", body = ErrorBody),
     (status = 409, description = "the job is not finished", body = ErrorBody),
+    (status = 422, description = "an import: what it made belongs to the catalogue", body = ErrorBody),
     (status = 502, description = "the agent did not answer", body = ErrorBody),
     (status = 503, description = "the agent or the database is away", body = ErrorBody),
 ))]

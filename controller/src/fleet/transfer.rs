@@ -42,10 +42,6 @@ const READER: Duration = Duration::from_secs(300);
 
 /// A piece of a file at an agent, as it comes.
 pub struct Remote {
-    /// Bytes of the whole file.
-    pub size: u64,
-    /// Changes with its content.
-    pub version: String,
     /// The bytes that were asked for, all of them or an error at the end. Dropping it stops the agent.
     pub bytes: mpsc::Receiver<Result<Bytes, Error>>,
     _turn: OwnedSemaphorePermit,
@@ -58,7 +54,7 @@ struct Waiting {
     taken: oneshot::Sender<Begun>,
 }
 
-type Begun = Result<(Opened, mpsc::Receiver<Result<Bytes, Error>>), Failure>;
+type Begun = Result<mpsc::Receiver<Result<Bytes, Error>>, Failure>;
 
 /// The transfers of this controller.
 #[derive(Default)]
@@ -116,7 +112,7 @@ pub async fn fetch(registry: &Handle, agent: &str, path: &str, offset: u64, leng
         return Err(Error::new(Code::Unavailable, format!("agent `{name}` is not connected")).retry_after(5));
     }
     match tokio::time::timeout(BEGIN, begun).await {
-        Ok(Ok(Ok((opened, bytes)))) => Ok(Remote { size: opened.size, version: opened.version, bytes, _turn: turn }),
+        Ok(Ok(Ok(bytes))) => Ok(Remote { bytes, _turn: turn }),
         Ok(Ok(Err(failure))) => Err(told(failure)),
         Ok(Err(_)) => Err(Error::new(Code::BadGateway, format!("agent `{name}` broke the transfer off before it began"))),
         Err(_) => Err(Error::new(Code::BadGateway, format!("agent `{name}` did not begin to send in {} s", BEGIN.as_secs()))),
@@ -134,9 +130,9 @@ pub(super) async fn take(table: &Table, agent: &str, mut pieces: Streaming<Piece
     let waiting = table.claim(first.id, agent)?;
     let left = || Status::cancelled("whoever asked has left");
     match first.kind {
-        Some(Kind::Opened(opened)) => {
+        Some(Kind::Opened(_)) => {
             let (out, bytes) = mpsc::channel(AHEAD);
-            waiting.taken.send(Ok((opened, bytes))).map_err(|_| left())?;
+            waiting.taken.send(Ok(bytes)).map_err(|_| left())?;
             pump(&mut pieces, &out, waiting.length).await
         }
         Some(Kind::Failed(failure)) => {

@@ -32,6 +32,25 @@ impl Idempotency {
         Ok(Some(Self { id, digest: digest.to_owned() }))
     }
 
+    /// Answers a request that creates something: with the first answer where its key has one, else by `act`, which stores the answer with
+    /// what it makes. A conflict there may mean that a twin request with the same key was quicker: its answer is the answer.
+    pub async fn once(
+        request: &HttpRequest,
+        caller: &Caller,
+        digest: &str,
+        store: &Store,
+        act: impl AsyncFnOnce(Option<&Self>) -> Result<HttpResponse, Error>,
+    ) -> Result<HttpResponse, Error> {
+        let Some(key) = Self::of(request, caller, digest)? else { return act(None).await };
+        if let Some(first) = key.replay(store).await? {
+            return Ok(first);
+        }
+        match act(Some(&key)).await {
+            Err(error) if error.code() == Code::Conflict => key.replay(store).await?.ok_or(error),
+            answered => answered,
+        }
+    }
+
     /// A key that the controller derives by itself, so that an act which a crash cut off is found again. No caller can send one like it:
     /// no user's name is empty.
     pub fn derived(scope: &str, name: &str) -> Self {

@@ -72,7 +72,7 @@ impl Core {
             first.answer = answer;
         }
         if let Err(error) = store::insert_all(&self.ports.store, &rows).await {
-            rows.iter().for_each(|row| self.logs.forget(&row.job.id));
+            rows.iter().for_each(|row| self.doubt(&row.job.id, &error));
             return Err(error.into());
         }
         let jobs = rows.into_iter().map(|row| self.enter(row)).collect();

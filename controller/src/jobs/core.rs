@@ -135,6 +135,8 @@ pub struct Core {
     /// Reports that came while the store was away, to be taken again in order.
     pub(super) deferred: VecDeque<(String, Report)>,
     pub(super) since: Instant,
+    /// Jobs whose commit had no answer, and since when: they may be in the store.
+    pub(super) unsure: HashMap<String, Instant>,
     /// Jobs whose last attempt failed a moment ago, and until when they rest.
     pub(super) resting: HashMap<String, Instant>,
     pub(super) dispatch_due: bool,
@@ -154,6 +156,7 @@ impl Core {
             board,
             deferred: VecDeque::new(),
             since: Instant::now(),
+            unsure: HashMap::new(),
             resting: HashMap::new(),
             dispatch_due: false,
             draining: false,
@@ -427,7 +430,7 @@ impl Core {
     }
 
     /// Somebody else changed it: take what the store says.
-    async fn reload(&mut self, id: &str) -> Result<(), StoreError> {
+    pub(super) async fn reload(&mut self, id: &str) -> Result<(), StoreError> {
         tracing::warn!(job = id, "another controller changed this job");
         match store::load(&self.ports.store, id).await? {
             Some(job) => {

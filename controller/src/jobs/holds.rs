@@ -132,7 +132,9 @@ impl Core {
         for job in missed {
             // Its hold may have ended a moment ago.
             let Some(job) = self.jobs.get(&job.id).map(|live| Job { deadline_missed: true, ..live.job.clone() }) else { continue };
-            self.save_hold(&job).await?;
+            if !self.save_hold(&job).await? {
+                continue;
+            }
             let deadline = super::view::time(job.deadline.unwrap_or_default());
             let text = format!("the deadline {deadline} has passed; the job goes on");
             self.write(&job, "warn", &text);
@@ -160,12 +162,9 @@ impl Core {
         if change.before != change.after.state {
             change.line = Some(("info", why.to_owned()));
             self.commit(vec![change]).await?;
-        } else {
-            self.save_hold(&job).await?;
-            if moved {
-                self.write(&job, "info", why);
-                self.tell("job.progress", &job);
-            }
+        } else if self.save_hold(&job).await? && moved {
+            self.write(&job, "info", why);
+            self.tell("job.progress", &job);
         }
         Ok(())
     }
@@ -186,8 +185,7 @@ impl Core {
         let Some(mut job) = self.jobs.get(id).map(|live| live.job.clone()) else { return Ok(()) };
         let first = job.carbon.as_ref().is_some_and(|carbon| carbon.zone.is_empty());
         note(&mut job, plan, &grid, now_millis());
-        self.save_hold(&job).await?;
-        if first {
+        if self.save_hold(&job).await? && first {
             self.tell("job.progress", &job);
         }
         Ok(())
@@ -197,11 +195,14 @@ impl Core {
         self.jobs.get(id).map(|live| &live.job).filter(|job| job.waits_for_grid() && job.state.hold != Hold::Paused).cloned()
     }
 
-    /// Stores what changed beside the state.
-    async fn save_hold(&mut self, job: &Job) -> Result<(), StoreError> {
-        store::save_hold(&self.ports.store, job).await?;
-        self.remember(job.clone());
-        Ok(())
+    /// Stores what changed beside the state. Whether that was so: where another controller was quicker, its word stands.
+    async fn save_hold(&mut self, job: &Job) -> Result<bool, StoreError> {
+        let held = store::save_hold(&self.ports.store, job).await?;
+        match held {
+            true => self.remember(job.clone()),
+            false => self.reload(&job.id).await?,
+        }
+        Ok(held)
     }
 }
 

@@ -7,9 +7,13 @@
 //! ```
 //! Owns: what waits, and the commit. A job, its idempotency key's answer and the first lines of its log are one transaction.
 //! Never: answers before the commit; lets one request's conflict fail another's. Each is then tried alone.
+//! A commit whose answer is lost may have come about: its requesters are told that it failed, and the jobs are looked for until the store
+//! says of each whether it is there.
 //! A crash here costs what was not answered.
 
+use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
 
@@ -19,6 +23,11 @@ use super::store;
 use crate::http::idempotency::Idempotency;
 use crate::store::Error as StoreError;
 use crate::store::entities::{idempotency, job_logs};
+
+/// How long after its answer was lost a commit may still come about; a statement takes no longer than 15 s.
+const DOUBT: Duration = Duration::from_secs(60);
+/// Jobs that are looked for at a time.
+const LOOK: usize = 500;
 
 /// A request that waits for its job to be in the store.
 pub struct Waiting {
@@ -105,15 +114,68 @@ impl Core {
     }
 
     /// A job is stored, or is not: memory, watchers and the requester learn it.
-    fn admit(&mut self, row: store::NewRow, tell: oneshot::Sender<Result<Job, Error>>, stored: Result<(), StoreError>) {
+    pub(super) fn admit(&mut self, row: store::NewRow, tell: oneshot::Sender<Result<Job, Error>>, stored: Result<(), StoreError>) {
         // Who asked may have gone; the job stands all the same.
         let _ = match stored {
             Ok(()) => tell.send(Ok(self.enter(row))),
             Err(error) => {
-                self.logs.forget(&row.job.id);
+                self.doubt(&row.job.id, &error);
                 tell.send(Err(error.into()))
             }
         };
+    }
+
+    /// A job whose commit failed is forgotten; where it may have come about all the same, it is looked for.
+    pub(super) fn doubt(&mut self, job: &str, error: &StoreError) {
+        self.logs.forget(job);
+        if !matches!(error, StoreError::Conflict(_)) {
+            self.unsure.insert(job.to_owned(), Instant::now());
+        }
+    }
+
+    /// Looks for the jobs whose commit may have come about. Each is looked for until a read finds it, or finds that it is not there and
+    /// will not be.
+    pub(super) async fn look_for_unsure(&mut self, now: Instant) -> Result<(), StoreError> {
+        if self.unsure.is_empty() {
+            return Ok(());
+        }
+        let all: Vec<(String, Instant)> = self.unsure.iter().map(|(id, since)| (id.clone(), *since)).collect();
+        let mut owners = BTreeSet::new();
+        for some in all.chunks(LOOK) {
+            let ids = some.iter().map(|(id, _)| id.clone()).collect();
+            let mut found: HashMap<String, Job> =
+                store::load_many(&self.ports.store, ids).await?.into_iter().map(|job| (job.id.clone(), job)).collect();
+            for (id, since) in some {
+                match found.remove(id) {
+                    Some(job) => drop(owners.insert(self.adopt(job).await?)),
+                    None if now.saturating_duration_since(*since) < DOUBT => continue,
+                    None => {}
+                }
+                self.unsure.remove(id);
+            }
+        }
+        if owners.is_empty() {
+            return Ok(());
+        }
+        self.board.set_counts(store::count_by_status(&self.ports.store).await?);
+        for owner in owners {
+            self.settle(&owner).await?;
+        }
+        Ok(())
+    }
+
+    /// Takes a job that is in the store although nobody said so; answers whose it is.
+    async fn adopt(&mut self, job: Job) -> Result<String, StoreError> {
+        // Somebody may have cancelled it by then.
+        if self.jobs.contains_key(&job.id) || job.state.status.is_final() {
+            return Ok(job.owner);
+        }
+        tracing::warn!(job = job.id, "a job is there whose commit had no answer");
+        self.number(&job.id).await?;
+        self.tell("job.created", &job);
+        let owner = job.owner.clone();
+        self.remember(job);
+        Ok(owner)
     }
 
     /// A job is stored: memory and watchers learn it.

@@ -144,7 +144,7 @@ impl Core {
     }
 
     /// Brings the hold of every queued job of an agent in line with whether it is here.
-    async fn settle(&mut self, agent: &str) -> Result<(), StoreError> {
+    pub(super) async fn settle(&mut self, agent: &str) -> Result<(), StoreError> {
         let here = self.agents.get(agent).is_some_and(|known| known.connected && !known.draining);
         let wrong = if here { Hold::Agent } else { Hold::None };
         let waiting = self
@@ -162,6 +162,9 @@ impl Core {
     /// Once a second: leases, deferred reports, counters, work that could not be given out.
     pub async fn tick(&mut self, now: Instant) {
         self.retry_deferred().await;
+        if let Err(error) = self.look_for_unsure(now).await {
+            tracing::debug!(%error, "jobs whose commit had no answer are looked for later");
+        }
         let resting = self.resting.len();
         self.resting.retain(|_, until| *until > now);
         self.dispatch_due |= self.resting.len() < resting;

@@ -124,32 +124,29 @@ pub struct Submitted {
         (status = 503, description = "the database is away or the controller drains", body = ErrorBody),
     ))]
 pub async fn submit(caller: Operator, request: HttpRequest, app: web::Data<App>, body: Json<Submit>) -> Result<HttpResponse, Error> {
-    let key = Idempotency::of(&request, &caller, &body.digest)?;
-    if let Some(key) = &key
-        && let Some(first) = key.replay(&app.store).await?
-    {
-        return Ok(first);
-    }
-    let definitions = match body.value {
-        Submit::One(definition) => vec![definition],
-        Submit::Several { jobs } => jobs,
-    };
-    if definitions.is_empty() || definitions.len() > MOST {
-        return Err(Error::bad_request(format!("submit 1 to {MOST} jobs, not {}", definitions.len())));
-    }
-    let (mut new, mut errors) = (Vec::new(), Vec::new());
-    for definition in definitions {
-        let vm = definition.vm_path.clone();
-        match translate(&app, &caller.name, definition).await {
-            Ok(job) => new.push(job),
-            Err(e) if matches!(e.code(), Code::Unavailable | Code::Internal) => return Err(e),
-            Err(e) => errors.push(format!("{}: {}", service::clip(&vm), e.message())),
+    Idempotency::once(&request, &caller, &body.digest, &app.store, async |key| {
+        let definitions = match body.value {
+            Submit::One(definition) => vec![definition],
+            Submit::Several { jobs } => jobs,
+        };
+        if definitions.is_empty() || definitions.len() > MOST {
+            return Err(Error::bad_request(format!("submit 1 to {MOST} jobs, not {}", definitions.len())));
         }
-    }
-    make_all(&app, new, None, key, |views| {
-        let job_ids: Vec<String> = views.into_iter().map(|view| view.id).collect();
-        let submitted = Submitted { accepted: job_ids.len(), rejected: errors.len(), job_ids, errors, timestamp: now() };
-        (200, serde_json::to_value(submitted))
+        let (mut new, mut errors) = (Vec::new(), Vec::new());
+        for definition in definitions {
+            let vm = definition.vm_path.clone();
+            match translate(&app, &caller.name, definition).await {
+                Ok(job) => new.push(job),
+                Err(e) if matches!(e.code(), Code::Unavailable | Code::Internal) => return Err(e),
+                Err(e) => errors.push(format!("{}: {}", service::clip(&vm), e.message())),
+            }
+        }
+        make_all(&app, new, None, key, |views| {
+            let job_ids: Vec<String> = views.into_iter().map(|view| view.id).collect();
+            let submitted = Submitted { accepted: job_ids.len(), rejected: errors.len(), job_ids, errors, timestamp: now() };
+            (200, serde_json::to_value(submitted))
+        })
+        .await
     })
     .await
 }

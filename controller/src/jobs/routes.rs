@@ -77,27 +77,16 @@ pub(super) async fn job_of(app: &App, id: &str) -> Result<Job, Error> {
         (status = 503, description = "the database is away or the controller drains; for a dry run also: the agent is away", body = ErrorBody),
     ))]
 pub async fn create(caller: Operator, request: HttpRequest, app: web::Data<App>, mut body: Json<Create>) -> Result<HttpResponse, Error> {
-    let key = Idempotency::of(&request, &caller, &body.digest)?;
-    if let Some(key) = &key
-        && let Some(first) = key.replay(&app.store).await?
-    {
-        return Ok(first);
-    }
-    let dry_run = body.value.options.as_mut().and_then(|options| options.dry_run.take()) == Some(true);
-    let new = service::check(&app, &caller.name, body.value).await?;
-    if dry_run {
-        return Ok(HttpResponse::Ok().json(plan::of(&app, new).await?));
-    }
-    let job = match app.queue.submit(new, key.clone()).await {
-        Ok(job) => job,
-        // A twin request with the same key was quicker: its answer is the answer.
-        Err(core::Error::Store(StoreError::Conflict(cause))) => match &key {
-            Some(key) => return key.replay(&app.store).await?.ok_or_else(|| Error::internal(cause)),
-            None => return Err(Error::internal(cause)),
-        },
-        Err(error) => return Err(error.into()),
-    };
-    Ok(HttpResponse::Created().insert_header((header::LOCATION, format!("/api/v1/jobs/{}", job.id))).json(view(&app, &job)))
+    Idempotency::once(&request, &caller, &body.digest, &app.store, async |key| {
+        let dry_run = body.value.options.as_mut().and_then(|options| options.dry_run.take()) == Some(true);
+        let new = service::check(&app, &caller.name, body.value).await?;
+        if dry_run {
+            return Ok(HttpResponse::Ok().json(plan::of(&app, new).await?));
+        }
+        let job = app.queue.submit(new, key.cloned()).await?;
+        Ok(HttpResponse::Created().insert_header((header::LOCATION, format!("/api/v1/jobs/{}", job.id))).json(view(&app, &job)))
+    })
+    .await
 }
 
 /// Makes many jobs, at most 500, of which at most `concurrency` run at once.
@@ -118,17 +107,14 @@ pub async fn create(caller: Operator, request: HttpRequest, app: web::Data<App>,
         (status = 503, description = "the database is away or the controller drains", body = ErrorBody),
     ))]
 pub async fn batch(caller: Operator, request: HttpRequest, app: web::Data<App>, body: Json<Batch>) -> Result<HttpResponse, Error> {
-    let key = Idempotency::of(&request, &caller, &body.digest)?;
-    if let Some(key) = &key
-        && let Some(first) = key.replay(&app.store).await?
-    {
-        return Ok(first);
-    }
-    let (checked, new) = batch::check(&app, &caller.name, body.value).await?;
-    let made = record::Batch { id: checked.id.clone(), limit: checked.limit };
-    make_all(&app, new, Some(made), key, |views| {
-        let answer = checked.answer(views);
-        (answer.status(), serde_json::to_value(answer))
+    Idempotency::once(&request, &caller, &body.digest, &app.store, async |key| {
+        let (checked, new) = batch::check(&app, &caller.name, body.value).await?;
+        let made = record::Batch { id: checked.id.clone(), limit: checked.limit };
+        make_all(&app, new, Some(made), key, |views| {
+            let answer = checked.answer(views);
+            (answer.status(), serde_json::to_value(answer))
+        })
+        .await
     })
     .await
 }
@@ -138,7 +124,7 @@ pub(super) async fn make_all(
     app: &App,
     new: Vec<NewJob>,
     batch: Option<record::Batch>,
-    key: Option<Idempotency>,
+    key: Option<&Idempotency>,
     compose: impl FnOnce(Vec<View>) -> (u16, serde_json::Result<serde_json::Value>) + Send + 'static,
 ) -> Result<HttpResponse, Error> {
     let answered = |status: u16, body: serde_json::Value| {
@@ -148,14 +134,14 @@ pub(super) async fn make_all(
     if new.is_empty() {
         let (status, body) = compose(Vec::new());
         let body = body.map_err(Error::internal)?;
-        if let Some(key) = &key {
+        if let Some(key) = key {
             key.keep(&app.store, status, "", &body).await?;
         }
         return answered(status, body);
     }
     // The answer is composed where the jobs get their ids, so that it is stored with them.
     let (tell, told) = tokio::sync::oneshot::channel();
-    let again = key.clone();
+    let key = key.cloned();
     let answer: batches::Answer = Box::new(move |views| {
         let (status, body) = compose(views.to_vec());
         let body = body.map_err(|e| StoreError::Other(e.to_string()))?;
@@ -164,14 +150,7 @@ pub(super) async fn make_all(
         let _ = tell.send((status, body));
         Ok(row)
     });
-    match app.queue.submit_all(new, batch, Some(answer)).await {
-        Ok(_) => {}
-        Err(core::Error::Store(StoreError::Conflict(cause))) => match &again {
-            Some(key) => return key.replay(&app.store).await?.ok_or_else(|| Error::internal(cause)),
-            None => return Err(Error::internal(cause)),
-        },
-        Err(error) => return Err(error.into()),
-    }
+    app.queue.submit_all(new, batch, Some(answer)).await?;
     let (status, body) = told.await.map_err(Error::internal)?;
     answered(status, body)
 }

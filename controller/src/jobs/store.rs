@@ -1,14 +1,14 @@
 //! Rows of jobs and their logs.
 //!
 //! Owns: every query on `jobs` and `job_logs` but those of the list ([`super::lists`]), and the measured rates in `agents.rates`. A transition is a compare-and-set on
-//! (id, epoch, status): where another controller was quicker, it does nothing and says so.
+//! (id, epoch, status, hold): where another controller was quicker, it does nothing and says so.
 //! Never: decides a transition. A crash here costs nothing: each call is one transaction.
 
 use std::collections::BTreeMap;
 
 use sea_orm::ActiveValue::Set;
 use sea_orm::sea_query::{Expr, OnConflict};
-use sea_orm::{ColumnTrait, EntityTrait, FromQueryResult, QueryFilter, QueryOrder, QuerySelect, TransactionTrait};
+use sea_orm::{ColumnTrait, Condition, EntityTrait, FromQueryResult, QueryFilter, QueryOrder, QuerySelect, TransactionTrait};
 use serde::{Deserialize, Serialize};
 use shared::job::{State, Status};
 use shared::options::JobType;
@@ -19,6 +19,9 @@ use crate::store::{Error, Store};
 
 /// Statuses of jobs that the queue keeps in memory.
 const LIVE: [Status; 3] = [Status::Queued, Status::Running, Status::Cancelling];
+
+/// Jobs with files that are read at a time.
+const FILES: u64 = 1000;
 
 /// A transition to store: from which state, to which job.
 pub struct Transition {
@@ -112,6 +115,19 @@ pub async fn load(store: &Store, id: &str) -> Result<Option<Job>, Error> {
     Ok(row.and_then(readable))
 }
 
+/// A job that is not final and reads one of these sources.
+pub async fn live_by_source(store: &Store, sources: Vec<String>) -> Result<Option<String>, Error> {
+    let sources = sources.into_iter().filter(|source| !source.is_empty());
+    let find = jobs::Entity::find()
+        .filter(jobs::Column::Status.is_in(LIVE.map(Status::word)))
+        .filter(jobs::Column::Source.is_in(sources))
+        .select_only()
+        .column(jobs::Column::Id)
+        .limit(1)
+        .into_tuple();
+    store.read(move |db| async move { Ok(find.one(&db).await?) }).await
+}
+
 /// Several jobs by id.
 pub async fn load_many(store: &Store, ids: Vec<String>) -> Result<Vec<Job>, Error> {
     if ids.is_empty() {
@@ -174,17 +190,22 @@ pub async fn commit(store: &Store, transitions: &[Transition]) -> Result<Vec<boo
             let transaction = db.begin().await?;
             let mut held = Vec::with_capacity(updates.len());
             for (id, before, changes) in updates {
-                let update = jobs::Entity::update_many()
-                    .set(changes)
-                    .filter(jobs::Column::Id.eq(id))
-                    .filter(jobs::Column::Epoch.eq(stored(before.epoch)))
-                    .filter(jobs::Column::Status.eq(before.status.word()));
+                let update = jobs::Entity::update_many().set(changes).filter(still(&id, &before));
                 held.push(update.exec(&transaction).await?.rows_affected == 1);
             }
             transaction.commit().await?;
             Ok(held)
         })
         .await
+}
+
+/// That the store still holds a job in this state.
+fn still(id: &str, state: &State) -> Condition {
+    Condition::all()
+        .add(jobs::Column::Id.eq(id))
+        .add(jobs::Column::Epoch.eq(stored(state.epoch)))
+        .add(jobs::Column::Status.eq(state.status.word()))
+        .add(jobs::Column::Hold.eq(state.hold.word()))
 }
 
 /// Changes what is said of a finished job's output.
@@ -197,17 +218,33 @@ pub async fn save_result(store: &Store, id: &str, result: &serde_json::Value) ->
     store.run(move |db| async move { Ok(update.exec(&db).await.map(drop)?) }).await
 }
 
-/// Completed jobs of these types that ended before a time (milliseconds since 1970) and whose result does not hold the field `without`; the
-/// oldest first, 1,000 at most.
-pub async fn with_files(store: &Store, kinds: &[JobType], before: i64, without: &str) -> Result<Vec<Job>, Error> {
-    let find = jobs::Entity::find()
+/// Completed jobs of these types at these agents that ended before a time (milliseconds since 1970) and whose result does not hold the field
+/// `without`; the oldest first, 1,000 at most, behind the job (end, id) where one is given.
+pub async fn with_files(
+    store: &Store,
+    kinds: &[JobType],
+    agents: Vec<String>,
+    before: i64,
+    behind: Option<(i64, String)>,
+    without: &str,
+) -> Result<Vec<Job>, Error> {
+    if agents.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut find = jobs::Entity::find()
         .filter(jobs::Column::Status.eq(Status::Completed.word()))
         .filter(jobs::Column::Kind.is_in(kinds.iter().map(|kind| kind.word())))
+        .filter(jobs::Column::Agent.is_in(agents))
         .filter(jobs::Column::FinishedAt.lt(before))
         .filter(jobs::Column::Result.is_not_null())
         .filter(jobs::Column::Result.not_like(format!("%\"{without}\"%")))
         .order_by_asc(jobs::Column::FinishedAt)
-        .limit(1000);
+        .order_by_asc(jobs::Column::Id)
+        .limit(FILES);
+    if let Some((finished, id)) = behind {
+        let later = Condition::all().add(jobs::Column::FinishedAt.eq(finished)).add(jobs::Column::Id.gt(id));
+        find = find.filter(Condition::any().add(jobs::Column::FinishedAt.gt(finished)).add(later));
+    }
     let rows = store.read(move |db| async move { Ok(find.all(&db).await?) }).await?;
     Ok(rows.into_iter().filter_map(readable).collect())
 }
@@ -228,13 +265,10 @@ pub async fn save_counters(store: &Store, jobs_now: &[Job]) -> Result<(), Error>
         .await
 }
 
-/// Stores what changed of a job beside its state; where its assignment is over, nothing.
-pub async fn save_hold(store: &Store, job: &Job) -> Result<(), Error> {
-    let update = jobs::Entity::update_many()
-        .set(job.to_holds())
-        .filter(jobs::Column::Id.eq(job.id.clone()))
-        .filter(jobs::Column::Epoch.eq(stored(job.state.epoch)));
-    store.run(move |db| async move { Ok(update.exec(&db).await.map(drop)?) }).await
+/// Stores what changed of a job beside its state. Whether the store still held that state.
+pub async fn save_hold(store: &Store, job: &Job) -> Result<bool, Error> {
+    let update = jobs::Entity::update_many().set(job.to_holds()).filter(still(&job.id, &job.state));
+    store.run(move |db| async move { Ok(update.exec(&db).await?.rows_affected == 1) }).await
 }
 
 #[derive(FromQueryResult)]

@@ -3,6 +3,7 @@
 
 mod holds;
 mod logs;
+mod retention;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -375,6 +376,63 @@ async fn another_controller_that_was_quicker_is_noticed() {
     other.core.person(&id, Event::Cancel, "").await.unwrap();
     assert!(matches!(bench.core.person(&id, Event::Cancel, "").await, Err(Error::Raced)));
     assert!(bench.core.jobs.is_empty());
+}
+
+#[actix_web::test]
+async fn a_pause_at_another_controller_is_not_overwritten() {
+    let mut bench = Bench::new().await;
+    let [given, told] = [bench.submit(50).await.id, bench.submit(50).await.id];
+    let mut other = Bench::over(bench.store.clone()).await;
+    for id in [&given, &told] {
+        other.core.person(id, Event::Pause, "").await.unwrap();
+    }
+    // Neither epoch nor status has moved: the hold alone tells.
+    let late = Job { deadline_missed: true, ..bench.core.find(&told).await.unwrap().unwrap() };
+    assert!(!store::save_hold(&bench.store, &late).await.unwrap());
+    bench.hello(&[]).await;
+    assert_eq!(bench.take_assigned(), []);
+    for id in [&given, &told] {
+        let (stored, known) = (bench.stored(id).await, bench.core.find(id).await.unwrap().unwrap());
+        assert_eq!((stored.state.hold, known.state.hold, stored.deadline_missed), (Hold::Paused, Hold::Paused, false));
+    }
+}
+
+#[actix_web::test]
+async fn a_job_whose_commit_had_no_answer_runs_where_it_is_there() {
+    let mut bench = Bench::new().await;
+    let away = || crate::store::Error::Away("the connection was lost".into());
+    let mut ids = Vec::new();
+    // The answer to one commit is lost; the other commit did not come about.
+    for commits in [true, false] {
+        let draft = bench.core.draft(bench.new_job(), None).unwrap();
+        let row = bench.core.with_lines(draft);
+        if commits {
+            store::insert_all(&bench.store, std::slice::from_ref(&row)).await.unwrap();
+        }
+        ids.push(row.job.id.clone());
+        let (tell, answer) = tokio::sync::oneshot::channel();
+        bench.core.admit(row, tell, Err(away()));
+        assert!(matches!(answer.await.unwrap(), Err(Error::Store(crate::store::Error::Away(_)))));
+    }
+    // Its agent has come meanwhile.
+    bench.hello(&[]).await;
+    assert_eq!(bench.take_assigned(), []);
+    let now = Instant::now();
+    bench.core.tick(now).await;
+    assert_eq!(bench.take_assigned(), [(ids[0].clone(), 1)]);
+    assert_eq!(bench.core.unsure.keys().collect::<Vec<_>>(), [&ids[1]]);
+    assert_eq!(bench.core.board.observe().running, 1);
+    bench.core.flush_logs().await;
+    let lines = store::logs_after(&bench.store, &ids[0], 0, 100).await.unwrap();
+    assert_eq!(lines.iter().map(|line| line.seq).collect::<Vec<_>>(), [1, 2], "{lines:?}");
+    // Only a read that succeeded says that there is none.
+    let all_gone = |bench: &Bench| bench.core.unsure.is_empty();
+    bench.core.tick(now + Duration::from_secs(61)).await;
+    assert!(all_gone(&bench));
+    bench.core.doubt(&ids[1], &away());
+    bench.store.clone().close().await.unwrap();
+    bench.core.tick(now + Duration::from_secs(61)).await;
+    assert!(!all_gone(&bench));
 }
 
 #[actix_web::test]

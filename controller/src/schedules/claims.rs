@@ -10,7 +10,8 @@
 use sea_orm::ActiveValue::Set;
 use sea_orm::sea_query::{Expr, ExprTrait, Query};
 use sea_orm::{
-    ColumnTrait, Condition, DatabaseTransaction, EntityTrait, Order, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, TransactionTrait,
+    ColumnTrait, Condition, DatabaseConnection, DatabaseTransaction, EntityTrait, Order, PaginatorTrait, QueryFilter, QueryOrder,
+    QuerySelect, Statement, TransactionTrait,
 };
 use shared::job::Status as JobStatus;
 
@@ -21,6 +22,8 @@ use crate::store::{Error, Store};
 
 /// Runs of one schedule that may wait for another to end; more are left out.
 pub const QUEUE: u64 = 10;
+/// Open runs of one schedule that are looked at; more than may wait, so that what is one too many is seen.
+pub const AT_ONCE: u64 = 2 * QUEUE;
 
 /// Inserts a run that somebody asked for. A unique violation means that it is there already.
 pub async fn insert(store: &Store, run: runs::Model) -> Result<(), Error> {
@@ -34,11 +37,17 @@ pub async fn by_id(store: &Store, id: &str) -> Result<Option<runs::Model>, Error
     store.read(move |db| async move { Ok(find.one(&db).await?) }).await
 }
 
-/// Runs that are not settled, the oldest first.
+/// Runs that are not settled, the oldest first: of each schedule the first [`AT_ONCE`] pending and the first claimed ones, so that no
+/// schedule's stand in another's way.
 pub async fn open(store: &Store) -> Result<Vec<runs::Model>, Error> {
-    let find = runs::Entity::find().filter(runs::Column::Status.is_in([PENDING, CLAIMED]));
-    let find = find.order_by_asc(runs::Column::DueAt).order_by_asc(runs::Column::Id).limit(500);
-    store.read(move |db| async move { Ok(find.all(&db).await?) }).await
+    let sql = format!(
+        "SELECT * FROM (SELECT *, row_number() OVER (PARTITION BY schedule, status ORDER BY due_at, id) AS place \
+         FROM schedule_runs WHERE status IN ('{PENDING}', '{CLAIMED}')) AS waiting WHERE place <= {AT_ONCE} ORDER BY due_at, id"
+    );
+    let find = move |db: DatabaseConnection| async move {
+        Ok(runs::Entity::find().from_raw_sql(Statement::from_string(db.get_database_backend(), sql)).all(&db).await?)
+    };
+    store.read(find).await
 }
 
 /// One page of a schedule's runs, and how many there are.
@@ -76,12 +85,21 @@ pub enum Claim {
 
 /// Takes a pending run for `me`, where its schedule's policy lets it, or leaves it out, where that says so.
 pub async fn claim(store: &Store, run: &runs::Model, me: &str) -> Result<Claim, Error> {
+    Ok(decide(store, run, Some(me.to_owned())).await?.unwrap_or(Claim::Gone))
+}
+
+/// Whether its schedule's policy would let a pending run be taken now. Where not, it waits or is left out as [`claim`] would have it.
+pub async fn is_free(store: &Store, run: &runs::Model) -> Result<bool, Error> {
+    Ok(decide(store, run, None).await?.is_none())
+}
+
+/// Carries the policy's word out; nothing where a run may be taken and there is nobody to take it.
+async fn decide(store: &Store, run: &runs::Model, me: Option<String>) -> Result<Option<Claim>, Error> {
     let (id, schedule, due_at, manual) = (run.id.clone(), run.schedule.clone(), run.due_at, run.cause == cause::MANUAL);
-    let me = me.to_owned();
     store
         .run(move |db| async move {
             let transaction = db.begin().await?;
-            let Some(row) = lock(&transaction, &schedule).await? else { return Ok(Claim::Gone) };
+            let Some(row) = lock(&transaction, &schedule).await? else { return Ok(Some(Claim::Gone)) };
             let verdict = if manual {
                 Verdict::Take
             } else if !row.enabled {
@@ -90,7 +108,8 @@ pub async fn claim(store: &Store, run: &runs::Model, me: &str) -> Result<Claim, 
                 verdict(&transaction, &row, &id, due_at).await?
             };
             let (status, owner, reason, answer) = match verdict {
-                Verdict::Take => (CLAIMED, Some(me), None, Claim::Mine(Box::new(row.clone()))),
+                Verdict::Take if me.is_none() => return Ok(None),
+                Verdict::Take => (CLAIMED, me, None, Claim::Mine(Box::new(row.clone()))),
                 Verdict::Wait(reason) => (PENDING, None, Some(reason), Claim::Waits),
                 Verdict::Skip(reason) => (SKIPPED, None, Some(reason), Claim::Gone),
             };
@@ -98,13 +117,13 @@ pub async fn claim(store: &Store, run: &runs::Model, me: &str) -> Result<Claim, 
                 runs::ActiveModel { status: Set(status.to_owned()), claimed_by: Set(owner), reason: Set(reason), ..Default::default() };
             let take = runs::Entity::update_many().set(changes).filter(runs::Column::Id.eq(&id)).filter(runs::Column::Status.eq(PENDING));
             if take.exec(&transaction).await?.rows_affected != 1 {
-                return Ok(Claim::Gone);
+                return Ok(Some(Claim::Gone));
             }
             if status == SKIPPED {
                 note_last(&transaction, &schedule, due_at, SKIPPED, None).await?;
             }
             transaction.commit().await?;
-            Ok(answer)
+            Ok(Some(answer))
         })
         .await
 }

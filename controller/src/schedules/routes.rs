@@ -41,22 +41,15 @@ fn view(row: schedules::Model) -> View {
         (status = 503, description = "the database is away", body = ErrorBody),
     ))]
 pub async fn create(caller: Operator, request: HttpRequest, app: web::Data<App>, body: Json<Create>) -> Result<HttpResponse, Error> {
-    let key = Idempotency::of(&request, &caller, &body.digest)?;
-    if let Some(key) = &key
-        && let Some(first) = key.replay(&app.store).await?
-    {
-        return Ok(first);
-    }
-    let show: service::Show = |row| serde_json::to_string(&view(row)).map_err(Error::internal);
-    let act = audit::begin(&app.store, &caller.name, "schedule.create", &body.value.name).await?;
-    let made = service::create(&app, &caller.name, body.value, key.clone().map(|key| (key, show))).await;
-    act.finish(&made).await;
-    match (made?, key) {
-        (Some(row), _) => Ok(HttpResponse::Created().insert_header((header::LOCATION, service::location(&row.id))).json(view(row))),
-        // A twin request with the same key was quicker: its answer is the answer.
-        (None, Some(key)) => key.replay(&app.store).await?.ok_or_else(|| Error::internal("the twin's answer is not there")),
-        (None, None) => Err(Error::internal("a twin without a key")),
-    }
+    Idempotency::once(&request, &caller, &body.digest, &app.store, async |key| {
+        let show: service::Show = |row| serde_json::to_string(&view(row)).map_err(Error::internal);
+        let act = audit::begin(&app.store, &caller.name, "schedule.create", &body.value.name).await?;
+        let made = service::create(&app, &caller.name, body.value, key.map(|key| (key, show))).await;
+        act.finish(&made).await;
+        let row = made?;
+        Ok(HttpResponse::Created().insert_header((header::LOCATION, service::location(&row.id))).json(view(row)))
+    })
+    .await
 }
 
 /// Schedules, by name.
@@ -163,22 +156,19 @@ pub async fn remove(caller: Operator, id: web::Path<String>, app: web::Data<App>
 ))]
 pub async fn run(caller: Operator, request: HttpRequest, id: web::Path<String>, app: web::Data<App>) -> Result<HttpResponse, Error> {
     let row = service::by_id(&app, &id).await?;
-    let key = Idempotency::of(&request, &caller, &body::digest(b""))?;
-    if let Some(key) = &key
-        && let Some(first) = key.replay(&app.store).await?
-    {
-        return Ok(first);
-    }
-    let act = audit::begin(&app.store, &caller.name, "schedule.run", &row.id).await?;
-    let made = service::run_now(&app, &row, key.as_ref()).await;
-    act.finish(&made).await;
-    let (run, job) = made?;
-    let location = format!("/api/v1/jobs/{}", job.id);
-    let answer = RunNow { run: run.into(), job: jobs::view::View::of(&job, |agent| app.fleet.name(agent)) };
-    if let Some(key) = key {
-        key.keep(&app.store, 201, &location, &answer).await?;
-    }
-    Ok(HttpResponse::Created().insert_header((header::LOCATION, location)).json(answer))
+    Idempotency::once(&request, &caller, &body::digest(b""), &app.store, async |key| {
+        let act = audit::begin(&app.store, &caller.name, "schedule.run", &row.id).await?;
+        let made = service::run_now(&app, &row, key).await;
+        act.finish(&made).await;
+        let (run, job) = made?;
+        let location = format!("/api/v1/jobs/{}", job.id);
+        let answer = RunNow { run: run.into(), job: jobs::view::View::of(&job, |agent| app.fleet.name(agent)) };
+        if let Some(key) = key {
+            key.keep(&app.store, 201, &location, &answer).await?;
+        }
+        Ok(HttpResponse::Created().insert_header((header::LOCATION, location)).json(answer))
+    })
+    .await
 }
 
 /// Runs of a schedule, the newest first.

@@ -1,20 +1,24 @@
 //! From a due time to a job.
 //!
 //! ```text
-//! due times ─advance→ rows: pending ─check, agent here? claim→ claimed ─submit, key of (schedule, due)→ started
-//!                                                                 └ 10 s without its controller: taken over, the key finds the job
+//! Planner:  due times ─advance→ rows: pending
+//! Runner:   pending ─overlap? check, agent here? claim→ claimed ─submit, key of (schedule, due)→ started
+//!                                                          └ 10 s without its controller: taken over, the key finds the job
 //! ```
-//! Owns: the order of these steps, who takes a run, when a claim is taken over. Never: trusts its memory for anything but waiting.
+//! Owns: the order of these steps, who takes a run, when a claim is taken over. Never: trusts its memory for anything but waiting; lets a
+//! due time wait for a check, which an agent that hangs holds up: the two do not wait for each other.
 //! A crash here costs nothing: before the claim another one claims; after it the claim is taken over; the job's key makes one job.
 //!
 //! Several controllers may share a Postgres, and a job runs only where its agent is connected. So a run is taken by the controller that
 //! has the agent; by another one after 20 s, and only where no controller has heard that agent lately.
 
-use std::collections::HashMap;
+use std::cell::Cell;
+use std::collections::{BTreeMap, HashMap};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use chrono::{DateTime, Utc};
+use futures_util::stream::{self, StreamExt as _};
 use shared::error::Code;
 
 use super::claims::{self, Claim, Outcome};
@@ -32,6 +36,8 @@ use crate::store::{Error as StoreError, Store};
 const GRACE: Duration = Duration::from_secs(20);
 /// How long a claim may stand before another controller takes it over.
 const CLAIM: Duration = Duration::from_secs(10);
+/// Schedules that are looked at side by side.
+const AT_ONCE: usize = 16;
 /// How far the clock may go back unnoticed; less than a minute, the distance of two due times.
 const BACK: chrono::Duration = chrono::Duration::seconds(5);
 
@@ -48,6 +54,13 @@ pub trait Door {
     async fn is_elsewhere(&self, agent: &str) -> Result<bool, StoreError>;
 }
 
+/// Gives due times their rows, on one controller.
+pub struct Planner {
+    store: Store,
+    /// The clock at the last look; none before the first.
+    looked: Option<DateTime<Utc>>,
+}
+
 /// Makes the jobs of the schedules, on one controller.
 pub struct Runner<D> {
     store: Store,
@@ -56,8 +69,6 @@ pub struct Runner<D> {
     /// When this process saw each pending run first, and each claim of another controller.
     waiting: HashMap<String, Instant>,
     claims: HashMap<(String, String), Instant>,
-    /// The clock at the last look; none before the first.
-    looked: Option<DateTime<Utc>>,
 }
 
 /// What the steps of a run end with, for who waits for it.
@@ -70,21 +81,20 @@ pub enum Made {
     NotNow(Error),
 }
 
-impl<D: Door> Runner<D> {
-    /// One that signs its claims with `me`, unique to the process.
-    pub fn new(store: Store, door: D, me: String) -> Self {
-        Self { store, door, me, waiting: HashMap::new(), claims: HashMap::new(), looked: None }
+impl Planner {
+    /// One that has not looked yet.
+    pub fn new(store: Store) -> Self {
+        Self { store, looked: None }
     }
 
-    /// One look at everything.
-    pub async fn tick(&mut self, now: DateTime<Utc>, clock: Instant) -> Result<(), StoreError> {
+    /// One look at the due times.
+    pub async fn tick(&mut self, now: DateTime<Utc>) -> Result<(), StoreError> {
         // A clock that went back, or one that was put right while this controller was down.
         if self.looked.is_none_or(|looked| now < looked - BACK) {
             self.rewind(now).await?;
         }
         self.looked = Some(now);
-        self.plan(now).await?;
-        self.take_due(now, clock).await
+        self.plan(now).await
     }
 
     async fn rewind(&self, now: DateTime<Utc>) -> Result<(), StoreError> {
@@ -111,49 +121,100 @@ impl<D: Door> Runner<D> {
         }
         Ok(())
     }
+}
 
-    /// Takes what is pending, and claims that their controllers left.
-    async fn take_due(&mut self, now: DateTime<Utc>, clock: Instant) -> Result<(), StoreError> {
+impl<D: Door> Runner<D> {
+    /// One that signs its claims with `me`, unique to the process.
+    pub fn new(store: Store, door: D, me: String) -> Self {
+        Self { store, door, me, waiting: HashMap::new(), claims: HashMap::new() }
+    }
+
+    /// One look at what is open: takes what is pending, and claims that their controllers left. Schedules go side by side, the runs of one
+    /// after each other.
+    pub async fn tick(&mut self, now: DateTime<Utc>, clock: Instant) -> Result<(), StoreError> {
         let open = claims::open(&self.store).await?;
         self.waiting.retain(|id, _| open.iter().any(|run| run.id == *id && run.status == store::PENDING));
         self.claims.retain(|(id, by), _| open.iter().any(|run| run.id == *id && run.claimed_by.as_ref() == Some(by)));
+        let mut by_schedule: BTreeMap<String, Vec<(runs::Model, Instant)>> = BTreeMap::new();
         for run in open {
-            if run.status == store::PENDING {
-                self.try_take(&run, now, clock).await?;
-            } else if let Some(by) = run.claimed_by.clone() {
-                let since = *self.claims.entry((run.id.clone(), by)).or_insert(clock);
-                if clock.saturating_duration_since(since) >= CLAIM && claims::take_over(&self.store, &run, &self.me).await? {
-                    tracing::warn!(schedule = run.schedule, run = run.id, "a run is taken over: its controller left between claim and job");
-                    if let Some(schedule) = store::by_id(&self.store, &run.schedule).await? {
-                        self.make(&schedule, &run, now).await?;
-                    }
+            let since = match &run.claimed_by {
+                Some(by) => *self.claims.entry((run.id.clone(), by.clone())).or_insert(clock),
+                None => *self.waiting.entry(run.id.clone()).or_insert(clock),
+            };
+            by_schedule.entry(run.schedule.clone()).or_default().push((run, since));
+        }
+        let (this, failed) = (&*self, Cell::new(false));
+        let looks = by_schedule.into_values().map(|runs| async {
+            // Where the store is away, those that have not begun need not ask.
+            let looked = if failed.get() { Ok(()) } else { this.look(runs, now, clock).await };
+            failed.set(failed.get() || looked.is_err());
+            looked
+        });
+        let mut looks = stream::iter(looks).buffer_unordered(AT_ONCE);
+        let mut all = Ok(());
+        while let Some(looked) = looks.next().await {
+            all = all.and(looked);
+        }
+        all
+    }
+
+    /// Looks at the open runs of one schedule.
+    async fn look(&self, runs: Vec<(runs::Model, Instant)>, now: DateTime<Utc>, clock: Instant) -> Result<(), StoreError> {
+        // One check for all of them: an agent that hangs is asked once.
+        let mut checked = None;
+        for (run, since) in runs {
+            let waited = clock.saturating_duration_since(since);
+            let made = if run.status == store::PENDING {
+                self.try_take(&run, waited, &mut checked, now).await?
+            } else if waited >= CLAIM && claims::take_over(&self.store, &run, &self.me).await? {
+                tracing::warn!(schedule = run.schedule, run = run.id, "a run is taken over: its controller left between claim and job");
+                match store::by_id(&self.store, &run.schedule).await? {
+                    Some(schedule) => Some(self.make(&schedule, &run, now).await?),
+                    None => None,
                 }
+            } else {
+                None
+            };
+            if let Some(Made::NotNow(_)) = made {
+                return Ok(());
             }
         }
         Ok(())
     }
 
-    async fn try_take(&mut self, run: &runs::Model, now: DateTime<Utc>, clock: Instant) -> Result<(), StoreError> {
-        let since = *self.waiting.entry(run.id.clone()).or_insert(clock);
-        let Some(schedule) = store::by_id(&self.store, &run.schedule).await? else { return Ok(()) };
+    async fn try_take(
+        &self,
+        run: &runs::Model,
+        waited: Duration,
+        checked: &mut Option<Result<NewJob, Error>>,
+        now: DateTime<Utc>,
+    ) -> Result<Option<Made>, StoreError> {
+        let Some(schedule) = store::by_id(&self.store, &run.schedule).await? else { return Ok(None) };
+        // What another run stands before needs no check.
+        if !claims::is_free(&self.store, run).await? {
+            return Ok(None);
+        }
+        let checked = match checked {
+            Some(checked) => checked,
+            None => checked.insert(self.check(&schedule).await),
+        };
         // Looked at before the claim: only the controller with the agent should take it.
-        match self.check(&schedule).await {
+        match checked {
             Ok(new) if self.door.has(&new.owner) => {}
             Ok(new) => {
-                let early = clock.saturating_duration_since(since) < GRACE;
-                if early || self.door.is_elsewhere(&new.owner).await? {
-                    return Ok(());
+                if waited < GRACE || self.door.is_elsewhere(&new.owner).await? {
+                    return Ok(None);
                 }
             }
-            Err(error) if is_passing(&error) => {
+            Err(error) if is_passing(error) => {
                 tracing::debug!(run = run.id, %error, "a run waits");
-                return Ok(());
+                return Ok(None);
             }
             Err(_) => {}
         }
         match claims::claim(&self.store, run, &self.me).await? {
-            Claim::Mine(schedule) => self.make(&schedule, run, now).await.map(drop),
-            Claim::Waits | Claim::Gone => Ok(()),
+            Claim::Mine(schedule) => self.make(&schedule, run, now).await.map(Some),
+            Claim::Waits | Claim::Gone => Ok(None),
         }
     }
 

@@ -82,14 +82,14 @@ pub struct Update {
     pub carbon_aware: Option<bool>,
 }
 
-/// Makes a schedule. `None` where a twin request with the same key was quicker.
-pub async fn create(app: &App, owner: &str, wanted: Create, key: Option<(Idempotency, Show)>) -> Result<Option<schedules::Model>, Error> {
+/// Makes a schedule.
+pub async fn create(app: &App, owner: &str, wanted: Create, key: Option<(&Idempotency, Show)>) -> Result<schedules::Model, Error> {
     let now = shared::clock::now();
     let row = schedules::Model {
         id: format!("sched-{}", shared::ids::random_hex::<8>()),
         name: String::new(),
         folded: String::new(),
-        cron: wanted.cron.clone(),
+        cron: String::new(),
         timezone: "UTC".to_owned(),
         job: String::new(),
         provider: String::new(),
@@ -123,12 +123,8 @@ pub async fn create(app: &App, owner: &str, wanted: Create, key: Option<(Idempot
         Some((key, show)) => Some(key.row(201, &location(&row.id), show(row.clone())?)),
         None => None,
     };
-    let keyed = answer.is_some();
-    match store::insert(&app.store, row.clone(), answer).await {
-        Ok(()) => Ok(Some(row)),
-        Err(StoreError::Conflict(_)) if keyed => Ok(None),
-        Err(error) => Err(error.into()),
-    }
+    store::insert(&app.store, row.clone(), answer).await?;
+    Ok(row)
 }
 
 /// How a schedule's answer is written, for the row of its key.
@@ -153,7 +149,7 @@ pub async fn update(app: &App, row: schedules::Model, wanted: Update) -> Result<
 async fn apply(app: &App, mut row: schedules::Model, wanted: Update, now: DateTime<Utc>) -> Result<schedules::Model, Error> {
     // Only what somebody changes is checked: a schedule whose VM is gone can still be switched off or renamed.
     let job_changes = wanted.job.is_some() || wanted.carbon_aware.is_some_and(|aware| aware != row.carbon_aware);
-    let times_change = wanted.cron.is_some() || wanted.timezone.is_some() || wanted.enabled.is_some();
+    let times_change = changes_times(&row, &wanted);
     if let Some(name) = wanted.name {
         row.name = name_of(&name)?;
     }
@@ -190,6 +186,15 @@ async fn apply(app: &App, mut row: schedules::Model, wanted: Update, now: DateTi
     Ok(row)
 }
 
+/// Whether its due times are others than before. What is given as it was drops none that has come and has no row yet.
+fn changes_times(row: &schedules::Model, wanted: &Update) -> bool {
+    // A new one has no times yet.
+    row.cron.is_empty()
+        || wanted.cron.as_ref().is_some_and(|cron| *cron != row.cron)
+        || wanted.timezone.as_ref().is_some_and(|zone| *zone != row.timezone)
+        || wanted.enabled.is_some_and(|enabled| enabled != row.enabled)
+}
+
 /// The check of `POST /jobs`; answers the connection's name and kind.
 async fn check_job(app: &App, row: &schedules::Model) -> Result<(String, String), Error> {
     let wanted = runner::wanted(&row.job, row.carbon_aware)?;
@@ -199,6 +204,11 @@ async fn check_job(app: &App, row: &schedules::Model) -> Result<(String, String)
     }
     if options.is_some_and(|options| options.not_before.is_some()) {
         return Err(Error::bad_request("job: `not_before` is one point in time; a schedule's `cron` says when its jobs begin"));
+    }
+    if options.is_some_and(|options| options.deadline.is_some()) {
+        return Err(Error::bad_request(
+            "job: `deadline` is one point in time, and the jobs of a schedule begin again and again; leave it out",
+        ));
     }
     let new = jobs::service::check(app, &row.created_by, wanted).await.map_err(|error| prefixed(&error))?;
     Ok((new.provider, new.provider_kind))
@@ -288,4 +298,27 @@ async fn insert(app: &App, mut run: runs::Model) -> Result<runs::Model, Error> {
         }
     }
     Err(Error::new(Code::Conflict, "too many runs of this schedule were asked for at once"))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use crate::schedules::tests::schedule;
+
+    #[test]
+    fn what_is_given_as_it_was_changes_no_due_time() {
+        let row = schedule("0 2 * * *", Overlap::Skip, CatchUp::Skip, shared::clock::now());
+        let changes = |json: Value| changes_times(&row, &serde_json::from_value(json).unwrap());
+        for same in [serde_json::json!({"enabled": true}), serde_json::json!({"cron": "0 2 * * *", "timezone": "UTC", "name": "x"})] {
+            assert!(!changes(same));
+        }
+        for other in
+            [serde_json::json!({"enabled": false}), serde_json::json!({"cron": "@daily"}), serde_json::json!({"timezone": "Europe/Berlin"})]
+        {
+            assert!(changes(other));
+        }
+        let new = schedules::Model { cron: String::new(), ..row.clone() };
+        assert!(changes_times(&new, &Update::default()));
+    }
 }

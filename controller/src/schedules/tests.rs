@@ -16,7 +16,7 @@ use shared::options::{Format, JobType, Options};
 
 use super::claims::{self, Claim, Outcome};
 use super::plan::{CatchUp, Overlap, Timetable};
-use super::runner::{Door, Runner};
+use super::runner::{Door, Planner, Runner};
 use super::store;
 use crate::http::idempotency::Idempotency;
 use crate::http::reply::Error;
@@ -32,6 +32,10 @@ use crate::store::{Error as StoreError, Store};
 struct World {
     refused: Mutex<Option<Error>>,
     elsewhere: Mutex<bool>,
+    /// Whose check never ends: the agent behind it hangs.
+    hangs: Mutex<Option<String>>,
+    /// Owners whose job was checked, in order.
+    checked: Mutex<Vec<String>>,
 }
 
 /// One controller's door: its jobs go into the store as the queue puts them there, key and job in one transaction.
@@ -62,6 +66,10 @@ fn new_job(owner: &str) -> NewJob {
 #[async_trait(?Send)]
 impl Door for Stage {
     async fn check(&self, owner: &str, _: Create) -> Result<NewJob, Error> {
+        self.world.checked.lock().unwrap().push(owner.to_owned());
+        if self.world.hangs.lock().unwrap().as_deref() == Some(owner) {
+            std::future::pending::<()>().await;
+        }
         self.world.refused.lock().unwrap().clone().map_or_else(|| Ok(new_job(owner)), Err)
     }
     async fn submit(&self, new: NewJob, key: Idempotency) -> Result<Job, jobs::core::Error> {
@@ -79,6 +87,19 @@ impl Door for Stage {
     }
 }
 
+/// A controller: what it plans and what it runs.
+struct Controller {
+    planner: Planner,
+    runner: Runner<Stage>,
+}
+
+impl Controller {
+    async fn tick(&mut self, now: DateTime<Utc>, clock: Instant) -> Result<(), StoreError> {
+        self.planner.tick(now).await?;
+        self.runner.tick(now, clock).await
+    }
+}
+
 struct Bench {
     store: Store,
     world: Arc<World>,
@@ -88,6 +109,34 @@ struct Bench {
 
 fn time(text: &str) -> DateTime<Utc> {
     text.parse().unwrap()
+}
+
+/// A schedule of `ann`, made at `now`.
+pub fn schedule(cron: &str, overlap: Overlap, catch_up: CatchUp, now: DateTime<Utc>) -> schedules::Model {
+    let next = Timetable::of(cron, "UTC").unwrap().next_after(now).unwrap();
+    schedules::Model {
+        id: format!("sched-{}", shared::ids::random_hex::<8>()),
+        name: "Nightly".into(),
+        folded: "nightly".into(),
+        cron: cron.into(),
+        timezone: "UTC".into(),
+        job: "{}".into(),
+        provider: "vms".into(),
+        provider_kind: "local".into(),
+        enabled: true,
+        overlap: overlap.word().into(),
+        catch_up: catch_up.word().into(),
+        carbon_aware: false,
+        next_run: Some(next.timestamp_millis()),
+        last_run: None,
+        last_status: None,
+        last_job: None,
+        version: 0,
+        turn: 0,
+        created_by: "ann".into(),
+        created_at: now.timestamp_millis(),
+        updated_at: now.timestamp_millis(),
+    }
 }
 
 async fn stores() -> Vec<Store> {
@@ -101,48 +150,32 @@ async fn stores() -> Vec<Store> {
 impl Bench {
     /// A schedule that was made at `now`.
     async fn new(store: Store, cron: &str, overlap: Overlap, catch_up: CatchUp, now: DateTime<Utc>) -> Self {
-        let next = Timetable::of(cron, "UTC").unwrap().next_after(now).unwrap();
-        let row = schedules::Model {
-            id: format!("sched-{}", shared::ids::random_hex::<8>()),
-            name: "Nightly".into(),
-            folded: "nightly".into(),
-            cron: cron.into(),
-            timezone: "UTC".into(),
-            job: "{}".into(),
-            provider: "vms".into(),
-            provider_kind: "local".into(),
-            enabled: true,
-            overlap: overlap.word().into(),
-            catch_up: catch_up.word().into(),
-            carbon_aware: false,
-            next_run: Some(next.timestamp_millis()),
-            last_run: None,
-            last_status: None,
-            last_job: None,
-            version: 0,
-            turn: 0,
-            created_by: "ann".into(),
-            created_at: now.timestamp_millis(),
-            updated_at: now.timestamp_millis(),
-        };
         // A database that tests share holds the schedules of the others, which must keep still.
         let rest = schedules::Entity::delete_many();
         store.run(|db| async move { Ok(rest.exec(&db).await.map(drop)?) }).await.unwrap();
+        let row = schedule(cron, overlap, catch_up, now);
         store::insert(&store, row.clone(), None).await.unwrap();
         Self { store, world: Arc::default(), schedule: row.id, start: Instant::now() }
     }
 
+    /// Another schedule in the same world.
+    async fn beside(&self, row: schedules::Model) -> Self {
+        store::insert(&self.store, row.clone(), None).await.unwrap();
+        Self { store: self.store.clone(), world: self.world.clone(), schedule: row.id, start: self.start }
+    }
+
     /// A controller that comes up.
-    fn runner(&self, has_agent: bool) -> Runner<Stage> {
+    fn runner(&self, has_agent: bool) -> Controller {
         let stage = Stage { store: self.store.clone(), world: self.world.clone(), has_agent };
-        Runner::new(self.store.clone(), stage, shared::ids::random_hex::<4>())
+        let runner = Runner::new(self.store.clone(), stage, shared::ids::random_hex::<4>());
+        Controller { planner: Planner::new(self.store.clone()), runner }
     }
 
     fn after(&self, seconds: u64) -> Instant {
         self.start + Duration::from_secs(seconds)
     }
 
-    async fn tick(&self, runner: &mut Runner<Stage>, now: &str) {
+    async fn tick(&self, runner: &mut Controller, now: &str) {
         runner.tick(time(now), self.start).await.unwrap();
     }
 
@@ -397,5 +430,66 @@ async fn a_refused_job_fails_its_run_and_a_run_goes_where_its_agent_is() {
         bench.change(|row| row.name = "Weekly".into()).await;
         assert!(!store::advance(&bench.store, &stale, None, vec![]).await.unwrap());
         assert!(!store::update(&bench.store, stale).await.unwrap());
+    }
+}
+
+#[actix_web::test]
+async fn an_agent_that_hangs_costs_no_other_schedule_its_time() {
+    for store in stores().await {
+        let made = time("2026-01-05T08:59:30Z");
+        let bench = Bench::new(store, "* * * * *", Overlap::Skip, CatchUp::Skip, made).await;
+        let slow = schedules::Model { created_by: "slow".into(), ..schedule("* * * * *", Overlap::Skip, CatchUp::Skip, made) };
+        let slow = bench.beside(slow).await;
+        *bench.world.hangs.lock().unwrap() = Some("slow".into());
+        let checks = || bench.world.checked.lock().unwrap().iter().filter(|owner| *owner == "slow").count();
+        let Controller { mut planner, mut runner } = bench.runner(true);
+        let nine = time("2026-01-05T09:00:00Z");
+        planner.tick(nine).await.unwrap();
+        let meanwhile = async {
+            for minute in 1..=5 {
+                planner.tick(nine + chrono::Duration::minutes(minute)).await.unwrap();
+            }
+            while bench.jobs().await.is_empty() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::select! {
+            _ = runner.tick(nine, bench.start) => panic!("the check hangs"),
+            done = tokio::time::timeout(Duration::from_secs(20), meanwhile) => done.expect("the other schedule's job"),
+        }
+        let minutes = |ends: &str| (0..6).map(|minute| format!("05 09:0{minute} cron {ends}")).collect::<Vec<_>>();
+        assert_eq!((slow.story().await, checks()), (minutes("pending"), 1));
+        assert_eq!(bench.story().await[..2], ["05 09:00 cron started", "05 09:01 cron pending"]);
+
+        // What passes is asked once a look, and what another run stands before is not asked for.
+        *bench.world.hangs.lock().unwrap() = None;
+        *bench.world.refused.lock().unwrap() = Some(Error::new(Code::BadGateway, "no answer in 10 s"));
+        runner.tick(nine, bench.start).await.unwrap();
+        assert_eq!((slow.story().await, checks()), (minutes("pending"), 2));
+        *bench.world.refused.lock().unwrap() = None;
+        runner.tick(nine, bench.start).await.unwrap();
+        let mut story = minutes("skipped");
+        story[0] = "05 09:00 cron started".into();
+        assert_eq!((slow.story().await, checks()), (story, 4), "before the claim and after it");
+
+        // However many runs of one schedule wait, another's are seen.
+        let row = |n: i64| runs::Model {
+            id: format!("run-{n:016x}"),
+            schedule: slow.schedule.clone(),
+            due_at: made.timestamp_millis() - n * 60_000,
+            cause: store::cause::CRON.into(),
+            status: store::PENDING.into(),
+            claimed_by: None,
+            missed: 0,
+            job: None,
+            reason: None,
+            created_at: 0,
+            started_at: None,
+        };
+        store::advance(&bench.store, &slow.schedule().await, None, (1..=600).map(row).collect()).await.unwrap();
+        planner.tick(time("2026-01-05T09:06:00Z")).await.unwrap();
+        let open = claims::open(&bench.store).await.unwrap();
+        assert_eq!(open.iter().filter(|run| run.schedule == slow.schedule).count(), 20);
+        assert_eq!(open.iter().filter(|run| run.schedule == bench.schedule).count(), 1);
     }
 }

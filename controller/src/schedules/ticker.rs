@@ -1,6 +1,6 @@
 //! The clock of the schedules: one look each second, as long as the controller takes new work.
 //!
-//! Owns: the runner's loop and its door to the jobs, the fleet and the users. Never: decides what is due (plan) or who takes it (runner).
+//! Owns: the loops of planner and runner, and the runner's door to the jobs, the fleet and the users. Never: decides what is due (plan) or who takes it (runner).
 //! A crash here costs the schedules of this controller until it is started again; due times are rows by then or are caught up.
 
 use std::sync::OnceLock;
@@ -10,7 +10,7 @@ use actix_web::web;
 use async_trait::async_trait;
 use shared::error::Code;
 
-use super::runner::{Door, Runner};
+use super::runner::{Door, Planner, Runner};
 use crate::access::{Role, users};
 use crate::app::App;
 use crate::http::idempotency::Idempotency;
@@ -35,18 +35,26 @@ pub fn runner(app: &web::Data<App>) -> Runner<Controller> {
     Runner::new(app.store.clone(), Controller(app.clone()), me)
 }
 
-/// Looks each second until the drain. What the database could not do is done a second later.
+/// Looks each second until the drain, at the due times and at the runs, neither waiting for the other.
 pub async fn run(app: web::Data<App>) {
-    let mut runner = runner(&app);
+    let (mut planner, mut runner) = (Planner::new(app.store.clone()), runner(&app));
+    tokio::join!(
+        each_second(&app, "due times", async || planner.tick(shared::clock::now()).await),
+        each_second(&app, "runs", async || runner.tick(shared::clock::now(), Instant::now()).await),
+    );
+}
+
+/// What the database could not do is done a second later.
+async fn each_second(app: &App, what: &str, mut look: impl AsyncFnMut() -> Result<(), StoreError>) {
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut failing = false;
     while !app.is_draining() {
         ticks.tick().await;
-        match runner.tick(shared::clock::now(), Instant::now()).await {
+        match look().await {
             Ok(()) => failing = false,
             Err(error) if !failing => {
-                tracing::warn!(%error, "schedules wait for the store");
+                tracing::warn!(%error, what, "schedules wait for the store");
                 failing = true;
             }
             Err(_) => {}

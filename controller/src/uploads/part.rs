@@ -19,22 +19,42 @@ pub const PARTS: &str = ".parts";
 /// Bytes read at a time.
 const STEP: usize = 1 << 20;
 
-/// Opens the part of an upload, making it with its full size where it is not there. The space is taken at once where the file system can.
-pub fn open(root: &Dir, id: &str, size: u64) -> io::Result<File> {
+/// Makes the part of an upload with its full size. The space is taken at once where the file system can.
+pub fn create(root: &Dir, id: &str, size: u64) -> io::Result<File> {
     root.create_dir_all(PARTS)?;
     let mut options = vault::file_options();
     options.read(true).write(true).create(true);
     let file = root.open_with(Path::new(PARTS).join(id), &options)?.into_std();
-    if file.metadata()?.len() != size {
-        match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, size) {
-            Ok(()) => {}
-            Err(rustix::io::Errno::OPNOTSUPP) => file.set_len(size)?,
-            Err(e) => return Err(e.into()),
-        }
-        file.sync_all()?;
-        vault::sync_dir(&root.open_dir(PARTS)?)?;
+    match rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, size) {
+        Ok(()) => {}
+        Err(rustix::io::Errno::OPNOTSUPP) => file.set_len(size)?,
+        Err(e) => return Err(e.into()),
     }
+    file.sync_all()?;
+    vault::sync_dir(&root.open_dir(PARTS)?)?;
     Ok(file)
+}
+
+/// Opens the part of an upload; none where it is not there in its full size.
+pub fn open(root: &Dir, id: &str, size: u64) -> io::Result<Option<File>> {
+    let mut options = vault::file_options();
+    options.read(true).write(true);
+    let Some(file) = there(root.open_with(Path::new(PARTS).join(id), &options))? else { return Ok(None) };
+    let file = file.into_std();
+    Ok((file.metadata()?.len() == size).then_some(file))
+}
+
+/// Whether an upload has its own name already.
+pub fn is_published(root: &Dir, id: &str, name: &str) -> io::Result<bool> {
+    root.try_exists(Path::new(id).join(name))
+}
+
+fn there<T>(opened: io::Result<T>) -> io::Result<Option<T>> {
+    match opened {
+        Ok(opened) => Ok(Some(opened)),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e),
+    }
 }
 
 /// Writes a piece at its place.
@@ -42,12 +62,15 @@ pub fn write(file: &File, bytes: &[u8], at: u64) -> io::Result<()> {
     file.write_all_at(bytes, at)
 }
 
-/// The whole file, hashed; it lies in one of the two places.
-pub fn digest(root: &Dir, id: &str, name: &str) -> io::Result<String> {
-    let part = Path::new(PARTS).join(id);
-    let file = match vault::open_regular(root, &part) {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => vault::open_regular(root, &Path::new(id).join(name))?,
-        other => other?,
+/// The whole file, hashed; none where it lies in neither of the two places.
+pub fn digest(root: &Dir, id: &str, name: &str) -> io::Result<Option<String>> {
+    let part = there(vault::open_regular(root, &Path::new(PARTS).join(id)))?;
+    let file = match part {
+        Some(file) => file,
+        None => match there(vault::open_regular(root, &Path::new(id).join(name)))? {
+            Some(file) => file,
+            None => return Ok(None),
+        },
     };
     let mut context = Context::new(&SHA256);
     let mut at = 0;
@@ -55,7 +78,7 @@ pub fn digest(root: &Dir, id: &str, name: &str) -> io::Result<String> {
         let bytes = vault::read_chunk(&file, at, STEP)?;
         if bytes.is_empty() {
             file.sync_all()?;
-            return Ok(hex::encode(context.finish()));
+            return Ok(Some(hex::encode(context.finish())));
         }
         context.update(&bytes);
         at += bytes.len() as u64;
@@ -79,10 +102,6 @@ pub fn publish(root: &Dir, id: &str, name: &str) -> io::Result<()> {
 
 /// Removes what there is of an upload, in both places.
 pub fn remove(root: &Dir, id: &str) -> io::Result<()> {
-    let gone = |result: io::Result<()>| match result {
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other,
-    };
-    gone(root.remove_file(Path::new(PARTS).join(id)))?;
-    gone(root.remove_dir_all(id))
+    there(root.remove_file(Path::new(PARTS).join(id)))?;
+    there(root.remove_dir_all(id)).map(drop)
 }

@@ -122,32 +122,25 @@ pub struct Status {
         (status = 422, description = "no room on the disk", body = ErrorBody),
     ))]
 pub async fn init(caller: Operator, request: HttpRequest, app: web::Data<App>, body: Json<Init>) -> Result<HttpResponse, Error> {
-    let key = Idempotency::of(&request, &caller, &body.digest)?;
-    if let Some(key) = &key
-        && let Some(first) = key.replay(&app.store).await?
-    {
-        return Ok(first);
-    }
-    let Init { filename, size, sha256 } = body.value;
-    let row = app.uploads.draft(&caller.name, filename, size, sha256.as_deref())?;
-    let answer = Begun {
-        upload_id: row.id.clone(),
-        chunk_size: CHUNK,
-        chunks: service::count(row.size.unsigned_abs()),
-        expires_at: rfc3339(row.expires_at),
-    };
-    let location = format!("/api/v1/upload/status/{}", row.id);
-    let text = serde_json::to_string(&answer).map_err(Error::internal)?;
-    let replay = key.as_ref().map(|key| key.row(201, &location, text));
-    let act = audit::begin(&app.store, &caller.name, "upload.init", &format!("{} {}", row.id, row.filename)).await?;
-    let begun = app.uploads.begin(row, replay).await;
-    act.finish(&begun).await;
-    match (begun, &key) {
-        // A twin request with the same key was quicker: its answer is the answer.
-        (Err(error), Some(key)) if error.code() == Code::Conflict => key.replay(&app.store).await?.ok_or(error),
-        (Err(error), _) => Err(error),
-        (Ok(()), _) => Ok(HttpResponse::Created().insert_header((header::LOCATION, location)).json(answer)),
-    }
+    Idempotency::once(&request, &caller, &body.digest, &app.store, async |key| {
+        let Init { filename, size, sha256 } = body.value;
+        let row = app.uploads.draft(&caller.name, filename, size, sha256.as_deref())?;
+        let answer = Begun {
+            upload_id: row.id.clone(),
+            chunk_size: CHUNK,
+            chunks: service::count(row.size.unsigned_abs()),
+            expires_at: rfc3339(row.expires_at),
+        };
+        let location = format!("/api/v1/upload/status/{}", row.id);
+        let text = serde_json::to_string(&answer).map_err(Error::internal)?;
+        let replay = key.map(|key| key.row(201, &location, text));
+        let act = audit::begin(&app.store, &caller.name, "upload.init", &format!("{} {}", row.id, row.filename)).await?;
+        let begun = app.uploads.begin(row, replay).await;
+        act.finish(&begun).await;
+        begun?;
+        Ok(HttpResponse::Created().insert_header((header::LOCATION, location)).json(answer))
+    })
+    .await
 }
 
 /// Sends a chunk: in any order, several at a time, and again.
@@ -163,7 +156,7 @@ pub async fn init(caller: Operator, request: HttpRequest, app: web::Data<App>, b
         (status = 401, description = "no valid token", body = ErrorBody),
         (status = 403, description = "not an operator", body = ErrorBody),
         (status = 404, description = "no such upload", body = ErrorBody),
-        (status = 409, description = "the upload is complete", body = ErrorBody),
+        (status = 409, description = "the upload is complete, or all of it is there and it is to be completed", body = ErrorBody),
         (status = 413, description = "larger than any chunk may be", body = ErrorBody),
         (status = 415, description = "not application/octet-stream", body = ErrorBody),
         (status = 422, description = "not what X-Chunk-SHA256 says, or no room on the disk", body = ErrorBody),
@@ -256,11 +249,6 @@ fn status_of(app: &App, row: uploads::Model, received: Vec<i64>) -> Status {
 ))]
 pub async fn remove(caller: Operator, id: web::Path<String>, app: web::Data<App>) -> Result<HttpResponse, Error> {
     let row = app.uploads.get(&id).await?;
-    let (path, absolute) = app.uploads.paths(&row);
-    let live = crate::jobs::store::load_live(&app.store).await?;
-    if let Some(job) = live.iter().find(|job| job.source == path || job.source == absolute) {
-        return Err(Error::new(Code::Conflict, format!("{} needs this upload and is not finished", job.id)));
-    }
     let act = audit::begin(&app.store, &caller.name, "upload.delete", &format!("{} {}", row.id, row.filename)).await?;
     let gone = app.uploads.remove(&id).await;
     act.finish(&gone).await;

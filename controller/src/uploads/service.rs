@@ -8,6 +8,7 @@
 //! A crash here costs the step that was not answered; each can be made again.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
@@ -19,6 +20,7 @@ use super::receive::{Body, Place, blocking, wrong_length};
 use super::{part, store};
 use crate::config::Config;
 use crate::http::reply::Error;
+use crate::jobs;
 use crate::store::Store;
 use crate::store::entities::{idempotency, uploads};
 
@@ -83,6 +85,13 @@ pub fn check_name(name: &str) -> Result<(), Error> {
 pub fn check_digest(what: &str, text: &str) -> Result<String, Error> {
     let is_hex = text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
     if is_hex { Ok(text.to_ascii_lowercase()) } else { Err(Error::bad_request(format!("{what} must be a SHA-256 as 64 hex digits"))) }
+}
+
+fn chunks_missing(missing: &[u64]) -> Error {
+    let named = missing.iter().take(NAMED).map(u64::to_string).collect::<Vec<_>>().join(", ");
+    let more = if missing.len() > NAMED { format!(" and {} more", missing.len() - NAMED) } else { String::new() };
+    let error = Error::new(Code::Conflict, format!("chunks are missing: {named}{more}"));
+    error.detail(serde_json::json!({ "missing": missing }))
 }
 
 fn now() -> i64 {
@@ -154,16 +163,22 @@ impl Service {
             return Err(Error::new(Code::NoSpace, format!("the upload has {size} bytes, the root `uploads` has room for {free}")));
         }
         let id = row.id.clone();
+        let key = answer.as_ref().and_then(|answer| answer.id.try_as_ref().cloned());
         if let Err(taken) = store::begin(&self.store, row, self.quota, answer).await? {
             let message = format!("uploads may have {} bytes together and have {taken}; delete some, or send at most the rest", self.quota);
             return Err(Error::new(Code::TooLarge, message));
         }
         let made = {
             let id = id.clone();
-            blocking(move || part::open(&root, &id, size)).await
+            blocking(move || part::create(&root, &id, size)).await
         };
         if let Err(error) = made {
-            self.remove_all(&id).await?;
+            // Where no part could be made there may be none to remove: the rows go all the same.
+            let (root, owned) = (self.root()?, id.clone());
+            if let Err(error) = blocking(move || part::remove(&root, &owned)).await {
+                tracing::warn!(upload = id, %error, "the part of an upload that could not begin was not removed");
+            }
+            store::remove(&self.store, &id, key).await?;
             return Err(error);
         }
         Ok(())
@@ -214,8 +229,10 @@ impl Service {
             return Err(wrong_length(declared, length, CHUNK));
         }
         let stored = i64::try_from(number).map_err(Error::internal)?;
-        let (root, owned) = (self.root()?, id.to_owned());
-        let file = blocking(move || part::open(&root, &owned, size)).await?;
+        let file = match self.part(&row).await? {
+            Some(file) => file,
+            None => self.part_again(&row).await?,
+        };
         let place = Arc::new(Place { file, beside_others, alone });
         store::lack(&self.store, id, stored).await?;
         let sha256 = body.write(place.clone(), number.saturating_mul(CHUNK), length, CHUNK).await?;
@@ -228,6 +245,29 @@ impl Service {
         Ok(Taken { size: length, sha256 })
     }
 
+    async fn part(&self, row: &uploads::Model) -> Result<Option<File>, Error> {
+        let (root, id, size) = (self.root()?, row.id.clone(), row.size.unsigned_abs());
+        blocking(move || part::open(&root, &id, size)).await
+    }
+
+    /// A part that is not there: a crash cut the beginning, the completion or the removal off. A completion is to be asked for again; else
+    /// no chunk is there any more, and the rows must not say so when the file is made anew.
+    async fn part_again(&self, row: &uploads::Model) -> Result<File, Error> {
+        // Chunks come side by side; one of them makes it.
+        let turn = self.turn(&format!("{}/part", row.id));
+        let _alone = turn.write().await;
+        if let Some(file) = self.part(row).await? {
+            return Ok(file);
+        }
+        let (root, id, name) = (self.root()?, row.id.clone(), row.filename.clone());
+        if blocking(move || part::is_published(&root, &id, &name)).await? {
+            return Err(Error::new(Code::Conflict, "every chunk of this upload is there; complete it: POST /upload/complete"));
+        }
+        store::lack_all(&self.store, &row.id).await?;
+        let (root, id, size) = (self.root()?, row.id.clone(), row.size.unsigned_abs());
+        blocking(move || part::create(&root, &id, size)).await
+    }
+
     /// Completes an upload: everything there, the digest right, on the disk under its own name. Again, it answers the same.
     pub async fn complete(&self, id: &str) -> Result<uploads::Model, Error> {
         let turn = self.turn(id);
@@ -236,15 +276,17 @@ impl Service {
         if row.status != store::OPEN {
             return Ok(row);
         }
-        let missing = missing(row.size.unsigned_abs(), &store::chunks(&self.store, id).await?);
-        if !missing.is_empty() {
-            let named = missing.iter().take(NAMED).map(u64::to_string).collect::<Vec<_>>().join(", ");
-            let more = if missing.len() > NAMED { format!(" and {} more", missing.len() - NAMED) } else { String::new() };
-            let error = Error::new(Code::Conflict, format!("chunks are missing: {named}{more}"));
-            return Err(error.detail(serde_json::json!({ "missing": missing })));
+        let size = row.size.unsigned_abs();
+        let lacking = missing(size, &store::chunks(&self.store, id).await?);
+        if !lacking.is_empty() {
+            return Err(chunks_missing(&lacking));
         }
         let (root, owned, name) = (self.root()?, id.to_owned(), row.filename.clone());
-        let sha256 = blocking(move || part::digest(&root, &owned, &name)).await?;
+        let Some(sha256) = blocking(move || part::digest(&root, &owned, &name)).await? else {
+            // A crash in its removal: the file is gone, the rows are not.
+            store::lack_all(&self.store, id).await?;
+            return Err(chunks_missing(&missing(size, &[])));
+        };
         if let Some(expected) = row.expected.as_ref().filter(|expected| **expected != sha256) {
             let message =
                 format!("the file arrived as {sha256}, not as {expected}; send the chunks that differ again, or delete the upload");
@@ -256,18 +298,21 @@ impl Service {
         self.get(id).await
     }
 
-    /// Removes an upload, whole or not.
+    /// Removes an upload, whole or not, unless a job that is not finished needs it.
     pub async fn remove(&self, id: &str) -> Result<(), Error> {
         let turn = self.turn(id);
         let _alone = turn.write().await;
-        self.get(id).await?;
+        let (path, absolute) = self.paths(&self.get(id).await?);
+        if let Some(job) = jobs::store::live_by_source(&self.store, vec![path, absolute]).await? {
+            return Err(Error::new(Code::Conflict, format!("{job} needs this upload and is not finished")));
+        }
         self.remove_all(id).await
     }
 
     async fn remove_all(&self, id: &str) -> Result<(), Error> {
         let (root, owned) = (self.root()?, id.to_owned());
         blocking(move || part::remove(&root, &owned)).await?;
-        Ok(store::remove(&self.store, id).await?)
+        Ok(store::remove(&self.store, id, None).await?)
     }
 
     /// Removes what nobody has sent a chunk for in too long. Answers how many.
@@ -301,7 +346,7 @@ impl Service {
 }
 
 #[cfg(test)]
-#[allow(clippy::unwrap_used)]
+#[allow(clippy::unwrap_used, clippy::disallowed_methods)]
 mod tests {
     use super::*;
 
@@ -324,5 +369,74 @@ mod tests {
             assert!(check_name(bad).is_err(), "{bad:?}");
         }
         assert!(check_digest("sha256", &"A".repeat(64)).unwrap().starts_with('a') && check_digest("sha256", "ab").is_err());
+    }
+
+    /// Uploads over a folder of their own.
+    async fn service() -> (Service, std::path::PathBuf) {
+        let folder = shared::vault::temporary_dir("uploads").unwrap();
+        let mut vault = Vault::default();
+        vault.add(shared::vault::Root::open("uploads", &folder, true).unwrap());
+        (Service::new(jobs::tests::database().await, Arc::new(vault), &Config::default()), folder)
+    }
+
+    async fn send(service: &Service, id: &str, number: u64, bytes: &[u8]) -> Result<Taken, Error> {
+        let (request, mut payload) = actix_web::test::TestRequest::default().set_payload(bytes.to_vec()).to_http_parts();
+        let payload = <actix_web::web::Payload as actix_web::FromRequest>::from_request(&request, &mut payload).await.unwrap();
+        service.chunk(id, number, None, None, &mut Body::new(payload)).await
+    }
+
+    #[actix_web::test]
+    async fn a_crash_at_the_end_of_an_upload_never_makes_a_file_of_zeros() {
+        let (service, folder) = service().await;
+        let content = vec![7u8; CHUNK as usize + 1];
+        let (first, last) = content.split_at(CHUNK as usize);
+        let row = service.draft("ann", "disk.raw".into(), content.len() as i64, None).unwrap();
+        let id = row.id.clone();
+        service.begin(row, None).await.unwrap();
+        for (number, bytes) in [(0, first), (1, last)] {
+            send(&service, &id, number, bytes).await.unwrap();
+        }
+        // Killed in its removal: the file is gone, the rows say that both chunks are there.
+        let root = service.root().unwrap();
+        part::remove(&root, &id).unwrap();
+        send(&service, &id, 1, last).await.unwrap();
+        assert_eq!(service.status(&id).await.unwrap().1, [1], "what went with the file is missing");
+        assert_eq!(service.complete(&id).await.unwrap_err().code(), Code::Conflict);
+        part::remove(&root, &id).unwrap();
+        store::have(&service.store, &id, 0, String::new(), now()).await.unwrap();
+        assert_eq!(service.complete(&id).await.unwrap_err().code(), Code::Conflict);
+        assert!(service.status(&id).await.unwrap().1.is_empty());
+        // One that was made with less than its size counts as none.
+        part::create(&root, &id, 5).unwrap();
+        for (number, bytes) in [(0, first), (1, last)] {
+            send(&service, &id, number, bytes).await.unwrap();
+        }
+        // Killed in its completion: the file has its name, the row is open.
+        part::publish(&root, &id, "disk.raw").unwrap();
+        let refused = send(&service, &id, 1, last).await.err().unwrap();
+        assert!(refused.code() == Code::Conflict && refused.message().contains("complete it"), "{refused}");
+        let done = service.complete(&id).await.unwrap();
+        let digest = hex::encode(ring::digest::digest(&ring::digest::SHA256, &content));
+        assert_eq!((done.status.as_str(), done.sha256), (store::COMPLETE, Some(digest)));
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[actix_web::test]
+    async fn an_upload_that_could_not_begin_leaves_no_answer_behind() {
+        let (service, folder) = service().await;
+        let key = crate::http::idempotency::Idempotency::derived("test", "begin");
+        let begin = async || {
+            let row = service.draft("ann", "disk.raw".into(), 5, None).unwrap();
+            let id = row.id.clone();
+            (service.begin(row, Some(key.row(201, "/", String::new()))).await, id)
+        };
+        std::fs::write(folder.join(part::PARTS), b"").unwrap();
+        let (refused, id) = begin().await;
+        assert!(refused.is_err() && service.get(&id).await.is_err());
+        assert_eq!(key.first_location(&service.store).await.unwrap(), None);
+        std::fs::remove_file(folder.join(part::PARTS)).unwrap();
+        begin().await.0.unwrap();
+        assert!(key.first_location(&service.store).await.unwrap().is_some());
+        std::fs::remove_dir_all(folder).unwrap();
     }
 }

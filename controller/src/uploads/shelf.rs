@@ -45,16 +45,12 @@ impl transfer::Shelf for Shelf {
                 return Err(refused());
             }
             let named = place(path).unwrap_or_default();
-            let id = named.split('/').nth(1).unwrap_or_default().to_owned();
-            if id == super::part::PARTS {
-                return Err(refused());
-            }
-            let upload = super::store::load(&self.store, &id).await?;
-            if upload.as_ref().is_some_and(|row| row.status != super::store::COMPLETE) {
+            let id = named.split('/').nth(1).unwrap_or_default();
+            let upload = super::store::load(&self.store, id).await?.ok_or_else(refused)?;
+            if upload.status != super::store::COMPLETE {
                 return Err(Error::not_found("this upload is not complete"));
             }
-            // What the operator laid there by hand has no row, and no digest to hold against.
-            let sha256 = upload.and_then(|row| row.sha256).unwrap_or_default();
+            let sha256 = upload.sha256.unwrap_or_default();
             let (vault, path) = (self.vault.clone(), path.to_owned());
             let opened = tokio::task::spawn_blocking(move || {
                 let file = vault.open_file(&path).map_err(|e| Error::new(e.code(), e.to_string()))?;

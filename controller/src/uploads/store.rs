@@ -4,7 +4,9 @@
 
 use sea_orm::ActiveValue::Set;
 use sea_orm::sea_query::{Expr, OnConflict};
-use sea_orm::{ColumnTrait, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect, TransactionTrait};
+use sea_orm::{
+    ColumnTrait, ConnectionTrait as _, DbBackend, EntityTrait, IntoActiveModel, QueryFilter, QueryOrder, QuerySelect, TransactionTrait,
+};
 
 use crate::store::entities::{idempotency, upload_chunks, uploads};
 use crate::store::{Error, Store};
@@ -13,6 +15,9 @@ use crate::store::{Error, Store};
 pub const OPEN: &str = "open";
 /// It is whole.
 pub const COMPLETE: &str = "complete";
+
+/// The advisory lock on Postgres under which uploads begin.
+const QUOTA_LOCK: i64 = i64::from_be_bytes(*b"\0\0upload");
 
 /// Begins an upload where all of them together stay within `quota` bytes (0: no quota); else answers how many bytes are taken.
 pub async fn begin(
@@ -24,10 +29,17 @@ pub async fn begin(
     store
         .run(move |db| async move {
             let transaction = db.begin().await?;
-            let sizes = uploads::Entity::find().select_only().column(uploads::Column::Size).into_tuple::<i64>();
-            let taken = sizes.all(&transaction).await?.into_iter().fold(0u64, |sum, size| sum.saturating_add(size.try_into().unwrap_or(0)));
-            if quota > 0 && taken.saturating_add(row.size.try_into().unwrap_or(0)) > quota {
-                return Ok(Err(taken));
+            if quota > 0 {
+                // One after the other: two that begin at once do not see each other's rows. SQLite has one writer anyway.
+                if db.get_database_backend() == DbBackend::Postgres {
+                    transaction.execute_unprepared(&format!("SELECT pg_advisory_xact_lock({QUOTA_LOCK})")).await?;
+                }
+                let sum = Expr::cust("CAST(COALESCE(SUM(size), 0) AS BIGINT)");
+                let taken = uploads::Entity::find().select_only().expr_as(sum, "taken").into_tuple::<i64>().one(&transaction).await?;
+                let taken = taken.map_or(0, i64::unsigned_abs);
+                if taken.saturating_add(row.size.unsigned_abs()) > quota {
+                    return Ok(Err(taken));
+                }
             }
             if let Some(answer) = answer {
                 idempotency::Entity::insert(answer).exec_without_returning(&transaction).await?;
@@ -81,6 +93,12 @@ pub async fn lack(store: &Store, id: &str, number: i64) -> Result<(), Error> {
     store.run(move |db| async move { Ok(delete.exec(&db).await.map(drop)?) }).await
 }
 
+/// No chunk is on the disk any more.
+pub async fn lack_all(store: &Store, id: &str) -> Result<(), Error> {
+    let delete = upload_chunks::Entity::delete_many().filter(upload_chunks::Column::Upload.eq(id));
+    store.run(move |db| async move { Ok(delete.exec(&db).await.map(drop)?) }).await
+}
+
 /// An upload is whole; its chunks need not be remembered.
 pub async fn complete(store: &Store, id: &str, sha256: &str, now: i64) -> Result<(), Error> {
     let changes = uploads::ActiveModel {
@@ -101,8 +119,8 @@ pub async fn complete(store: &Store, id: &str, sha256: &str, now: i64) -> Result
         .await
 }
 
-/// Forgets an upload.
-pub async fn remove(store: &Store, id: &str) -> Result<(), Error> {
+/// Forgets an upload; one that did not come about, with the row of its Idempotency-Key, so that the same request may try again.
+pub async fn remove(store: &Store, id: &str, key: Option<String>) -> Result<(), Error> {
     let chunks = upload_chunks::Entity::delete_many().filter(upload_chunks::Column::Upload.eq(id));
     let upload = uploads::Entity::delete_by_id(id);
     store
@@ -110,6 +128,9 @@ pub async fn remove(store: &Store, id: &str) -> Result<(), Error> {
             let transaction = db.begin().await?;
             chunks.exec(&transaction).await?;
             upload.exec(&transaction).await?;
+            if let Some(key) = key {
+                idempotency::Entity::delete_by_id(key).exec(&transaction).await?;
+            }
             Ok(transaction.commit().await?)
         })
         .await

@@ -121,29 +121,20 @@ pub struct Create {
     (status = 503, description = "the database is away", body = ErrorBody),
 ))]
 pub async fn create(caller: Admin, request: HttpRequest, app: web::Data<App>, body: Json<Create>) -> Result<HttpResponse, Error> {
-    let key = Idempotency::of(&request, &caller, &body.digest)?;
-    if let Some(key) = &key
-        && let Some(first) = key.replay(&app.store).await?
-    {
-        return Ok(first);
-    }
-    let wish = Wish { url: body.value.url, events: body.value.events, secret: body.value.secret.map(Secret::new) };
-    service::check(&app, &wish).await?;
-    let (row, secret) = service::make(&app, &caller.name, wish)?;
-    let location = format!("/api/v1/webhooks/{}", row.id);
-    // The row of the key would keep the secret: it keeps the rest.
-    let kept = serde_json::to_string(&WebhookView::new(row.clone(), 0, 0, None)).map_err(Error::internal)?;
-    let act = audit::begin(&app.store, &caller.name, "webhook.create", &row.id).await?;
-    let made = service::add(&app, row.clone(), key.as_ref(), &location, kept).await;
-    act.finish(&made).await;
-    if let (Err(e), Some(key)) = (&made, &key)
-        && e.code() == Code::Conflict
-        && let Some(first) = key.replay(&app.store).await?
-    {
-        return Ok(first);
-    }
-    made?;
-    Ok(HttpResponse::Created().insert_header(("Location", location)).json(WebhookView::new(row, 0, 0, Some(&secret))))
+    Idempotency::once(&request, &caller, &body.digest, &app.store, async |key| {
+        let wish = Wish { url: body.value.url, events: body.value.events, secret: body.value.secret.map(Secret::new) };
+        service::check(&app, &wish).await?;
+        let (row, secret) = service::make(&app, &caller.name, wish)?;
+        let location = format!("/api/v1/webhooks/{}", row.id);
+        // The row of the key would keep the secret: it keeps the rest.
+        let kept = serde_json::to_string(&WebhookView::new(row.clone(), 0, 0, None)).map_err(Error::internal)?;
+        let act = audit::begin(&app.store, &caller.name, "webhook.create", &row.id).await?;
+        let made = service::add(&app, row.clone(), key, &location, kept).await;
+        act.finish(&made).await;
+        made?;
+        Ok(HttpResponse::Created().insert_header(("Location", location)).json(WebhookView::new(row, 0, 0, Some(&secret))))
+    })
+    .await
 }
 
 /// Removes a webhook and what it was still to be told.

@@ -5,7 +5,7 @@
 use sea_orm::sea_query::{Expr, ExprTrait, SimpleExpr};
 use sea_orm::{
     ColumnTrait, Condition, ConnectionTrait, DatabaseConnection, DbBackend, EntityTrait, Order, PaginatorTrait, QueryFilter, QueryOrder,
-    QuerySelect, QueryTrait, Select, Statement,
+    QuerySelect, Select, Statement,
 };
 use serde::{Deserialize, Serialize};
 
@@ -260,8 +260,10 @@ fn page(is_postgres: bool, meaning: &Meaning, sort: (SortBy, Order), from: From,
     select.order_by(first, order.clone()).order_by(jobs::Column::Id, order).limit(limit)
 }
 
-/// How the database would answer a page, for tests and for whoever wonders.
+/// How the database would answer a page.
+#[cfg(test)]
 pub async fn explain(store: &Store, meaning: &Meaning, sort: (SortBy, Order), from: From, limit: u64) -> Result<String, Error> {
+    use sea_orm::QueryTrait as _;
     let select = page(store.is_postgres(), meaning, sort, from, limit);
     let work = move |db: DatabaseConnection| async move {
         let backend = db.get_database_backend();
