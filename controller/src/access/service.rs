@@ -168,7 +168,7 @@ impl Service {
     /// A new session for the old one, which ends. An API token gets none: a session would have its owner's whole role.
     pub async fn refresh(&self, caller: &Caller) -> Result<LoggedIn, Error> {
         if caller.session.starts_with(api_tokens::SESSION) {
-            return Err(Error::new(Code::Forbidden, "an API token is not refreshed; POST /auth/tokens makes a new one"));
+            return Err(Error::new(Code::Forbidden, "an API token is not refreshed; log in with a password to make a new one"));
         }
         let fresh = self.begin(&caller.name, Ground::Session(caller.session.clone())).await?;
         self.forget(|cached| cached.session == caller.session);
