@@ -358,11 +358,15 @@ async fn an_answer_arrives_however_much_came_with_the_question() {
     let fleet = fleet("much").await;
     let token = fleet.client.token.clone().unwrap();
     let mut lost = Vec::new();
-    for size in [100, MIB, 12 * MIB] {
+    for size in [100, MIB - 1, 12 * MIB] {
         let body = fleet.vms().parent().unwrap().join(format!("body-{size}"));
         pattern(&body, size, &[(0, size)], 4);
         for version in ["--http2", "--http1.1"] {
             for (path, token, status) in [("/vms/deploy", token.as_str(), "422"), ("/nowhere", &token, "404"), ("/jobs", "wrong", "401")] {
+                // Of a stranger at most 1 MiB is listened to, or anybody could keep the controller busy with nothing.
+                if status == "401" && size > MIB {
+                    continue;
+                }
                 let mut curl = std::process::Command::new("curl");
                 curl.args([version, "-sk", "-o", "/dev/null", "-w", "%{http_code} %{exitcode} %{errormsg}", "--data-binary"]);
                 curl.arg(format!("@{}", body.display())).args(["-H", "Content-Type: application/json", "-H"]);
