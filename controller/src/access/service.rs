@@ -73,10 +73,14 @@ impl Service {
     /// Opens the room: reads or makes the signing key.
     pub async fn open(store: Store, sealer: &Sealer, config: &Config) -> Result<Self, Error> {
         let key = signing_key(&store, sealer).await?;
+        let passwords = Passwords::new(config.bcrypt_cost).await?;
+        if let Some(usual) = users::usual_cost(&store).await? {
+            passwords.cost_nobody(usual).await?;
+        }
         let inner = Inner {
             store,
             signing: Signing::new(&key),
-            passwords: Passwords::new(config.bcrypt_cost).await?,
+            passwords,
             backoff: Backoff::new(config.limits.login_free_tries, config.limits.login_free_tries_address),
             life: TimeDelta::minutes(i64::from(config.token_minutes)),
             cache: Mutex::default(),
@@ -117,8 +121,13 @@ impl Service {
             let user = if account.is_empty() { None } else { users::find(&self.inner.store, account).await? };
             let is_good = self.inner.passwords.matches(password.clone(), user.as_ref().map(|user| user.password_hash.clone())).await?;
             let Some(user) = user.filter(|_| is_good) else { break };
-            if let Some(session) = self.begin(&user.name, Ground::Password(user.password_hash)).await? {
+            if let Some(session) = self.begin(&user.name, Ground::Password(user.password_hash.clone())).await? {
                 self.inner.backoff.succeeded(account, address);
+                if self.inner.passwords.is_outdated(&user.password_hash)
+                    && let Err(e) = self.rehash(&user, password).await
+                {
+                    tracing::warn!(user = user.name, cause = %e, "a password could not be hashed at the new cost");
+                }
                 tracing::info!(user = user.name, %address, "logged in");
                 return Ok(session);
             }
@@ -126,6 +135,16 @@ impl Service {
         self.inner.backoff.failed(account, address, Instant::now());
         tracing::warn!(user = account, %address, "log-in failed");
         Err(Error::new(Code::BadCredentials, "wrong username or password"))
+    }
+
+    /// A hash at the cost of now, while the password is known; a log-in of nobody then takes what most users' do.
+    async fn rehash(&self, user: &user_rows::Model, password: Secret) -> Result<(), Error> {
+        let hash = self.inner.passwords.hash(password).await?;
+        users::rehash(&self.inner.store, &user.name, &user.password_hash, hash).await?;
+        match users::usual_cost(&self.inner.store).await? {
+            Some(usual) => self.inner.passwords.cost_nobody(usual).await,
+            None => Ok(()),
+        }
     }
 
     /// Opens a session in one transaction with a look at what it stands on; nothing where that is no more.

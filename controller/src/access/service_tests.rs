@@ -2,21 +2,31 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
+use crate::access::password::cost_of;
 use crate::jobs::tests::database;
 
 const ADDRESS: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
 
 async fn service() -> Service {
-    let store = database().await;
+    over(database().await, 4).await
+}
+
+async fn over(store: Store, cost: u32) -> Service {
     let inner = Inner {
         signing: Signing::new(&[7; 32]),
-        passwords: Passwords::new(4).await.unwrap(),
+        passwords: Passwords::new(cost).await.unwrap(),
         backoff: Backoff::new(5, 20),
         life: TimeDelta::minutes(10),
         cache: Mutex::default(),
         store,
     };
     Service { inner: Arc::new(inner) }
+}
+
+impl Passwords {
+    fn nobody(&self) -> Option<u32> {
+        cost_of(&self.dummy())
+    }
 }
 
 impl Service {
@@ -66,4 +76,23 @@ async fn a_session_that_was_ended_is_not_refreshed_and_a_good_one_once() {
     assert_eq!(service.sessions().await, 0);
     let again = service.login("ann", Secret::new("a good password"), ADDRESS).await.unwrap().caller;
     assert_eq!(again.role, Role::Operator);
+}
+
+#[actix_web::test]
+async fn a_new_cost_is_taken_over_with_a_log_in_and_nobody_costs_what_most_do() {
+    let old = service().await;
+    let (store, password) = (old.inner.store.clone(), || Secret::new("a good password"));
+    for name in ["ann", "bob", "eve"] {
+        old.with(name, "a good password").await;
+    }
+    let new = over(store.clone(), 5).await;
+    let cost = async |name: &str| cost_of(&users::find(&store, name).await.unwrap().unwrap().password_hash);
+    let session = new.login("ann", password(), ADDRESS).await.unwrap().caller;
+    assert_eq!((cost("ann").await, cost("bob").await), (Some(5), Some(4)));
+    assert_eq!(new.inner.passwords.nobody(), Some(4));
+    assert!(new.is_alive(&session).await, "a new hash of the same password ended the session");
+    new.login("bob", password(), ADDRESS).await.unwrap();
+    assert_eq!(new.inner.passwords.nobody(), Some(5), "most users cost 5 by now");
+    new.login("ann", password(), ADDRESS).await.unwrap();
+    assert!(new.login("ann", Secret::new("a wrong password"), ADDRESS).await.is_err());
 }

@@ -2,6 +2,8 @@
 //!
 //! Owns: the rows of `users`, and that a change or a removal ends the user's sessions. Never: leaves the installation without an admin. A crash here costs nothing: one transaction per change.
 
+use std::collections::BTreeMap;
+
 use sea_orm::sea_query::{Expr, ExprTrait, OnConflict};
 use sea_orm::{
     ActiveValue::{NotSet, Set},
@@ -10,7 +12,7 @@ use sea_orm::{
 };
 use shared::error::Code;
 
-use super::Role;
+use super::{Role, password};
 use crate::http::query::{Paging, Sort};
 use crate::http::reply::Error;
 use crate::store::entities::{api_tokens, sessions, users};
@@ -96,6 +98,28 @@ pub async fn insert(store: &Store, name: &str, hash: String, role: Role) -> Resu
         return Err(Error::new(Code::Conflict, format!("the user `{name}` exists already")));
     }
     find(store, name).await?.ok_or_else(|| unknown(name))
+}
+
+/// What most users' hashes cost; nothing where there is none.
+pub async fn usual_cost(store: &Store) -> Result<Option<u32>, store::Error> {
+    let work = |db: DatabaseConnection| async move {
+        let hashes: Vec<String> = users::Entity::find().select_only().column(users::Column::PasswordHash).into_tuple().all(&db).await?;
+        let mut counts = BTreeMap::<u32, usize>::new();
+        for cost in hashes.iter().filter_map(|hash| password::cost_of(hash)) {
+            *counts.entry(cost).or_default() += 1;
+        }
+        Ok(counts.into_iter().max_by_key(|(_, count)| *count).map(|(cost, _)| cost))
+    };
+    store.read(work).await
+}
+
+/// Puts a new hash of the same password in the place of the old one, unless that is another by now. Sessions stay.
+pub async fn rehash(store: &Store, name: &str, old: &str, new: String) -> Result<(), store::Error> {
+    let update = users::Entity::update_many()
+        .col_expr(users::Column::PasswordHash, Expr::value(new))
+        .filter(users::Column::Name.eq(name))
+        .filter(users::Column::PasswordHash.eq(old));
+    store.run(|db| async move { Ok(update.exec(&db).await.map(drop)?) }).await
 }
 
 /// One by name, as they are until this transaction ends: on Postgres nobody changes or removes them meanwhile, on SQLite nobody writes.
