@@ -70,7 +70,7 @@ async fn tokens_live_and_end(database: Database) {
     let (own, itself) = token(&ann, json!({"name": "itself", "role": "viewer"})).await;
     itself.delete(&format!("/auth/tokens/{own}")).await.expect(204);
     ends("a token that revoked itself", &itself).await;
-    let (_, large) = token(admin, json!({"name": "large", "role": "viewer"})).await;
+    let (_, large) = token(admin, json!({"name": "large"})).await;
     large.delete(&format!("/auth/tokens/{id}")).await.refused(403, "forbidden");
     whole.get("/auth/me").await.expect(200);
     ann.post("/auth/tokens", json!({"name": "boss", "role": "admin"})).await.refused(403, "forbidden");
@@ -199,8 +199,12 @@ async fn a_renewed_certificate_is_taken_without_dropping_a_connection() {
 
 /// `hypersdk admin …` for this installation.
 fn admin(fleet: &Fleet, database: Option<&str>, arguments: &[&str]) -> Output {
+    admin_at(&fleet.controller.home().join("data"), database, arguments)
+}
+
+fn admin_at(data: &Path, database: Option<&str>, arguments: &[&str]) -> Output {
     let mut command = Command::new(binary("hypersdk"));
-    command.arg("admin").args(arguments).arg("--data-dir").arg(fleet.controller.home().join("data")).env("HYPERSDK_BCRYPT_COST", "10");
+    command.arg("admin").args(arguments).arg("--data-dir").arg(data).env("HYPERSDK_BCRYPT_COST", "10");
     if let Some(url) = database {
         command.env("HYPERSDK_DATABASE_URL", url);
     }
@@ -280,6 +284,10 @@ async fn a_backup_brings_everything_back_on_either_database() {
     fleet.controller.start();
     ready(&mut fleet.controller, &fleet.client).await;
     back(&fleet, &program, &old, &lost).await;
+    // Not under a controller that is at this database, from whichever directory; and that one goes on.
+    let elsewhere = fleet.scratch.dir("elsewhere");
+    fails(admin_at(&elsewhere, Some(&db.url), &["restore", &path, "--force"]), "a controller runs on this database; stop it first");
+    fleet.client.get("/auth/me").await.expect(200);
     // And from there back into SQLite.
     let second = fleet.scratch.join("second.jsonl").display().to_string();
     println!("{}", done(admin(&fleet, Some(&db.url), &["backup", &second])));
