@@ -1,6 +1,7 @@
 //! Users in the store.
 //!
-//! Owns: the rows of `users`, and that a change or a removal ends the user's sessions. Never: leaves the installation without an admin. A crash here costs nothing: one transaction per change.
+//! Owns: the rows of `users`, and that a change or a removal ends the user's sessions. Never: leaves the installation without an admin.
+//! A crash here costs nothing: one transaction per change.
 
 use std::collections::BTreeMap;
 

@@ -86,6 +86,8 @@ impl Session {
             return Err(self.refuse(wrong_protocol(hello.protocol)).await);
         }
         check(&hello)?;
+        // A call may have waited for its Hello: who is out by now gets no connections, and puts out nobody who is in.
+        self.still_a_member().await?;
         let (registry, id) = (&self.registry, &self.agent.id);
         let session = registry.begin(id);
         registry.heard(id);
@@ -137,7 +139,7 @@ impl Session {
             return Status::aborted("a newer session of this agent took over");
         }
         tracing::info!(agent = id, name = self.agent.name, version = hello.version, instance = hello.instance, "agent is connected");
-        // Only now: a removal or a new key of before this is seen here, one of after this finds the session and closes it.
+        // Again, now that it can be closed: a removal or a new key of before is seen here, one of after finds the session.
         let stands = match self.still_a_member().await {
             Ok(()) => self.queue.agent_ready(id.clone(), session).await.map_err(|error| Status::unavailable(error.to_string())),
             Err(status) => Err(status),
