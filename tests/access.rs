@@ -61,15 +61,18 @@ async fn tokens_live_and_end(database: Database) {
     let ticket = whole.post("/ws/ticket", json!({})).await.expect(201).body["ticket"].as_str().unwrap().to_owned();
     assert!(Live::open(&fleet.endpoints.rest, &format!("/ws?ticket={ticket}"), &[]).await.is_ok());
 
-    // Smaller than its owner, and what it may make is no larger and lives no longer.
+    // Smaller than its owner; it makes no token that would outlive it, and ends no other.
     let (_, small) = token(&ann, json!({"name": "look", "role": "viewer", "ttl": "1h"})).await;
     small.post("/jobs", job.clone()).await.refused(403, "forbidden");
-    small.post("/auth/tokens", json!({"name": "up", "role": "operator"})).await.refused(403, "forbidden");
-    small.post("/auth/tokens", json!({"name": "long", "ttl": "2h"})).await.refused(403, "forbidden");
     small.post("/auth/refresh", json!({})).await.refused(403, "forbidden");
-    let child = small.post("/auth/tokens", json!({"name": "child"})).await.expect(201).body;
-    assert_eq!(child["role"], "viewer");
-    assert!(child["expires_at"].is_string(), "a token that ends made one that does not: {child}");
+    whole.post("/auth/tokens", json!({"name": "child", "ttl": "1m"})).await.refused(403, "forbidden");
+    small.delete(&format!("/auth/tokens/{id}")).await.refused(403, "forbidden");
+    let (own, itself) = token(&ann, json!({"name": "itself", "role": "viewer"})).await;
+    itself.delete(&format!("/auth/tokens/{own}")).await.expect(204);
+    ends("a token that revoked itself", &itself).await;
+    let (_, large) = token(admin, json!({"name": "large"})).await;
+    large.delete(&format!("/auth/tokens/{id}")).await.refused(403, "forbidden");
+    whole.get("/auth/me").await.expect(200);
     ann.post("/auth/tokens", json!({"name": "boss", "role": "admin"})).await.refused(403, "forbidden");
     ann.post("/auth/tokens", json!({"name": "ci"})).await.refused(409, "conflict");
     for bad in
@@ -81,12 +84,12 @@ async fn tokens_live_and_end(database: Database) {
     // Who sees what, and that nobody sees a token again.
     let mine = ann.get("/auth/tokens").await.expect(200);
     let names: Vec<&str> = mine.body["data"].as_array().unwrap().iter().filter_map(|row| row["name"].as_str()).collect();
-    assert_eq!(names, ["child", "ci", "look"]);
+    assert_eq!(names, ["ci", "look"]);
     assert!(!mine.text.contains("hsdk_") && !mine.text.contains("hash"), "{}", mine.text);
     bob.get("/auth/tokens?user=ann").await.refused(403, "forbidden");
     assert_eq!(bob.get("/auth/tokens").await.expect(200).body["pagination"]["total"], 0);
     bob.delete(&format!("/auth/tokens/{id}")).await.refused(404, "not_found");
-    assert_eq!(admin.get("/auth/tokens?user=ann").await.expect(200).body["pagination"]["total"], 3);
+    assert_eq!(admin.get("/auth/tokens?user=ann").await.expect(200).body["pagination"]["total"], 2);
     wait_for("the use to be noted", seconds(3), async || {
         let list = admin.try_get("/auth/tokens?search=ci").await?;
         if list["data"][0]["last_used_at"].is_string() { Ok(()) } else { Err(list.to_string()) }
@@ -196,8 +199,12 @@ async fn a_renewed_certificate_is_taken_without_dropping_a_connection() {
 
 /// `hypersdk admin …` for this installation.
 fn admin(fleet: &Fleet, database: Option<&str>, arguments: &[&str]) -> Output {
+    admin_at(&fleet.controller.home().join("data"), database, arguments)
+}
+
+fn admin_at(data: &Path, database: Option<&str>, arguments: &[&str]) -> Output {
     let mut command = Command::new(binary("hypersdk"));
-    command.arg("admin").args(arguments).arg("--data-dir").arg(fleet.controller.home().join("data")).env("HYPERSDK_BCRYPT_COST", "10");
+    command.arg("admin").args(arguments).arg("--data-dir").arg(data).env("HYPERSDK_BCRYPT_COST", "10");
     if let Some(url) = database {
         command.env("HYPERSDK_DATABASE_URL", url);
     }
@@ -277,6 +284,10 @@ async fn a_backup_brings_everything_back_on_either_database() {
     fleet.controller.start();
     ready(&mut fleet.controller, &fleet.client).await;
     back(&fleet, &program, &old, &lost).await;
+    // Not under a controller that is at this database, from whichever directory; and that one goes on.
+    let elsewhere = fleet.scratch.dir("elsewhere");
+    fails(admin_at(&elsewhere, Some(&db.url), &["restore", &path, "--force"]), "a controller runs on this database; stop it first");
+    fleet.client.get("/auth/me").await.expect(200);
     // And from there back into SQLite.
     let second = fleet.scratch.join("second.jsonl").display().to_string();
     println!("{}", done(admin(&fleet, Some(&db.url), &["backup", &second])));

@@ -144,8 +144,9 @@ async fn every_operation_gives_what_it_documents() {
         let statuses = documented.get(&name).unwrap_or_else(|| panic!("{name} has a row and is not documented"));
         for status in statuses.iter().copied().filter(|status| *status >= 400) {
             // 429, 502 and 503 have tests of their own, for every operation that documents them; nobody provokes a defect.
-            // An API token is refused by a refresh: `access` shows it.
-            if matches!(status, 429 | 500 | 502 | 503) || (name == "POST /auth/refresh" && status == 403) {
+            // An API token gets no refresh and revokes only itself: `access` shows it.
+            let of_tokens = status == 403 && matches!(name.as_str(), "POST /auth/refresh" | "DELETE /auth/tokens/{id}");
+            if matches!(status, 429 | 500 | 502 | 503) || of_tokens {
                 continue;
             }
             let given: Vec<_> = row.errors.iter().filter(|(of, _, _)| *of == status).collect();
@@ -358,11 +359,15 @@ async fn an_answer_arrives_however_much_came_with_the_question() {
     let fleet = fleet("much").await;
     let token = fleet.client.token.clone().unwrap();
     let mut lost = Vec::new();
-    for size in [100, MIB, 12 * MIB] {
+    for size in [100, MIB - 1, 12 * MIB] {
         let body = fleet.vms().parent().unwrap().join(format!("body-{size}"));
         pattern(&body, size, &[(0, size)], 4);
         for version in ["--http2", "--http1.1"] {
             for (path, token, status) in [("/vms/deploy", token.as_str(), "422"), ("/nowhere", &token, "404"), ("/jobs", "wrong", "401")] {
+                // Of a stranger at most 1 MiB is listened to, or anybody could keep the controller busy with nothing.
+                if status == "401" && size > MIB {
+                    continue;
+                }
                 let mut curl = std::process::Command::new("curl");
                 curl.args([version, "-sk", "-o", "/dev/null", "-w", "%{http_code} %{exitcode} %{errormsg}", "--data-binary"]);
                 curl.arg(format!("@{}", body.display())).args(["-H", "Content-Type: application/json", "-H"]);

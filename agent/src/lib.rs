@@ -191,7 +191,15 @@ impl Agent {
         stop
     }
 
-    /// Gives a question up, or forgets one that was answered.
+    /// Forgets a question that was answered. One of the same number is another where a new session asked it meanwhile, and stays.
+    fn end_question(&self, id: u64, stop: &Arc<AtomicBool>) {
+        let mut asked = self.asked.lock().unwrap_or_else(|e| e.into_inner());
+        if asked.get(&id).is_some_and(|current| Arc::ptr_eq(current, stop)) {
+            asked.remove(&id);
+        }
+    }
+
+    /// Gives a question up.
     fn forget_question(&self, id: u64) {
         if let Some(stop) = self.asked.lock().unwrap_or_else(|e| e.into_inner()).remove(&id) {
             stop.store(true, Ordering::Relaxed);

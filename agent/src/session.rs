@@ -325,7 +325,7 @@ fn answer(agent: &Arc<Agent>, browse: v1::Browse, tell: &mpsc::Sender<v1::AgentM
             Some(Question::RemoveExport(wanted)) => browse::remove_export(&agent, &wanted),
             Some(Question::Digests(question)) => {
                 let answered = crate::digests::answer(&agent, &question, &stop);
-                agent.forget_question(browse.id);
+                agent.end_question(browse.id, &stop);
                 answered
             }
             None => Err(crate::sources::Error::fatal(Code::BadRequest, "a question this agent does not know")),

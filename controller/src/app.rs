@@ -22,7 +22,7 @@ use crate::fleet::gateway::{self, Gateway};
 use crate::http::{self, limits, tls};
 use crate::live::Frame;
 use crate::store::sealing::{self, Sealer};
-use crate::store::{self, Store};
+use crate::store::{self, Store, presence};
 use crate::system::{host::Sampler, metrics::Metrics, process};
 use crate::{access, admin, alerts, carbon, files, fleet, jobs, live, schedules, uploads, webhooks};
 
@@ -142,8 +142,9 @@ pub struct Running {
     server: ServerHandle,
     gateway: Gateway,
     runtime: tokio::runtime::Runtime,
-    /// Held while the controller runs.
+    /// Both held while the controller runs.
     _lock: std::fs::File,
+    _presence: presence::Shared,
 }
 
 impl Running {
@@ -185,6 +186,7 @@ pub async fn run(config: Config) -> Result<Running, Error> {
     let runtime = tokio::runtime::Builder::new_multi_thread().thread_name("controller").enable_all().build();
     let runtime = runtime.map_err(|e| Error::Start(format!("cannot start threads: {e}")))?;
     let handle = runtime.handle().clone();
+    let presence = presence::share(config.database().expose(), &handle).await?;
     let store = Store::open(config.database().expose(), handle.clone()).await?;
     // Keys are read after a restore that was cut off is finished or forgotten.
     admin::restore::complete(&data, &store).await?;
@@ -238,7 +240,7 @@ pub async fn run(config: Config) -> Result<Running, Error> {
         actix::spawn(watch_certificate(app.clone(), certificate, endpoints));
     }
     tracing::info!(%rest_addr, %grpc_addr, fingerprint, version = env!("CARGO_PKG_VERSION"), "controller is up");
-    Ok(Running { rest_addr, grpc_addr, fingerprint, admin_password, app, server, gateway, runtime, _lock: lock })
+    Ok(Running { rest_addr, grpc_addr, fingerprint, admin_password, app, server, gateway, runtime, _lock: lock, _presence: presence })
 }
 
 /// Port 0 takes a free one; whoever started this process, and whoever restarts it, finds here which.

@@ -3,7 +3,7 @@
 //! Owns: hashing and comparing. Never: cuts a long password (bcrypt reads 72 bytes; longer ones are refused), answers faster for a user
 //! who does not exist. A crash here costs one log-in.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use actix_web::web;
 use shared::secret::Secret;
@@ -13,6 +13,8 @@ use crate::http::reply::Error;
 
 /// bcrypt reads this many bytes.
 pub const MAX_BYTES: usize = 72;
+/// Dearest hash that anybody waits for, as in the settings.
+const MOST_COST: u32 = 16;
 /// Shortest password that is taken for a new user.
 pub const MIN_CHARS: usize = 8;
 
@@ -21,16 +23,36 @@ pub const MIN_CHARS: usize = 8;
 pub struct Passwords {
     cost: u32,
     turns: Arc<Semaphore>,
-    /// Compared with where there is no such user.
-    dummy: Arc<str>,
+    /// Compared with where there is no such user. It costs what most users' hashes cost, or the time would tell who is none.
+    dummy: Arc<RwLock<Arc<str>>>,
 }
 
 impl Passwords {
     /// With bcrypt's cost; makes the dummy hash.
     pub async fn new(cost: u32) -> Result<Self, Error> {
-        let unset = Self { cost, turns: Arc::new(Semaphore::new(2)), dummy: Arc::from("") };
-        let dummy = unset.hash(Secret::new(shared::ids::random_hex::<16>())).await?;
-        Ok(Self { dummy: Arc::from(dummy), ..unset })
+        let made = Self { cost, turns: Arc::new(Semaphore::new(2)), dummy: Arc::new(RwLock::new(Arc::from(""))) };
+        made.cost_nobody(cost).await?;
+        Ok(made)
+    }
+
+    /// Makes a comparison with nobody cost this, unless it does already. What is no cost is left out.
+    pub async fn cost_nobody(&self, cost: u32) -> Result<(), Error> {
+        if !(4..=MOST_COST).contains(&cost) || cost_of(&self.dummy()) == Some(cost) {
+            return Ok(());
+        }
+        let random = shared::ids::random_hex::<16>();
+        let dummy = self.in_turn(move || bcrypt::hash(random, cost)).await?.map_err(Error::internal)?;
+        *self.dummy.write().unwrap_or_else(PoisonError::into_inner) = Arc::from(dummy);
+        Ok(())
+    }
+
+    pub(super) fn dummy(&self) -> Arc<str> {
+        Arc::clone(&self.dummy.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether a hash costs something else than new ones do.
+    pub fn is_outdated(&self, hash: &str) -> bool {
+        cost_of(hash) != Some(self.cost)
     }
 
     /// The hash of a password of at most 72 bytes.
@@ -45,7 +67,7 @@ impl Passwords {
 
     /// Whether a password belongs to a hash; without one it takes as long and is false.
     pub async fn matches(&self, password: Secret, hash: Option<String>) -> Result<bool, Error> {
-        let (is_user, dummy) = (hash.is_some(), Arc::clone(&self.dummy));
+        let (is_user, dummy) = (hash.is_some(), self.dummy());
         let is_too_long = password.expose().len() > MAX_BYTES;
         let compare = move || {
             let hash = hash.as_deref().unwrap_or(&dummy);
@@ -65,4 +87,9 @@ impl Passwords {
         };
         web::block(timed).await.map_err(Error::internal)
     }
+}
+
+/// bcrypt's cost, as a hash says it: `$2b$12$…`.
+pub fn cost_of(hash: &str) -> Option<u32> {
+    hash.split('$').nth(2)?.parse().ok()
 }

@@ -261,7 +261,7 @@ pub async fn user_update(
     let changed = users::update(&app.store, &name, hash, change.role).await;
     act.finish(&changed).await;
     let user = changed?;
-    app.access.logout_user(&name).await?;
+    app.access.forget_user(&name);
     Ok(web::Json(user.into()))
 }
 
@@ -280,7 +280,7 @@ pub async fn user_delete(caller: Admin, name: web::Path<String>, app: web::Data<
     let gone = users::delete(&app.store, &name).await;
     act.finish(&gone).await;
     gone?;
-    app.access.logout_user(&name).await?;
+    app.access.forget_user(&name);
     Ok(HttpResponse::NoContent().finish())
 }
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use chrono::{DateTime, TimeDelta, Utc};
 use sea_orm::sea_query::{IntoCondition, OnConflict};
-use sea_orm::{ActiveValue::Set, ColumnTrait, DatabaseConnection, EntityTrait, QueryFilter};
+use sea_orm::{ActiveValue::Set, ColumnTrait, DatabaseConnection, EntityTrait, QueryFilter, TransactionTrait};
 use shared::error::Code;
 use shared::secret::Secret;
 
@@ -46,6 +46,14 @@ pub struct LoggedIn {
     pub caller: Caller,
 }
 
+/// What a new session stands on, and what must still be so when it is stored.
+enum Ground {
+    /// A password that was compared with this hash.
+    Password(String),
+    /// The session that ends for it.
+    Session(String),
+}
+
 /// Users, passwords, tokens. Cheap to clone.
 #[derive(Clone)]
 pub struct Service {
@@ -65,10 +73,14 @@ impl Service {
     /// Opens the room: reads or makes the signing key.
     pub async fn open(store: Store, sealer: &Sealer, config: &Config) -> Result<Self, Error> {
         let key = signing_key(&store, sealer).await?;
+        let passwords = Passwords::new(config.bcrypt_cost).await?;
+        if let Some(usual) = users::usual_cost(&store).await? {
+            passwords.cost_nobody(usual).await?;
+        }
         let inner = Inner {
             store,
             signing: Signing::new(&key),
-            passwords: Passwords::new(config.bcrypt_cost).await?,
+            passwords,
             backoff: Backoff::new(config.limits.login_free_tries, config.limits.login_free_tries_address),
             life: TimeDelta::minutes(i64::from(config.token_minutes)),
             cache: Mutex::default(),
@@ -104,21 +116,40 @@ impl Service {
             let message = format!("too many failed log-ins; try again in {seconds} s");
             return Err(Error::new(Code::RateLimited, message).retry_after(seconds));
         }
-        let user = if account.is_empty() { None } else { users::find(&self.inner.store, account).await? };
-        let is_good = self.inner.passwords.matches(password, user.as_ref().map(|user| user.password_hash.clone())).await?;
-        let Some(user) = user.filter(|_| is_good) else {
-            self.inner.backoff.failed(account, address, Instant::now());
-            tracing::warn!(user = account, %address, "log-in failed");
-            return Err(Error::new(Code::BadCredentials, "wrong username or password"));
-        };
-        self.inner.backoff.succeeded(account, address);
-        let role = Role::from_word(&user.role).ok_or_else(|| Error::internal("a user has an unknown role"))?;
-        tracing::info!(user = user.name, %address, "logged in");
-        self.begin(&user.name, role).await
+        // Twice: while a password is compared its hash may become another, by a change or by a new cost.
+        for _ in 0..2 {
+            let user = if account.is_empty() { None } else { users::find(&self.inner.store, account).await? };
+            let is_good = self.inner.passwords.matches(password.clone(), user.as_ref().map(|user| user.password_hash.clone())).await?;
+            let Some(user) = user.filter(|_| is_good) else { break };
+            if let Some(session) = self.begin(&user.name, Ground::Password(user.password_hash.clone())).await? {
+                self.inner.backoff.succeeded(account, address);
+                if self.inner.passwords.is_outdated(&user.password_hash)
+                    && let Err(e) = self.rehash(&user, password).await
+                {
+                    tracing::warn!(user = user.name, cause = %e, "a password could not be hashed at the new cost");
+                }
+                tracing::info!(user = user.name, %address, "logged in");
+                return Ok(session);
+            }
+        }
+        self.inner.backoff.failed(account, address, Instant::now());
+        tracing::warn!(user = account, %address, "log-in failed");
+        Err(Error::new(Code::BadCredentials, "wrong username or password"))
     }
 
-    async fn begin(&self, name: &str, role: Role) -> Result<LoggedIn, Error> {
-        let (now, id) = (shared::clock::now(), shared::ids::random_hex::<16>());
+    /// A hash at the cost of now, while the password is known; a log-in of nobody then takes what most users' do.
+    async fn rehash(&self, user: &user_rows::Model, password: Secret) -> Result<(), Error> {
+        let hash = self.inner.passwords.hash(password).await?;
+        users::rehash(&self.inner.store, &user.name, &user.password_hash, hash).await?;
+        match users::usual_cost(&self.inner.store).await? {
+            Some(usual) => self.inner.passwords.cost_nobody(usual).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Opens a session in one transaction with a look at what it stands on; nothing where that is no more.
+    async fn begin(&self, name: &str, ground: Ground) -> Result<Option<LoggedIn>, Error> {
+        let (now, id, owner) = (shared::clock::now(), shared::ids::random_hex::<16>(), name.to_owned());
         let expires_at = now + self.inner.life;
         let row = sessions::ActiveModel {
             jti: Set(id.clone()),
@@ -127,26 +158,40 @@ impl Service {
             expires_at: Set(expires_at.timestamp_millis()),
         };
         let work = move |db: DatabaseConnection| async move {
-            sessions::Entity::insert(row).exec_without_returning(&db).await?;
-            // What is over goes with the next log-in; nobody needs a sweeper for it.
-            let yesterday = (now - KEYS_LIFE).timestamp_millis();
-            idempotency::Entity::delete_many().filter(idempotency::Column::CreatedAt.lt(yesterday)).exec(&db).await?;
-            sessions::Entity::delete_many().filter(sessions::Column::ExpiresAt.lt(now.timestamp_millis())).exec(&db).await?;
-            Ok(())
+            let transaction = db.begin().await?;
+            // Whoever changes or removes the user waits for this and ends the session, or is seen here.
+            let Some(user) = users::hold(&transaction, &owner).await? else { return Ok(None) };
+            let stands = match ground {
+                Ground::Password(hash) => user.password_hash == hash,
+                Ground::Session(old) => {
+                    let old = sessions::Entity::delete_by_id(old).filter(sessions::Column::UserName.eq(&owner));
+                    old.exec(&transaction).await?.rows_affected == 1
+                }
+            };
+            if !stands {
+                return Ok(None);
+            }
+            sessions::Entity::insert(row).exec_without_returning(&transaction).await?;
+            transaction.commit().await?;
+            if let Err(e) = tidy(&db, now).await {
+                tracing::debug!(cause = %e, "what is over could not be removed");
+            }
+            Ok(Some(user.role))
         };
-        self.inner.store.run(work).await?;
+        let Some(role) = self.inner.store.run(work).await? else { return Ok(None) };
+        let role = Role::from_word(&role).ok_or_else(|| Error::internal("a user has an unknown role"))?;
         let token = self.inner.signing.sign(Purpose::Session, name, &id, &id, expires_at).map_err(Error::internal)?;
-        Ok(LoggedIn { token: Secret::new(token), expires_at, caller: Caller { name: name.to_owned(), role, session: id } })
+        Ok(Some(LoggedIn { token: Secret::new(token), expires_at, caller: Caller { name: name.to_owned(), role, session: id } }))
     }
 
     /// A new session for the old one, which ends. An API token gets none: a session would have its owner's whole role.
     pub async fn refresh(&self, caller: &Caller) -> Result<LoggedIn, Error> {
         if caller.session.starts_with(api_tokens::SESSION) {
-            return Err(Error::new(Code::Forbidden, "an API token is not refreshed; POST /auth/tokens makes a new one"));
+            return Err(Error::new(Code::Forbidden, "an API token is not refreshed; log in with a password to make a new one"));
         }
-        let fresh = self.begin(&caller.name, caller.role).await?;
-        self.logout(caller).await?;
-        Ok(fresh)
+        let fresh = self.begin(&caller.name, Ground::Session(caller.session.clone())).await?;
+        self.forget(|cached| cached.session == caller.session);
+        fresh.ok_or_else(|| Error::new(Code::Unauthorized, "the token is not valid or no longer; log in again"))
     }
 
     /// Ends a session: here at once, on other controllers within half a second.
@@ -168,16 +213,9 @@ impl Service {
         Ok(())
     }
 
-    /// Ends all sessions of a user, after a change of password or role and when the user goes.
-    pub async fn logout_user(&self, name: &str) -> Result<(), Error> {
-        let user = name.to_owned();
-        let work = |db: DatabaseConnection| async move {
-            sessions::Entity::delete_many().filter(sessions::Column::UserName.eq(user)).exec(&db).await?;
-            Ok(())
-        };
-        self.inner.store.run(work).await?;
+    /// What this controller remembers of a user goes, after a change or a removal that ended their sessions in the store.
+    pub fn forget_user(&self, name: &str) {
         self.forget(|cached| cached.name == name);
-        Ok(())
     }
 
     fn forget(&self, which: impl Fn(&Caller) -> bool) {
@@ -320,6 +358,14 @@ impl Service {
     }
 }
 
+/// What is over goes with the next log-in; nobody needs a sweeper for it.
+async fn tidy(db: &DatabaseConnection, now: DateTime<Utc>) -> Result<(), store::Error> {
+    let yesterday = (now - KEYS_LIFE).timestamp_millis();
+    idempotency::Entity::delete_many().filter(idempotency::Column::CreatedAt.lt(yesterday)).exec(db).await?;
+    sessions::Entity::delete_many().filter(sessions::Column::ExpiresAt.lt(now.timestamp_millis())).exec(db).await?;
+    Ok(())
+}
+
 /// The installation's signing key: made once, sealed in the settings table.
 async fn signing_key(store: &Store, sealer: &Sealer) -> Result<Vec<u8>, Error> {
     let made = hex::decode(shared::ids::random_hex::<32>()).map_err(Error::internal)?;
@@ -336,3 +382,7 @@ async fn signing_key(store: &Store, sealer: &Sealer) -> Result<Vec<u8>, Error> {
     let kept = store.run(work).await?.ok_or_else(|| Error::internal("the signing key was not kept"))?;
     sealer.open_sealed(SIGNING_KEY, &kept.value).map_err(Error::internal)
 }
+
+#[cfg(test)]
+#[path = "service_tests.rs"]
+mod tests;

@@ -1,18 +1,22 @@
 //! Users in the store.
 //!
-//! Owns: the rows of `users`. Never: leaves the installation without an admin. A crash here costs nothing: one transaction per change.
+//! Owns: the rows of `users`, and that a change or a removal ends the user's sessions. Never: leaves the installation without an admin.
+//! A crash here costs nothing: one transaction per change.
+
+use std::collections::BTreeMap;
 
 use sea_orm::sea_query::{Expr, ExprTrait, OnConflict};
 use sea_orm::{
     ActiveValue::{NotSet, Set},
-    ColumnTrait, DatabaseConnection, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, TransactionTrait,
+    ColumnTrait, ConnectionTrait, DatabaseConnection, DatabaseTransaction, DbBackend, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder,
+    QuerySelect, TransactionTrait,
 };
 use shared::error::Code;
 
-use super::Role;
+use super::{Role, password};
 use crate::http::query::{Paging, Sort};
 use crate::http::reply::Error;
-use crate::store::entities::{api_tokens, users};
+use crate::store::entities::{api_tokens, sessions, users};
 use crate::store::{self, Store, like};
 
 /// What a user name may be, for messages.
@@ -97,7 +101,44 @@ pub async fn insert(store: &Store, name: &str, hash: String, role: Role) -> Resu
     find(store, name).await?.ok_or_else(|| unknown(name))
 }
 
-/// Changes password or role. The last admin stays one.
+/// What most users' hashes cost; nothing where there is none.
+pub async fn usual_cost(store: &Store) -> Result<Option<u32>, store::Error> {
+    let work = |db: DatabaseConnection| async move {
+        let hashes: Vec<String> = users::Entity::find().select_only().column(users::Column::PasswordHash).into_tuple().all(&db).await?;
+        let mut counts = BTreeMap::<u32, usize>::new();
+        for cost in hashes.iter().filter_map(|hash| password::cost_of(hash)) {
+            *counts.entry(cost).or_default() += 1;
+        }
+        Ok(counts.into_iter().max_by_key(|(_, count)| *count).map(|(cost, _)| cost))
+    };
+    store.read(work).await
+}
+
+/// Puts a new hash of the same password in the place of the old one, unless that is another by now. Sessions stay.
+pub async fn rehash(store: &Store, name: &str, old: &str, new: String) -> Result<(), store::Error> {
+    let update = users::Entity::update_many()
+        .col_expr(users::Column::PasswordHash, Expr::value(new))
+        .filter(users::Column::Name.eq(name))
+        .filter(users::Column::PasswordHash.eq(old));
+    store.run(|db| async move { Ok(update.exec(&db).await.map(drop)?) }).await
+}
+
+/// One by name, as they are until this transaction ends: on Postgres nobody changes or removes them meanwhile, on SQLite nobody writes.
+pub async fn hold(transaction: &DatabaseTransaction, name: &str) -> Result<Option<users::Model>, store::Error> {
+    let find = users::Entity::find_by_id(name);
+    let find = match transaction.get_database_backend() {
+        DbBackend::Postgres => find.lock_shared(),
+        _ => find,
+    };
+    Ok(find.one(transaction).await?)
+}
+
+async fn end_sessions(transaction: &DatabaseTransaction, name: &str) -> Result<(), store::Error> {
+    sessions::Entity::delete_many().filter(sessions::Column::UserName.eq(name)).exec(transaction).await?;
+    Ok(())
+}
+
+/// Changes password or role, and ends their sessions. The last admin stays one.
 pub async fn update(store: &Store, name: &str, hash: Option<String>, role: Option<Role>) -> Result<users::Model, Error> {
     let wanted = name.to_owned();
     let work = move |db: DatabaseConnection| async move {
@@ -107,13 +148,15 @@ pub async fn update(store: &Store, name: &str, hash: Option<String>, role: Optio
             return Ok(Change::LastAdmin);
         }
         let change = users::ActiveModel {
-            name: Set(wanted),
+            name: Set(wanted.clone()),
             password_hash: hash.map_or(NotSet, Set),
             role: role.map_or(NotSet, |role| Set(role.word().to_owned())),
             created_at: NotSet,
             updated_at: Set(shared::clock::now().timestamp_millis()),
         };
+        // The user first: who is logging in at this moment holds their row, and the new session is seen after.
         let user = users::Entity::update(change).exec(&transaction).await?;
+        end_sessions(&transaction, &wanted).await?;
         transaction.commit().await?;
         Ok(Change::Done(user))
     };
@@ -124,7 +167,7 @@ pub async fn update(store: &Store, name: &str, hash: Option<String>, role: Optio
     }
 }
 
-/// Removes one with its API tokens, but not the last admin.
+/// Removes one with its sessions and API tokens, but not the last admin.
 pub async fn delete(store: &Store, name: &str) -> Result<(), Error> {
     let wanted = name.to_owned();
     let work = move |db: DatabaseConnection| async move {
@@ -133,9 +176,10 @@ pub async fn delete(store: &Store, name: &str) -> Result<(), Error> {
         if is_last_admin(&transaction, &user).await? {
             return Ok(Change::LastAdmin);
         }
-        // The user first: who is making a token for them at this moment holds their row, and is seen after.
+        // The user first: who logs in or makes a token for them at this moment holds their row, and is seen after.
         users::Entity::delete_by_id(&wanted).exec(&transaction).await?;
         api_tokens::Entity::delete_many().filter(api_tokens::Column::UserName.eq(&wanted)).exec(&transaction).await?;
+        end_sessions(&transaction, &wanted).await?;
         transaction.commit().await?;
         Ok(Change::Done(user))
     };
@@ -152,14 +196,14 @@ enum Change {
     LastAdmin,
 }
 
-async fn is_last_admin(db: &impl sea_orm::ConnectionTrait, user: &users::Model) -> Result<bool, store::Error> {
+async fn is_last_admin(db: &impl ConnectionTrait, user: &users::Model) -> Result<bool, store::Error> {
     if user.role != Role::Admin.word() {
         return Ok(false);
     }
     // On Postgres the rows are locked, so two admins cannot remove one another at the same moment.
     let admins = users::Entity::find().filter(users::Column::Role.eq(Role::Admin.word()));
     let admins = match db.get_database_backend() {
-        sea_orm::DbBackend::Postgres => admins.lock_exclusive().all(db).await?,
+        DbBackend::Postgres => admins.lock_exclusive().all(db).await?,
         _ => admins.all(db).await?,
     };
     Ok(admins.len() <= 1)

@@ -62,6 +62,7 @@ async fn dump(db: &DatabaseConnection, mut writer: Writer) -> Result<(u64, usize
         DbBackend::Postgres => db.begin_with_config(Some(IsolationLevel::RepeatableRead), Some(AccessMode::ReadOnly)).await?,
         _ => db.begin().await?,
     };
+    store::no_time_limit(&snapshot).await?;
     let backend = db.get_database_backend();
     let tables = tables::all(&snapshot).await?;
     let mut rows = 0;

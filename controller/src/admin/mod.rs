@@ -17,7 +17,6 @@ pub mod backup;
 pub mod restore;
 pub mod tables;
 
-use sea_orm::{ColumnTrait, DatabaseConnection, EntityTrait, QueryFilter};
 use shared::error::Code;
 use shared::secret::Secret;
 use shared::vault;
@@ -25,7 +24,6 @@ use shared::vault;
 use crate::access::{password, users};
 use crate::config::Config;
 use crate::http::reply::Error as Refused;
-use crate::store::entities::sessions;
 use crate::store::{self, Store};
 use crate::system::audit;
 
@@ -101,13 +99,7 @@ async fn reset(store: &Store, user: &str, hash: String) -> Result<(), Refused> {
     if !users::is_name(user) {
         return Err(Refused::not_found("no such user"));
     }
-    users::update(store, user, Some(hash), None).await?;
-    let user = user.to_owned();
-    let end = |db: DatabaseConnection| async move {
-        sessions::Entity::delete_many().filter(sessions::Column::UserName.eq(user)).exec(&db).await?;
-        Ok(())
-    };
-    Ok(store.run(end).await?)
+    users::update(store, user, Some(hash), None).await.map(drop)
 }
 
 fn refused(error: Refused) -> Error {

@@ -4,7 +4,8 @@
 //! checked ─► files staged as NAME.restored, and restore.pending with a word ─► one transaction that also stores the word ─► files renamed
 //! ```
 //! Owns: that order. The word tells the next start what a crash left: it is in the database, so the files are put in place; or it is
-//! not, so they go. Never: touches the database before the backup's sum was checked, or while a controller runs on this directory.
+//! not, so they go. Never: touches the database before the backup's sum was checked, or while a controller
+//! runs on this directory or this database (`store::presence`).
 //! A crash here costs nothing: [`complete`] finishes or forgets it.
 
 use std::path::Path;
@@ -64,7 +65,9 @@ pub async fn run(config: &Config, path: &Path, force: bool, runtime: tokio::runt
     let data = vault::open_data_dir(&config.data_dir).map_err(io(shown.clone()))?;
     vault::make_private(&config.data_dir).map_err(io(shown.clone()))?;
     let _lock = vault::lock(&data, "controller.lock").map_err(io(shown.clone()))?.ok_or_else(|| Error::Running(shown.clone()))?;
-    let store = Store::open(config.database().expose(), runtime).await?;
+    let url = config.database();
+    let _alone = store::presence::alone(url.expose(), &runtime).await?.ok_or_else(|| Error::Running("this database".to_owned()))?;
+    let store = Store::open(url.expose(), runtime).await?;
     complete(&data, &store).await?;
     let mut files = Vec::new();
     let first = loop {
@@ -148,6 +151,7 @@ async fn first_row(db: &DatabaseConnection) -> Result<bool, Error> {
 /// Everything in one transaction.
 async fn fill(db: &DatabaseConnection, mut reader: Reader, first: Option<Item>, word: &str) -> Result<u64, Error> {
     let transaction = db.begin().await?;
+    store::no_time_limit(&transaction).await?;
     let own = tables::all(&transaction).await?;
     for table in own.iter().rev() {
         transaction.execute_unprepared(&format!("DELETE FROM {}", quoted(&table.name))).await?;

@@ -3,7 +3,7 @@
 //! Owns: the gathering, and what of it is kept between two looks. Never: decides what is wrong.
 //! A crash here costs one look.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::{Duration, Instant};
 
 use sea_orm::{ColumnTrait, EntityTrait, QueryFilter, QueryOrder, QuerySelect};
@@ -68,8 +68,11 @@ async fn from_store(app: &App, report: &Report, failures: u64, memory: &mut Memo
     }
     let board = app.queue.board();
     let waiting = board.waiting();
-    let mut agents = Vec::new();
+    let (mut agents, mut unseen) = (Vec::new(), BTreeSet::new());
     for row in app.fleet.agents().await? {
+        if !report.agents.here.contains(&row.id) {
+            unseen.insert(row.name.clone());
+        }
         agents.push(agent(app, &row, &waiting, memory.began, now).await);
     }
     let sources = providers::service::all(&app.store).await?.into_iter().filter(|row| row.status == "error");
@@ -84,6 +87,7 @@ async fn from_store(app: &App, report: &Report, failures: u64, memory: &mut Memo
     Ok(Facts {
         now,
         agents,
+        unseen,
         volumes: volumes
             .map(|volume| VolumeFact { resource: volume.resource(), free: volume.free_bytes, total: volume.total_bytes })
             .collect(),
@@ -132,8 +136,7 @@ async fn failing(store: &Store, failures: u64, now: i64) -> Result<Vec<FailingFa
     if by_vm.is_empty() {
         return Ok(Vec::new());
     }
-    let ids: Vec<String> =
-        by_vm.values().flatten().map(|job| job.vm_id.clone()).collect::<std::collections::BTreeSet<_>>().into_iter().collect();
+    let ids: Vec<String> = by_vm.values().flatten().map(|job| job.vm_id.clone()).collect::<BTreeSet<_>>().into_iter().collect();
     let done = jobs::Entity::find()
         .filter(jobs::Column::Status.eq("completed"))
         .filter(jobs::Column::CreatedAt.gt(since))

@@ -1,7 +1,7 @@
 //! The rules, pure: what is wrong by these facts, and what that changes.
 //!
 //! ```text
-//! (none) ─found─► active ─found, more or less severe─► active ─not found─► resolved (a new finding is a new alert)
+//! (none) ─found─► active ─found, more or less severe, or not to be seen─► active ─not found─► resolved (a new finding is a new alert)
 //! ```
 //! Owns: every decision of the room. Never: reads or writes anything. A crash here costs one look.
 
@@ -138,6 +138,8 @@ pub struct Facts {
     pub now: i64,
     /// The agents that were not removed.
     pub agents: Vec<AgentFact>,
+    /// Names of those whose file systems are not among the volumes, since they were not connected when these were gathered.
+    pub unseen: BTreeSet<String>,
     /// File systems.
     pub volumes: Vec<VolumeFact>,
     /// VMs whose jobs fail.
@@ -154,6 +156,32 @@ pub struct Facts {
     pub database_away: Option<String>,
 }
 
+impl Facts {
+    /// Whether this look could not see how it is with a resource: what is not seen is neither wrong nor over. An agent that was removed
+    /// is nobody's, and its alerts are over.
+    fn is_unknown(&self, key: &Key) -> bool {
+        let agent = |which: &dyn Fn(&AgentFact) -> bool| self.agents.iter().any(which);
+        let silent = |agent: &AgentFact| !agent.connected || self.unseen.contains(&agent.name);
+        match key.rule {
+            Rule::DiskLow => {
+                let volume = self.volumes.iter().any(|volume| volume.total == 0 && Key::new(key.rule, &volume.resource) == *key);
+                volume || agent(&|agent| silent(agent) && key.resource.starts_with(&format!("agent {} ", agent.name)))
+            }
+            Rule::CertificateExpiring => agent(&|agent| silent(agent) && key.resource == format!("certificate {}", agent.name)),
+            Rule::ClockSkew => {
+                agent(&|agent| (silent(agent) || agent.skew_ms.is_none()) && key.resource == format!("agent {}", agent.name))
+            }
+            Rule::QueueStuck => agent(&|agent| silent(agent) && key.resource == format!("queue {}", agent.name)),
+            // Three answers are needed, also after a restart.
+            Rule::DatabaseSlow => self.database_ms.is_none(),
+            _ => false,
+        }
+    }
+}
+
+/// Longest resource in characters.
+const RESOURCE: usize = 500;
+
 /// What an alert is about.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Key {
@@ -161,6 +189,13 @@ pub struct Key {
     pub rule: Rule,
     /// The resource.
     pub resource: String,
+}
+
+impl Key {
+    /// Of what a rule found. The resource is as the store keeps it, or an alert would not be known again.
+    pub fn new(rule: Rule, resource: &str) -> Self {
+        Self { rule, resource: resource.chars().filter(|letter| *letter != '\0').take(RESOURCE).collect() }
+    }
 }
 
 /// Something that is wrong.
@@ -174,8 +209,8 @@ pub struct Finding {
     pub message: String,
 }
 
-fn finding(rule: Rule, resource: impl Into<String>, severity: Severity, message: String) -> Finding {
-    Finding { key: Key { rule, resource: resource.into() }, severity, message }
+fn finding(rule: Rule, resource: &str, severity: Severity, message: String) -> Finding {
+    Finding { key: Key::new(rule, resource), severity, message }
 }
 
 /// What is wrong. `active` is what was wrong a moment ago: some rules let go later than they take hold, so that nothing flaps.
@@ -184,7 +219,7 @@ pub fn evaluate(facts: &Facts, at: &Thresholds, active: &BTreeSet<Key>) -> Vec<F
         let message = format!("the database does not answer: {cause}; jobs that run go on, nothing new can be stored");
         return vec![finding(Rule::DatabaseAway, "database", Severity::Critical, message)];
     }
-    let was = |rule: Rule, resource: &str| active.contains(&Key { rule, resource: resource.to_owned() });
+    let was = |rule: Rule, resource: &str| active.contains(&Key::new(rule, resource));
     let mut found = Vec::new();
     for agent in &facts.agents {
         let resource = format!("agent {}", agent.name);
@@ -200,12 +235,12 @@ pub fn evaluate(facts: &Facts, at: &Thresholds, active: &BTreeSet<Key>) -> Vec<F
             let severity = if volume.free < GIB || percent < 2.0 { Severity::Critical } else { Severity::Warning };
             let free = volume.free as f64 / GIB as f64;
             let message = format!("{} has {free:.1} GiB free ({percent:.0} %); remove old exports or give it more room", volume.resource);
-            found.push(finding(Rule::DiskLow, volume.resource.clone(), severity, message));
+            found.push(finding(Rule::DiskLow, &volume.resource, severity, message));
         }
     }
     for failing in facts.failing.iter().filter(|failing| failing.failures >= at.job_failures) {
         let message = format!("{} jobs in a row failed, the last with: {}", failing.failures, failing.error);
-        found.push(finding(Rule::JobFailing, failing.resource.clone(), Severity::Warning, message));
+        found.push(finding(Rule::JobFailing, &failing.resource, Severity::Warning, message));
     }
     if let Some(until) = facts.certificate_until {
         let what = "the REST certificate";
@@ -215,7 +250,7 @@ pub fn evaluate(facts: &Facts, at: &Thresholds, active: &BTreeSet<Key>) -> Vec<F
     }
     for source in &facts.sources {
         let message = format!("the inventory of `{}` cannot be read: {}", source.name, source.error);
-        found.push(finding(Rule::SourceUnreachable, format!("connection {}", source.name), Severity::Warning, message));
+        found.push(finding(Rule::SourceUnreachable, &format!("connection {}", source.name), Severity::Warning, message));
     }
     if let Some(ms) = facts.database_ms.filter(|ms| slow(*ms, at, was(Rule::DatabaseSlow, "database"))) {
         let message = format!("the database takes {ms} ms and longer to answer; look at its load and its disk");
@@ -224,7 +259,7 @@ pub fn evaluate(facts: &Facts, at: &Thresholds, active: &BTreeSet<Key>) -> Vec<F
     for late in &facts.late {
         let hours = (facts.now.saturating_sub(late.deadline)) as f64 / 3_600_000.0;
         let message = format!("{} of `{}` is not done {hours:.1} h after its deadline", late.job, late.vm_name);
-        found.push(finding(Rule::DeadlineMissed, format!("job {}", late.job), Severity::Critical, message));
+        found.push(finding(Rule::DeadlineMissed, &format!("job {}", late.job), Severity::Critical, message));
     }
     found
 }
@@ -251,7 +286,7 @@ fn agent_rules(facts: &Facts, at: &Thresholds, agent: &AgentFact, resource: &str
     {
         let minutes = facts.now.saturating_sub(oldest) / 60_000;
         let message = format!("{} jobs could run at agent `{}`, which has room, the oldest for {minutes} min", agent.ready, agent.name);
-        found.push(finding(Rule::QueueStuck, format!("queue {}", agent.name), Severity::Critical, message));
+        found.push(finding(Rule::QueueStuck, &format!("queue {}", agent.name), Severity::Critical, message));
     }
     if let Some(until) = agent.certificate_until {
         let (what, mend) = (format!("the certificate of agent `{}`", agent.name), "restart the agent, it renews at its start");
@@ -301,8 +336,8 @@ pub enum Change {
     Resolve(String, Key),
 }
 
-/// Compares what is wrong now with what was. Where the database is away nothing is known of the rest, so it stays as it is.
-pub fn changes(active: &BTreeMap<Key, Known>, found: &[Finding]) -> Vec<Change> {
+/// Compares what is wrong now with what was. What this look could not see stays as it is, and where the database is away all the rest.
+pub fn changes(facts: &Facts, active: &BTreeMap<Key, Known>, found: &[Finding]) -> Vec<Change> {
     let blind = found.iter().any(|finding| finding.key.rule == Rule::DatabaseAway);
     let mut seen = BTreeSet::new();
     let mut changes = Vec::new();
@@ -313,7 +348,7 @@ pub fn changes(active: &BTreeMap<Key, Known>, found: &[Finding]) -> Vec<Change> 
             Some(_) => {}
         }
     }
-    for (key, known) in active.iter().filter(|(key, _)| !blind && !seen.contains(key)) {
+    for (key, known) in active.iter().filter(|(key, _)| !blind && !seen.contains(key) && !facts.is_unknown(key)) {
         changes.push(Change::Resolve(known.id.clone(), key.clone()));
     }
     changes

@@ -104,16 +104,55 @@ fn certificates_clocks_sources_failures_and_deadlines() {
 fn an_alert_is_raised_once_and_a_blind_look_resolves_nothing() {
     let lost = with_agent(|agent| (agent.connected, agent.last_heard) = (false, Some(NOW - 100_000)));
     let found = evaluate(&lost, &Thresholds::default(), &BTreeSet::new());
-    let raised = changes(&BTreeMap::new(), &found);
+    let raised = changes(&lost, &BTreeMap::new(), &found);
     assert!(matches!(raised.as_slice(), [Change::Raise(finding)] if finding.key.resource == "agent kvm-1"), "{raised:?}");
     let known = BTreeMap::from([(found[0].key.clone(), Known { id: "alert-1".into(), severity: Severity::Critical })]);
-    assert_eq!(changes(&known, &found), [], "it is told once");
-    assert_eq!(changes(&known, &[]), [Change::Resolve("alert-1".into(), found[0].key.clone())]);
+    assert_eq!(changes(&lost, &known, &found), [], "it is told once");
+    assert_eq!(changes(&with_agent(|_| {}), &known, &[]), [Change::Resolve("alert-1".into(), found[0].key.clone())]);
     let milder = Finding { severity: Severity::Warning, ..found[0].clone() };
-    assert_eq!(changes(&known, std::slice::from_ref(&milder)), [Change::Restate("alert-1".into(), milder)]);
+    assert_eq!(changes(&lost, &known, std::slice::from_ref(&milder)), [Change::Restate("alert-1".into(), milder)]);
     let twice = [found[0].clone(), found[0].clone()];
-    assert_eq!(changes(&BTreeMap::new(), &twice).len(), 1, "one alert for a rule and a resource");
-    let blind = evaluate(&Facts { now: NOW, database_away: Some("gone".into()), ..lost }, &Thresholds::default(), &BTreeSet::new());
-    let changed = changes(&known, &blind);
+    assert_eq!(changes(&lost, &BTreeMap::new(), &twice).len(), 1, "one alert for a rule and a resource");
+    let blind = evaluate(&Facts { now: NOW, database_away: Some("gone".into()), ..lost.clone() }, &Thresholds::default(), &BTreeSet::new());
+    let changed = changes(&lost, &known, &blind);
     assert!(matches!(changed.as_slice(), [Change::Raise(finding)] if finding.key.rule == Rule::DatabaseAway), "{changed:?}");
+}
+
+#[test]
+fn what_cannot_be_seen_of_an_agent_that_is_away_is_not_over() {
+    let keys = [
+        Key::new(Rule::DiskLow, "agent kvm-1 root exports"),
+        Key::new(Rule::CertificateExpiring, "certificate kvm-1"),
+        Key::new(Rule::ClockSkew, "agent kvm-1"),
+        Key::new(Rule::QueueStuck, "queue kvm-1"),
+    ];
+    let known: BTreeMap<Key, Known> =
+        keys.iter().map(|key| (key.clone(), Known { id: key.resource.clone(), severity: Severity::Warning })).collect();
+    let over = |facts: &Facts| changes(facts, &known, &[]).len();
+    let here = |agent: &mut AgentFact| agent.skew_ms = Some(0);
+    assert_eq!(over(&with_agent(|agent| agent.connected = false)), 0);
+    assert_eq!(over(&with_agent(here)), 4);
+    // Connected only after its file systems were looked at: nothing is known of these.
+    assert_eq!(over(&Facts { unseen: BTreeSet::from(["kvm-1".to_owned()]), ..with_agent(here) }), 0);
+    // Here, and its clock was not told yet.
+    assert_eq!(over(&with_agent(|_| {})), 3);
+    // Another one that is away, and one that was removed.
+    assert_eq!(over(&with_agent(|agent| (agent.name, agent.connected) = ("kvm-10".into(), false))), 4);
+    assert_eq!(over(&Facts { now: NOW, ..Facts::default() }), 4);
+}
+
+#[test]
+fn an_alert_of_a_long_resource_is_known_again() {
+    let resource = format!("agent kvm-1 root {}\0", "é".repeat(600));
+    let facts = Facts { now: NOW, volumes: vec![VolumeFact { resource, free: 119 * GIB, total: 1000 * GIB }], ..Facts::default() };
+    let first = evaluate(
+        &Facts { volumes: vec![VolumeFact { free: 0, ..facts.volumes[0].clone() }], ..facts.clone() },
+        &Thresholds::default(),
+        &BTreeSet::new(),
+    );
+    let row = super::super::store::row(&first[0], NOW);
+    let key = Key { rule: Rule::DiskLow, resource: row.resource };
+    assert_eq!(key, first[0].key);
+    // Also by the rule that lets go later than it takes hold.
+    assert_eq!(rules(&facts, &BTreeSet::from([key])), [(Rule::DiskLow, Severity::Warning)]);
 }

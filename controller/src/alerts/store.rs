@@ -54,11 +54,11 @@ fn clean(text: &str, most: usize) -> String {
 
 /// The row of a new alert.
 pub fn row(finding: &Finding, now: i64) -> alerts::Model {
-    let (rule, resource, message) = (finding.key.rule.word(), clean(&finding.key.resource, 500), clean(&finding.message, MESSAGE));
+    let (rule, resource, message) = (finding.key.rule.word(), finding.key.resource.clone(), clean(&finding.message, MESSAGE));
     let id = format!("alert-{}", shared::ids::random_hex::<8>());
     alerts::Model {
         search: fold(&format!("{rule}\n{resource}\n{message}\n{id}")),
-        open_key: Some(clean(&open_key(&finding.key), 600)),
+        open_key: Some(open_key(&finding.key)),
         rule: rule.to_owned(),
         severity: finding.severity.word().to_owned(),
         state: "active".to_owned(),
@@ -85,7 +85,9 @@ pub async fn apply(store: &Store, changes: Vec<Change>, raised: Vec<alerts::Mode
                     (insert.exec_without_returning(&transaction).await? == 1).then_some(row)
                 }
                 Change::Restate(id, finding) => {
+                    // Once, whichever of several controllers says it.
                     let update = alerts::Entity::update_many()
+                        .filter(alerts::Column::Severity.ne(finding.severity.word()))
                         .col_expr(alerts::Column::Severity, Expr::value(finding.severity.word()))
                         .col_expr(alerts::Column::Message, Expr::value(clean(&finding.message, MESSAGE)));
                     changed(&transaction, update, &id).await?
@@ -99,7 +101,8 @@ pub async fn apply(store: &Store, changes: Vec<Change>, raised: Vec<alerts::Mode
                 }
             };
             if let Some(row) = changed {
-                let key = format!("alert {} {} {}", row.id, row.state, row.severity);
+                // With the moment: one that got critical, better and critical again is told each time.
+                let key = format!("alert {} {} {} {now}", row.id, row.state, row.severity);
                 webhooks::store::enqueue(&transaction, "alert", &key, &super::routes::AlertView::json(&row), now).await?;
                 told.push(row);
             }
@@ -186,3 +189,7 @@ pub async fn list(store: &Store, filter: Filter, sort: Sort, paging: Paging) -> 
     };
     store.read(work).await
 }
+
+#[cfg(test)]
+#[path = "store_tests.rs"]
+mod tests;

@@ -85,7 +85,7 @@ impl State {
         };
         let keys: BTreeSet<Key> = active.keys().cloned().collect();
         let found = rules::evaluate(&facts, at, &keys);
-        let changes = rules::changes(active, &found);
+        let changes = rules::changes(&facts, active, &found);
         if facts.database_away.is_some() {
             self.told_without_store(app, &changes, facts.now);
         } else if let Err(error) = self.carry_out(app, changes, facts.now).await {

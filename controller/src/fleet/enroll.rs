@@ -139,6 +139,11 @@ pub fn wrong_protocol(theirs: u32) -> String {
     format!("this controller speaks fleet protocol {}, the agent {theirs}; update the older of the two", proto::PROTOCOL)
 }
 
+/// What an agent with an old key is told.
+pub fn rejoined() -> Status {
+    Status::permission_denied("this agent has joined again with another key")
+}
+
 /// A store's error as an agent sees it.
 pub fn away(error: StoreError) -> Status {
     match error {

@@ -51,7 +51,7 @@ impl Service {
         let agent = store::by_id(self.registry.store(), &bearer.agent).await.map_err(enroll::away)?;
         let agent = agent.ok_or_else(|| Status::permission_denied("this controller knows no such agent; it needs a join token"))?;
         if agent.key_sha256 != bearer.key_sha256 {
-            return Err(Status::permission_denied("this agent has joined again with another key"));
+            return Err(enroll::rejoined());
         }
         Ok((agent, bearer))
     }
@@ -77,7 +77,7 @@ impl Fleet for Service {
         let reply = enroll::enroll(self.registry.store(), self.registry.authority(), request).await?;
         self.registry.note_name(&reply.agent_id, &name);
         // A known agent with a new key: whoever holds the old one is put out.
-        self.registry.close(&reply.agent_id, Status::permission_denied("this agent has joined again with another key"));
+        self.registry.close(&reply.agent_id, enroll::rejoined());
         Ok(Response::new(reply))
     }
 
@@ -99,7 +99,8 @@ impl Fleet for Service {
         let certificate_until = request.peer_certs().and_then(|certificates| ca::last_second(certificates.first()?).ok());
         let certificate_until = certificate_until.and_then(|until| i64::try_from(until).ok());
         let (outgoing, messages) = mpsc::channel(OUTGOING);
-        let session = Session { registry: self.registry.clone(), queue: self.queue.clone(), agent, outgoing, certificate_until };
+        let (registry, queue) = (self.registry.clone(), self.queue.clone());
+        let session = Session { registry, queue, agent, outgoing, key_sha256: bearer.key_sha256, certificate_until };
         // The answer's head goes out at once: an agent may wait for it before it says Hello.
         tokio::spawn(session.run(request.into_inner()));
         Ok(Response::new(ReceiverStream::new(messages)))

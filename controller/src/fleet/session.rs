@@ -17,7 +17,7 @@ use shared::lease;
 use tokio::sync::{mpsc, watch};
 use tonic::{Status, Streaming};
 
-use super::enroll::{away, wrong_protocol};
+use super::enroll::{away, rejoined, wrong_protocol};
 use super::link::{Deliver, End, Link};
 use super::registry::{Handle, Outgoing, Peer};
 use super::store;
@@ -43,6 +43,8 @@ pub(super) struct Session {
     pub queue: queue::Handle,
     pub agent: agents::Model,
     pub outgoing: Outgoing,
+    /// SHA-256 of the key that its certificate is for.
+    pub key_sha256: String,
     /// Last second of its certificate since 1970, where it can be read.
     pub certificate_until: Option<i64>,
 }
@@ -84,6 +86,8 @@ impl Session {
             return Err(self.refuse(wrong_protocol(hello.protocol)).await);
         }
         check(&hello)?;
+        // A call may have waited for its Hello: who is out by now gets no connections, and puts out nobody who is in.
+        self.still_a_member().await?;
         let (registry, id) = (&self.registry, &self.agent.id);
         let session = registry.begin(id);
         registry.heard(id);
@@ -135,7 +139,12 @@ impl Session {
             return Status::aborted("a newer session of this agent took over");
         }
         tracing::info!(agent = id, name = self.agent.name, version = hello.version, instance = hello.instance, "agent is connected");
-        let reason = match self.queue.agent_ready(id.clone(), session).await {
+        // Again, now that it can be closed: a removal or a new key of before is seen here, one of after finds the session.
+        let stands = match self.still_a_member().await {
+            Ok(()) => self.queue.agent_ready(id.clone(), session).await.map_err(|error| Status::unavailable(error.to_string())),
+            Err(status) => Err(status),
+        };
+        let reason = match stands {
             Ok(()) => loop {
                 let message = tokio::select! {
                     message = tokio::time::timeout(lease::REASSIGN, incoming.message()) => message,
@@ -161,7 +170,7 @@ impl Session {
                     break status;
                 }
             },
-            Err(error) => Status::unavailable(error.to_string()),
+            Err(status) => status,
         };
         link.do_send(End);
         if self.registry.remove(id, session) {
@@ -173,6 +182,15 @@ impl Session {
             }
         }
         reason
+    }
+
+    /// Whether the agent is in the fleet still, with the key that it came with.
+    async fn still_a_member(&self) -> Result<(), Status> {
+        match store::by_id(self.registry.store(), &self.agent.id).await.map_err(away)? {
+            Some(row) if row.key_sha256 != self.key_sha256 => Err(rejoined()),
+            Some(row) if !row.revoked => Ok(()),
+            _ => Err(Status::permission_denied("this agent was removed from the fleet; it needs a new join token")),
+        }
     }
 
     async fn take(&self, link: &Addr<Link>, message: AgentMessage) -> Result<(), Status> {

@@ -290,3 +290,34 @@ async fn a_certificate_that_has_run_out_renews_and_does_nothing_else() {
     let csr = CertificateParams::default().serialize_request(&other).unwrap().pem().unwrap();
     assert_eq!(client.renewal(RenewalRequest { csr_pem: csr }).await.unwrap_err().code(), Code::PermissionDenied);
 }
+
+#[actix_web::test]
+async fn an_agent_that_is_removed_or_joins_again_before_its_hello_does_not_stay() {
+    let bench = Bench::new().await;
+    for rejoins in [false, true] {
+        let name = if rejoins { "kvm-2" } else { "kvm-1" };
+        let (reply, key) = bench.joined(name).await;
+        let (say, words) = mpsc::channel(16);
+        let mut client = bench.dial(Some((&reply.certificate_pem, &key))).await;
+        // The call has passed the door when its answer's head is here.
+        let hear = client.session(ReceiverStream::new(words)).await.unwrap().into_inner();
+        let row = bench.registry.resolve(name).await.unwrap();
+        if rejoins {
+            let token = bench.token(Some(name), Duration::from_secs(60)).await;
+            bench.enroll(&token.secret, name, &KeyPair::generate().unwrap()).await.unwrap();
+        } else {
+            super::store::revoke(&bench.store, &row).await.unwrap();
+            bench.registry.close(&row.id, tonic::Status::permission_denied("removed"));
+        }
+        say.send(hello(vec![])).await.unwrap();
+        let mut talk = Talk { say, hear };
+        let end = loop {
+            match talk.hear().await {
+                Ok(_) => {}
+                Err(status) => break status,
+            }
+        };
+        assert_eq!(end.code(), Code::PermissionDenied, "{end}");
+        assert!(!bench.registry.is_connected(&row.id));
+    }
+}

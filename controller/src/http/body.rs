@@ -1,6 +1,6 @@
 //! Request bodies: JSON, one reader for all of them.
 //!
-//! Owns: the limits (1 MiB, depth 64), the media type, messages that name the unknown field.
+//! Owns: the limits (1 MiB, depth 64; how slow it may come: `pace`), the media type, messages that name the unknown field.
 //! Never: reads on past the limit. A crash here costs one answer.
 
 use std::future::Future;
@@ -9,10 +9,10 @@ use std::pin::Pin;
 use actix_web::dev::Payload;
 use actix_web::http::header;
 use actix_web::{FromRequest, HttpMessage, HttpRequest};
-use futures_util::StreamExt;
 use serde::de::DeserializeOwned;
 use shared::error::Code;
 
+use super::pace::Pace;
 use super::reply::Error;
 
 /// Largest JSON body in bytes.
@@ -20,7 +20,7 @@ pub const LIMIT: usize = 1 << 20;
 /// Deepest nesting.
 const DEPTH: usize = 64;
 
-/// A JSON body, parsed, with the SHA-256 of its bytes in hex (what an `Idempotency-Key` is compared by).
+/// A JSON body, parsed, with the SHA-256 of its bytes in hex (what an `Idempotency-Key` is compared by; never stored as it is).
 pub struct Json<T> {
     /// The parsed body.
     pub value: T,
@@ -41,7 +41,7 @@ impl<T: DeserializeOwned + 'static> FromRequest for Json<T> {
             if !is_json {
                 return Err(Error::new(Code::UnsupportedMediaType, "send JSON with `Content-Type: application/json`"));
             }
-            let bytes = read(payload, declared).await?;
+            let bytes = read(payload, declared, Pace::new("it")).await?;
             parse(&bytes).map(|value| Self { value, digest: digest(&bytes) })
         })
     }
@@ -52,14 +52,13 @@ pub fn digest(bytes: &[u8]) -> String {
     hex::encode(ring::digest::digest(&ring::digest::SHA256, bytes))
 }
 
-async fn read(mut payload: Payload, declared: Option<u64>) -> Result<Vec<u8>, Error> {
+async fn read(mut payload: Payload, declared: Option<u64>, mut pace: Pace) -> Result<Vec<u8>, Error> {
     let too_large = || Error::new(Code::TooLarge, format!("the body is larger than {LIMIT} bytes"));
     if declared.is_some_and(|length| length > LIMIT as u64) {
         return Err(too_large());
     }
     let mut bytes = Vec::new();
-    while let Some(chunk) = payload.next().await {
-        let chunk = chunk.map_err(|e| Error::bad_request(format!("the body could not be read: {e}")))?;
+    while let Some(chunk) = pace.next(&mut payload).await? {
         if bytes.len() + chunk.len() > LIMIT {
             return Err(too_large());
         }
@@ -119,5 +118,17 @@ mod tests {
         assert!(message("{").contains("EOF"));
         assert!(message(&format!("{}{}", "[".repeat(65), "]".repeat(65))).contains("deeper than 64"));
         assert_eq!(depth(br#"{"a":"[[[\"[[","b":[1]}"#), 2);
+    }
+
+    #[actix_web::test]
+    async fn a_body_that_trickles_is_refused_and_an_old_one_that_came_well_is_not() {
+        let bytes = |size: usize| {
+            let pieces = futures_util::stream::iter([Ok(actix_web::web::Bytes::from(vec![b' '; size]))]);
+            Payload::from(Box::pin(pieces) as Pin<Box<dyn futures_util::Stream<Item = _>>>)
+        };
+        let minute = std::time::Duration::from_secs(60);
+        let refused = read(bytes(1000), None, Pace::since(minute)).await.unwrap_err();
+        assert!(refused.message().contains("slower than 16 KiB a second; send it again"), "{}", refused.message());
+        assert_eq!(read(bytes(LIMIT), None, Pace::since(minute)).await.unwrap().len(), LIMIT);
     }
 }

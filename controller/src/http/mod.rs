@@ -13,6 +13,7 @@ pub mod idempotency;
 pub mod limits;
 pub mod openapi;
 pub mod outer;
+pub mod pace;
 pub mod query;
 pub mod reply;
 mod span;

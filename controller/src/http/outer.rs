@@ -18,7 +18,7 @@ use shared::error::Code;
 
 use super::limits;
 use super::reply::{Error, ErrorBody, REQUEST_ID};
-use super::unread::Body;
+use super::unread::{Body, bounds};
 use crate::app::App;
 use crate::http::guard::Identity;
 
@@ -47,9 +47,9 @@ async fn answer<B: MessageBody + 'static>(
     let is_page = is_page(request.path());
     let authorization = request.headers().get(header::AUTHORIZATION).map(|value| value.to_str().unwrap_or_default());
     // The probe of the process must not wait for the database.
-    let identity = if request.path().ends_with("/livez") { Identity::Nobody } else { app.access.identify(authorization).await };
+    let identity = if is_livez(request.path()) { Identity::Nobody } else { app.access.identify(authorization).await };
     let is_user = identity.caller().is_some();
-    request.extensions_mut().insert::<Identity>(identity);
+    request.extensions_mut().insert::<Identity>(identity.clone());
     request.extensions_mut().insert(RequestId(id.clone()));
 
     let body = Body::of(&mut request);
@@ -68,7 +68,7 @@ async fn answer<B: MessageBody + 'static>(
     app.metrics.http_requests.with_label_values(&labels).inc();
     app.metrics.http_duration.with_label_values(&[route.as_str()]).observe(started.elapsed().as_secs_f64());
     if let Some(body) = body {
-        body.drain().await;
+        body.drain(bounds(&identity, status.as_u16())).await;
     }
     result = match result {
         Ok(response) if needs_shape(response.status().as_u16(), response.headers()) => Ok(response.map_into_shape()),
@@ -157,6 +157,11 @@ fn sane_id(headers: &HeaderMap) -> Option<String> {
     let is_sane =
         (1..=64).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'_' | b'-'));
     is_sane.then(|| text.to_owned())
+}
+
+/// Only the probe itself: a user may be called `livez`.
+fn is_livez(path: &str) -> bool {
+    matches!(path, "/livez" | "/api/v1/livez")
 }
 
 fn is_page(path: &str) -> bool {

@@ -5,6 +5,7 @@ use actix_web::dev::Service;
 use actix_web::http::Method;
 use actix_web::test::{TestRequest, init_service};
 use actix_web::{HttpResponse, web};
+use sea_orm::EntityTrait;
 use serde_json::{Value, json};
 use shared::secret::Secret;
 use shared::vm::{Disk, Vm};
@@ -13,6 +14,7 @@ use utoipa::OpenApi;
 use super::{application, limits, openapi::Document};
 use crate::app::{Running, run};
 use crate::config::{Config, Limits};
+use crate::store::entities::idempotency;
 
 const PASSWORD: &str = "a password for tests";
 
@@ -332,6 +334,23 @@ async fn the_document_and_the_table_are_one() {
     }
     let page = ask!(service, TestRequest::get().uri("/docs/"));
     assert_eq!((page.status, page.header("content-type").starts_with("text/html")), (200, true));
+    stop(running).await;
+}
+
+#[actix_web::test]
+async fn a_user_may_be_called_livez_and_a_stored_digest_is_none_of_the_body() {
+    let running = start(generous()).await;
+    let service = service!(running);
+    let token = log_in!(service, "admin", PASSWORD);
+    let body = json!({"username": "livez", "password": "quite long enough", "role": "viewer"});
+    let twice = || post("/users", &token, &body).insert_header(("Idempotency-Key", "once"));
+    for _ in 0..2 {
+        assert_eq!(ask!(service, twice()).status, 201);
+    }
+    let rows = running.app.store.read(|db| async move { Ok(idempotency::Entity::find().all(&db).await?) }).await.unwrap();
+    assert!(!rows.is_empty() && rows.iter().all(|row| row.digest != super::body::digest(body.to_string().as_bytes())), "{rows:?}");
+    let answer = ask!(service, TestRequest::delete().uri("/users/livez").insert_header(("Authorization", format!("Bearer {token}"))));
+    assert_eq!(answer.status, 204, "{}", answer.text);
     stop(running).await;
 }
 

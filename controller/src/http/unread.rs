@@ -17,10 +17,25 @@ use actix_web::http::header;
 use actix_web::web::Bytes;
 use futures_util::{Stream, StreamExt};
 
-/// Most bytes that are thrown away: a whole chunk of an upload. Who sends more may lose the answer.
-const MOST: usize = 64 << 20;
-/// Longest time that is spent on it.
-const LONGEST: Duration = Duration::from_secs(30);
+use super::guard::Identity;
+
+/// How much of a body is thrown away, and how long that may take. Who sends more may lose the answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    bytes: usize,
+    time: Duration,
+}
+
+/// For whom nobody knows, and who may not: what such a one sends must not cost much.
+const STRANGER: Bounds = Bounds { bytes: 1 << 20, time: Duration::from_secs(3) };
+/// For callers: a whole chunk of an upload.
+const CALLER: Bounds = Bounds { bytes: 16 << 20, time: Duration::from_secs(10) };
+
+/// What is due to a caller with an answer of this status. Where nobody could say who calls, it may be a good one.
+pub fn bounds(identity: &Identity, status: u16) -> Bounds {
+    let is_strange = matches!(identity, Identity::Nobody | Identity::Refused) || matches!(status, 401 | 403 | 429);
+    if is_strange { STRANGER } else { CALLER }
+}
 
 /// A request's body that the handler reads and that is still there when the handler has answered.
 #[derive(Clone)]
@@ -47,18 +62,18 @@ impl Body {
     }
 
     /// Reads to the end, as far as that is bearable.
-    pub async fn drain(mut self) {
+    pub async fn drain(mut self, bounds: Bounds) {
         let rest = async {
             let mut thrown = 0;
             while let Some(Ok(bytes)) = self.next().await {
                 thrown += bytes.len();
-                if thrown > MOST {
+                if thrown > bounds.bytes {
                     break;
                 }
             }
         };
         // Too slow: the answer goes out all the same.
-        let _ = actix_web::rt::time::timeout(LONGEST, rest).await;
+        let _ = actix_web::rt::time::timeout(bounds.time, rest).await;
     }
 }
 
@@ -74,5 +89,37 @@ impl Stream for Body {
         // Behind an error nothing can come.
         inner.ended = matches!(polled, Poll::Ready(None | Some(Err(_))));
         polled
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+
+    use super::*;
+    use crate::access::{Caller, Role};
+
+    #[actix_web::test]
+    async fn an_endless_body_is_read_a_little_of_a_stranger_and_a_chunk_of_a_caller() {
+        let known = Identity::Known(Caller { name: "ann".into(), role: Role::Viewer, session: "s".into() });
+        let cases = [
+            (&Identity::Nobody, 404, 1),
+            (&Identity::Refused, 401, 1),
+            (&known, 403, 1),
+            (&known, 429, 1),
+            (&known, 404, 16),
+            (&known, 200, 16),
+        ];
+        for (identity, status, mib) in cases {
+            let read = Rc::new(Cell::new(0usize));
+            let counted = Rc::clone(&read);
+            let endless = futures_util::stream::repeat_with(move || {
+                counted.set(counted.get() + (64 << 10));
+                Ok(Bytes::from_static(&[0; 64 << 10]))
+            });
+            let payload = Payload::from(Box::pin(endless) as Pin<Box<dyn Stream<Item = _>>>);
+            Body(Rc::new(RefCell::new(Inner { payload, ended: false }))).drain(bounds(identity, status)).await;
+            assert_eq!(read.get(), (mib << 20) + (64 << 10), "{identity:?} {status}");
+        }
     }
 }

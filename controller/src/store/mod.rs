@@ -12,6 +12,7 @@
 
 pub mod entities;
 pub mod migrations;
+pub mod presence;
 pub mod sealing;
 
 use std::future::Future;
@@ -19,7 +20,10 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use sea_orm::sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous};
-use sea_orm::{ConnectOptions, Database, DatabaseConnection, DbBackend, DbErr, RuntimeErr, SqlErr, TransactionError, sqlx};
+use sea_orm::{
+    ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DatabaseTransaction, DbBackend, DbErr, RuntimeErr, SqlErr,
+    TransactionError, sqlx,
+};
 use sea_orm_migration::{MigrationStatus, MigratorTrait};
 use tokio::sync::Mutex;
 
@@ -57,19 +61,7 @@ impl Store {
     /// `url`: `sqlite://FILE?mode=rwc` or `postgres://…`. `runtime` is where all its work will run.
     pub async fn open(url: &str, runtime: tokio::runtime::Handle) -> Result<Self, Error> {
         let options = options(url)?;
-        let connect = async move {
-            let started = Instant::now();
-            loop {
-                match connect(options.clone()).await {
-                    Ok(db) => return Ok(db),
-                    Err(Error::Away(reason)) if started.elapsed() < START_PATIENCE => {
-                        tracing::warn!(reason, "database is not reachable yet");
-                        tokio::time::sleep(Duration::from_secs(1)).await;
-                    }
-                    Err(e) => return Err(e),
-                }
-            }
-        };
+        let connect = async move { patiently(|| connect(options.clone())).await };
         let db = runtime.spawn(connect).await.map_err(|e| Error::Other(e.to_string()))??;
         let writer = (db.get_database_backend() == DbBackend::Sqlite).then(|| Arc::new(Mutex::new(())));
         Ok(Self { db, runtime, writer, away: Arc::default() })
@@ -138,7 +130,6 @@ impl Store {
 
     /// Bytes that the database takes on its disk, its log left out.
     pub async fn size(&self) -> Result<u64, Error> {
-        use sea_orm::ConnectionTrait as _;
         let sql = if self.is_postgres() {
             "SELECT pg_database_size(current_database()) AS size"
         } else {
@@ -163,6 +154,28 @@ impl Store {
         let task = self.runtime.spawn(async move { db.close().await });
         Ok(task.await.map_err(|e| Error::Other(e.to_string()))??)
     }
+}
+
+/// Tries until the database is up, a minute at most.
+async fn patiently<T, Fut: Future<Output = Result<T, Error>>>(connect: impl Fn() -> Fut) -> Result<T, Error> {
+    let started = Instant::now();
+    loop {
+        match connect().await {
+            Err(Error::Away(reason)) if started.elapsed() < START_PATIENCE => {
+                tracing::warn!(reason, "database is not reachable yet");
+                tokio::time::sleep(Duration::from_secs(1)).await;
+            }
+            connected => return connected,
+        }
+    }
+}
+
+/// Lets the statements of a transaction take as long as they take; elsewhere Postgres ends them after 15 s.
+pub async fn no_time_limit(transaction: &DatabaseTransaction) -> Result<(), DbErr> {
+    if transaction.get_database_backend() == DbBackend::Postgres {
+        transaction.execute_unprepared("SET LOCAL statement_timeout = 0").await?;
+    }
+    Ok(())
 }
 
 /// Names of this version's migrations: which tables it has.
@@ -202,13 +215,27 @@ fn options(url: &str) -> Result<ConnectOptions, Error> {
 }
 
 async fn connect(options: ConnectOptions) -> Result<DatabaseConnection, Error> {
-    let db = Database::connect(options).await?;
-    // Several controllers that start at once: the loser's migration fails on the winner's table, and passes at the second look.
-    if migrations::Migrator::up(&db, None).await.is_err() {
-        tokio::time::sleep(Duration::from_millis(500)).await;
-        migrations::Migrator::up(&db, None).await?;
+    let db = Database::connect(options.clone()).await?;
+    if db.get_database_backend() == DbBackend::Sqlite {
+        migrate(&db).await?;
+        return Ok(db);
     }
+    // On connections of its own: the migration of a large table takes as long as it takes.
+    let mut patient = options;
+    patient.max_connections(2).statement_timeout(Duration::ZERO);
+    let patient = Database::connect(patient).await?;
+    migrate(&patient).await?;
+    patient.close().await?;
     Ok(db)
+}
+
+async fn migrate(db: &DatabaseConnection) -> Result<(), DbErr> {
+    // Several controllers that start at once: the loser's migration fails on the winner's table, and passes at the second look.
+    if migrations::Migrator::up(db, None).await.is_err() {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        migrations::Migrator::up(db, None).await?;
+    }
+    Ok(())
 }
 
 impl From<DbErr> for Error {

@@ -2,6 +2,7 @@
 //!
 //! Owns: the answer of `GET /system/health`. Never: waits for what does not answer: that is a finding. A crash here costs one answer.
 
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use serde::Serialize;
@@ -153,6 +154,9 @@ pub struct Agents {
     connected: u64,
     away: u64,
     draining: u64,
+    /// Ids of those that were asked for their file systems.
+    #[serde(skip)]
+    pub here: BTreeSet<String>,
 }
 
 /// The jobs.
@@ -194,10 +198,10 @@ pub async fn gather(app: &App) -> Report {
     let (ping_ms, error) = ping(app).await;
     let rows = if error.is_none() { app.fleet.agents().await.unwrap_or_default() } else { Vec::new() };
     let mut volumes = controller_volume(app);
-    let mut connected = 0;
+    let mut here = BTreeSet::new();
     for row in &rows {
         let Some(live) = app.fleet.snapshot(&row.id).await else { continue };
-        connected += 1;
+        here.insert(row.id.clone());
         let roots = merge_roots(agents::roots(row), &live.roots);
         volumes.extend(roots.into_iter().map(|root| Volume {
             host: row.name.clone(),
@@ -216,7 +220,7 @@ pub async fn gather(app: &App) -> Report {
         !row.draining && app.fleet.is_connected(&row.id) && waiting.running.get(&row.id).copied().unwrap_or(0) < PER_AGENT as u64
     };
     let ready = rows.iter().filter(has_room).filter_map(|row| waiting.by_owner.get(&row.id)?.oldest_ready).min();
-    let total = rows.len() as u64;
+    let (total, connected) = (rows.len() as u64, here.len() as u64);
     let inputs = Inputs {
         cpu_percent: rates.cpu_percent,
         memory_available_percent: (total_bytes > 0).then(|| available_bytes as f64 * 100.0 / total_bytes as f64),
@@ -257,6 +261,7 @@ pub async fn gather(app: &App) -> Report {
             connected,
             away: total.saturating_sub(connected),
             draining: rows.iter().filter(|row| row.draining).count() as u64,
+            here,
         },
         queue: Queue {
             score: scores.queue,

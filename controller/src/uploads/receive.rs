@@ -3,31 +3,23 @@
 //! ```text
 //! payload ─► 256 KiB ─► hash ─► pwrite (a thread for that) ─► … ─► fdatasync
 //! ```
-//! Owns: how much of a body is in memory (256 KiB and what the socket gave), how slow a sender may be.
+//! Owns: how much of a body is in memory (256 KiB and what the socket gave). How slow a sender may be: `http::pace`.
 //! Never: reads past what the chunk may have. A crash here costs one chunk.
 
 use std::fs::File;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
 
 use actix_web::web;
-use futures_util::StreamExt;
 use ring::digest::{Context, SHA256};
 use shared::error::Code;
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard};
 
 use super::part;
+use crate::http::pace::Pace;
 use crate::http::reply::Error;
 
 /// Bytes that are written at a time.
 const STEP: usize = 256 << 10;
-/// How long nothing may come.
-const SILENCE: Duration = Duration::from_secs(30);
-/// Before a sender is measured.
-const GRACE: Duration = Duration::from_secs(10);
-/// Bytes a second that a sender must keep after that.
-const SLOWEST: f64 = 16.0 * 1024.0;
-
 /// Where a chunk is written: the part, and the turns that whoever writes holds. A write that outlives its request holds them to its end.
 pub struct Place {
     /// The part.
@@ -41,27 +33,13 @@ pub struct Place {
 /// A body that keeps its limits.
 pub struct Body {
     payload: web::Payload,
-    began: Instant,
-    taken: u64,
+    pace: Pace,
 }
 
 impl Body {
     /// Of a request.
     pub fn new(payload: web::Payload) -> Self {
-        Self { payload, began: Instant::now(), taken: 0 }
-    }
-
-    async fn next(&mut self) -> Result<Option<web::Bytes>, Error> {
-        let next = tokio::time::timeout(SILENCE, self.payload.next()).await;
-        let next = next.map_err(|_| Error::bad_request(format!("the body stopped for {} s; send the chunk again", SILENCE.as_secs())))?;
-        let Some(bytes) = next else { return Ok(None) };
-        let bytes = bytes.map_err(|e| Error::bad_request(format!("the body could not be read: {e}; send the chunk again")))?;
-        self.taken += bytes.len() as u64;
-        let elapsed = self.began.elapsed();
-        if elapsed > GRACE && (self.taken as f64) < SLOWEST * (elapsed - GRACE).as_secs_f64() {
-            return Err(Error::bad_request("the body comes slower than 16 KiB a second; send the chunk again"));
-        }
-        Ok(Some(bytes))
+        Self { payload, pace: Pace::new("the chunk") }
     }
 
     /// Writes the body to its place in a part, where it has just `length` bytes; durable when it returns. Answers its SHA-256. `largest` is
@@ -70,9 +48,9 @@ impl Body {
         let mut context = Context::new(&SHA256);
         let mut buffer = Vec::with_capacity(STEP);
         let mut at = offset;
-        while let Some(bytes) = self.next().await? {
-            if self.taken > length {
-                return Err(wrong_length(self.taken, length, largest));
+        while let Some(bytes) = self.pace.next(&mut self.payload).await? {
+            if self.pace.taken() > length {
+                return Err(wrong_length(self.pace.taken(), length, largest));
             }
             context.update(&bytes);
             buffer.extend_from_slice(&bytes);
@@ -84,8 +62,8 @@ impl Body {
                 at += size;
             }
         }
-        if self.taken != length {
-            return Err(wrong_length(self.taken, length, largest));
+        if self.pace.taken() != length {
+            return Err(wrong_length(self.pace.taken(), length, largest));
         }
         blocking(move || {
             part::write(&place.file, &buffer, at)?;

@@ -284,10 +284,16 @@ pub async fn pending(store: &Store) -> Result<u64, Error> {
     store.read(|db| async move { Ok(count.count(&db).await?) }).await
 }
 
-/// Removes what ended long ago.
+/// Removes what ended long ago. What the next look at ended jobs finds once more stays: it is known by its row.
 pub async fn forget_old(store: &Store, now: i64) -> Result<(), Error> {
+    let again = cursor(store).await?.map_or(i64::MAX, |cursor| cursor.saturating_sub(OVERLAP));
     let old = deliveries::Entity::delete_many()
         .filter(deliveries::Column::State.ne("pending"))
-        .filter(Expr::col(deliveries::Column::FinishedAt).lt(now.saturating_sub(HISTORY)));
+        .filter(Expr::col(deliveries::Column::FinishedAt).lt(now.saturating_sub(HISTORY)))
+        .filter(deliveries::Column::CreatedAt.lt(again));
     store.run(|db| async move { Ok(old.exec(&db).await.map(drop)?) }).await
 }
+
+#[cfg(test)]
+#[path = "store_tests.rs"]
+mod tests;

@@ -2,7 +2,7 @@
 //!
 //! Owns: their shape, their rows, who may make, see and revoke them.
 //! Never: keeps a token (only its SHA-256: 256 random bits need no slow hash), lets one do more than its owner may at that moment,
-//! lets one make another that is larger or lives longer.
+//! lets one make another, or revoke any but itself.
 //! A crash here costs nothing: each change is one statement.
 
 pub mod routes;

@@ -109,12 +109,12 @@ pub async fn list(caller: Viewer, request: HttpRequest, app: web::Data<App>) -> 
     Ok(web::Json(paging.page(rows.into_iter().map(TokenView::from).collect(), total)))
 }
 
-/// Makes a token for the caller. An `Idempotency-Key` is not taken: its row would keep the token; a name is taken only once.
+/// Makes a token for the caller, who logged in with a password: a token makes none. An `Idempotency-Key` is not taken: its row would keep the token; a name is taken only once.
 #[utoipa::path(post, path = "/auth/tokens", tag = "Access", security(("token" = [])), request_body = NewToken, responses(
     (status = 201, description = "the token, shown once", body = Made),
     (status = 400, description = "the body cannot be read, or a field is wrong", body = ErrorBody),
     (status = 401, description = "no valid token", body = ErrorBody),
-    (status = 403, description = "a larger role than the caller's, or a later end than the caller's token has", body = ErrorBody),
+    (status = 403, description = "a larger role than the caller's, or the caller came with an API token", body = ErrorBody),
     (status = 409, description = "the caller has a token of this name, or too many", body = ErrorBody),
     (status = 413, description = "the body is too large", body = ErrorBody),
     (status = 415, description = "no JSON", body = ErrorBody),
@@ -123,7 +123,7 @@ pub async fn list(caller: Viewer, request: HttpRequest, app: web::Data<App>) -> 
 ))]
 pub async fn create(caller: Viewer, app: web::Data<App>, body: Json<NewToken>) -> Result<HttpResponse, Error> {
     let NewToken { name, expires_at, ttl, role } = body.value;
-    let (row, token) = service::draft(&app.store, &caller, service::Wish { name, expires_at, ttl, role }).await?;
+    let (row, token) = service::draft(&caller, service::Wish { name, expires_at, ttl, role })?;
     let act = audit::begin(&app.store, &caller.name, "token.create", &format!("{} {}", row.id, row.name)).await?;
     let made = service::keep(&app.store, row.clone()).await;
     act.finish(&made).await;
@@ -131,16 +131,17 @@ pub async fn create(caller: Viewer, app: web::Data<App>, body: Json<NewToken>) -
     Ok(HttpResponse::Created().json(Made { token: token.expose().to_owned(), view: row.into() }))
 }
 
-/// Revokes a token: here at once, on other controllers within half a second.
+/// Revokes a token: here at once, on other controllers within half a second. A token revokes only itself.
 #[utoipa::path(delete, path = "/auth/tokens/{id}", tag = "Access", security(("token" = [])), params(("id" = String, Path)), responses(
     (status = 204, description = "the token is refused from now on"),
     (status = 401, description = "no valid token", body = ErrorBody),
+    (status = 403, description = "the caller came with another API token", body = ErrorBody),
     (status = 404, description = "no such token, or another's and the caller is no admin", body = ErrorBody),
     (status = 429, description = "too many requests", body = ErrorBody),
     (status = 503, description = "the database is away", body = ErrorBody),
 ))]
 pub async fn revoke(caller: Viewer, id: web::Path<String>, app: web::Data<App>) -> Result<HttpResponse, Error> {
-    let row = service::visible(&app.store, &caller, &id).await?;
+    let row = service::revocable(&app.store, &caller, &id).await?;
     let act = audit::begin(&app.store, &caller.name, "token.revoke", &format!("{} {} of {}", row.id, row.name, row.user_name)).await?;
     let gone = app.access.revoke_token(&row.id).await;
     act.finish(&gone).await;

@@ -1,6 +1,7 @@
 //! Decisions about API tokens: what may be made, by whom, and who may see and revoke it.
 //!
-//! Owns: the rules. Never: lets a caller make a token that is larger than the caller, or that outlives the token they came with.
+//! Owns: the rules. Never: lets a caller make a token that is larger than the caller; lets a token make tokens, or revoke others than
+//! itself: one that leaked is over when it is revoked.
 //! A crash here costs one answer.
 
 use chrono::{DateTime, TimeDelta, Utc};
@@ -35,7 +36,10 @@ pub struct Wish {
 }
 
 /// Checks a wish and makes the row and the token, which nobody sees again.
-pub async fn draft(store: &Store, caller: &Caller, wish: Wish) -> Result<(api_tokens::Model, Secret), Error> {
+pub fn draft(caller: &Caller, wish: Wish) -> Result<(api_tokens::Model, Secret), Error> {
+    if caller.session.starts_with(SESSION) {
+        return Err(Error::new(Code::Forbidden, "an API token makes no tokens; log in with a password to make tokens"));
+    }
     let name = name_of(&wish.name)?;
     let role = wish.role.unwrap_or(caller.role);
     if role > caller.role {
@@ -43,15 +47,7 @@ pub async fn draft(store: &Store, caller: &Caller, wish: Wish) -> Result<(api_to
         return Err(Error::new(Code::Forbidden, message));
     }
     let now = shared::clock::now();
-    let mut expires_at = end_of(now, wish.expires_at.as_deref(), wish.ttl.as_deref())?.map(|end| end.timestamp_millis());
-    // A token that ends must not leave one behind that does not.
-    if let Some(end) = end_of_caller(store, caller).await? {
-        if expires_at.is_some_and(|wanted| wanted > end) {
-            let message = format!("a token may not outlive the one that makes it, which ends {}", crate::http::rfc3339(end));
-            return Err(Error::new(Code::Forbidden, message));
-        }
-        expires_at = Some(expires_at.unwrap_or(end));
-    }
+    let expires_at = end_of(now, wish.expires_at.as_deref(), wish.ttl.as_deref())?.map(|end| end.timestamp_millis());
     let token = generate();
     let row = api_tokens::Model {
         id: format!("tok-{}", shared::ids::random_hex::<8>()),
@@ -91,6 +87,17 @@ pub async fn visible(store: &Store, caller: &Caller, id: &str) -> Result<api_tok
     row.ok_or_else(missing)
 }
 
+/// One that this caller may revoke: one that they may see; a token only itself.
+pub async fn revocable(store: &Store, caller: &Caller, id: &str) -> Result<api_tokens::Model, Error> {
+    let row = visible(store, caller, id).await?;
+    match caller.session.strip_prefix(SESSION) {
+        Some(own) if own != row.id => {
+            Err(Error::new(Code::Forbidden, "an API token revokes only itself; log in with a password to revoke others"))
+        }
+        _ => Ok(row),
+    }
+}
+
 /// Whose tokens a list shows: an admin's everybody's or one user's, all others' their own.
 pub fn owner_of_list(caller: &Caller, user: Option<&str>) -> Result<Option<String>, Error> {
     match user {
@@ -98,13 +105,6 @@ pub fn owner_of_list(caller: &Caller, user: Option<&str>) -> Result<Option<Strin
         Some(_) => Err(Error::new(Code::Forbidden, "the tokens of others are for admins; leave `user` out")),
         None if caller.role == Role::Admin => Ok(None),
         None => Ok(Some(caller.name.clone())),
-    }
-}
-
-async fn end_of_caller(store: &Store, caller: &Caller) -> Result<Option<i64>, Error> {
-    match caller.session.strip_prefix(SESSION) {
-        Some(id) => Ok(store::find(store, id).await?.and_then(|row| row.expires_at)),
-        None => Ok(None),
     }
 }
 
