@@ -15,7 +15,7 @@ use crate::harness::double::{self, Double, Kind, USER};
 use crate::harness::faults::{Fault, Faults, Rule};
 use crate::harness::fleet::{Fleet, Plan, ready};
 use crate::harness::images::{check, guest, identical, pattern, untar};
-use crate::harness::{seconds, wait_for};
+use crate::harness::{binary, seconds, wait_for};
 
 const MIB: u64 = 1 << 20;
 
@@ -168,8 +168,28 @@ async fn whole_way(kind: Kind) {
     let changed =
         fleet.client.send(fleet.client.request(Method::PATCH, "/providers/vc").json(&json!({"host": double.host}))).await.unwrap();
     assert!(changed.refused(400, "bad_request").contains("password"));
+    by_command(&fleet, &double, &fingerprint);
     canary(&fleet).await;
     fleet.client.delete("/providers/vc").await.expect(204);
+}
+
+/// The same by the command: the password comes from the environment, never from an argument.
+fn by_command(fleet: &Fleet, double: &Double, fingerprint: &str) {
+    let hypersdk = |arguments: &[&str]| {
+        let mut command = std::process::Command::new(binary("hypersdk"));
+        command.args(arguments).env("HYPERSDK_HOME", fleet.scratch.join("cli")).env("COLUMNS", "80");
+        command.env("HYPERSDK_PASSWORD", crate::harness::fleet::PASSWORD).env("HYPERSDK_PROVIDER_PASSWORD", double::PASSWORD);
+        crate::harness::process::run(&mut command)
+    };
+    hypersdk(&["login", &fleet.endpoints.rest, "--username", "admin", "--fingerprint", &fleet.endpoints.fingerprint]);
+    let host = double.host.as_str();
+    let connect =
+        ["providers", "connect", "vsphere", "--name", "cli", "--host", host, "--username", USER, "--host-fingerprint", fingerprint];
+    let shown = hypersdk(&connect);
+    assert!(shown.contains("vsphere") && shown.contains(host) && shown.lines().all(|line| line.chars().count() <= 80), "{shown}");
+    let tested: Value = serde_json::from_str(&hypersdk(&["providers", "test", "cli", "--output", "json"])).unwrap();
+    assert!(tested["found"]["vms"].as_u64().is_some_and(|vms| vms > 1), "{tested}");
+    hypersdk(&["providers", "remove", "cli"]);
 }
 
 fn boots(disk: &Path, format: &str, fleet: &Fleet) {
@@ -220,7 +240,15 @@ fn rule(matches: &'static str, after: usize, times: usize, fault: Fault) -> Rule
 /// What goes wrong for a moment costs time; what stays wrong fails the job with its cause; never is a short or wrong disk published.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_goes_wrong_on_the_way_is_borne_or_told() {
-    let fleet = Fleet::start("vsphere-faults", Plan::plain(), |_| {}).await;
+    let mut fleet = Fleet::start("vsphere-faults", Plan::plain(), |_| {}).await;
+    fleet.agents[0].set("VSPHERE_STREAMS", "4");
+    fleet.agents[0].process().terminate(seconds(30)).await;
+    fleet.agents[0].start();
+    wait_for("the agent to be back", seconds(30), async || {
+        let answer = connect(&fleet, account("127.0.0.1:1", json!({}))).await;
+        if answer.status == 502 { Ok(()) } else { Err(answer.text) }
+    })
+    .await;
     let image = fleet.scratch.join("disk.raw");
     disk(&image, 24 * MIB);
     let double = Double::start(&fleet.scratch, Kind::Vcenter, &image).await;
@@ -254,6 +282,21 @@ async fn what_goes_wrong_on_the_way_is_borne_or_told() {
         assert!(proxy.met() > 0, "{what}: nothing went wrong");
         identical(("raw", &datastore), ("raw", &file_of(&job, ".raw")));
     }
+    // A host is not brought down: so many requests at a time, whatever is copied.
+    proxy.script(vec![rule(flat, 0, usize::MAX, Fault::Slow(Duration::from_millis(200)))]);
+    let jobs = [export(&fleet, Kind::Vcenter.vm(), "raw").await, export(&fleet, Kind::Vcenter.vm(), "qcow2").await];
+    for job in jobs {
+        fleet.client.completed(job.expect(201).body["id"].as_str().unwrap(), seconds(60)).await;
+    }
+    // Two of the four turns may still be the host's, which has asked for patience.
+    assert!((2..=4).contains(&proxy.peak()), "{} requests at a time of two jobs", proxy.peak());
+    wait_for("the host's streams in /system/health", seconds(15), async || {
+        let health = fleet.client.try_get("/system/health").await?;
+        let sources = health["agents"]["sources"].as_array().cloned().unwrap_or_default();
+        let shown = sources.iter().find(|source| source["host"] == *proxy.host).ok_or_else(|| format!("{sources:?}"))?;
+        if shown["streams"] == 4 && shown["running"] == 0 { Ok(()) } else { Err(shown.to_string()) }
+    })
+    .await;
     let told = [
         ("206", vec![rule(flat, 2, usize::MAX, Fault::Whole)]),
         ("404", vec![rule(flat, 0, usize::MAX, Fault::Status(404, None)), rule("/fakenfc/", 0, usize::MAX, Fault::Status(404, None))]),

@@ -10,6 +10,11 @@ use serde::Deserialize;
 use shared::secret::Secret;
 use shared::vault;
 
+use crate::sources::vsphere::budget;
+
+/// Streams to a hypervisor where the settings say nothing.
+pub const VSPHERE_STREAMS: usize = budget::STREAMS;
+
 /// Name of the root that imports go to, and of the connection over it where nobody gave it another.
 pub const IMAGES: &str = "images";
 
@@ -36,6 +41,8 @@ pub struct Config {
     pub local_root: Option<PathBuf>,
     /// More roots, only read: name and path.
     pub roots: BTreeMap<String, PathBuf>,
+    /// Streams that a vCenter or ESXi gives this agent at a time, 1 to 48.
+    pub vsphere_streams: usize,
 }
 
 #[derive(Default, Deserialize)]
@@ -51,6 +58,7 @@ struct File {
     images_connection: Option<String>,
     local_root: Option<PathBuf>,
     roots: BTreeMap<String, PathBuf>,
+    vsphere_streams: Option<usize>,
 }
 
 /// What the command line said.
@@ -85,7 +93,16 @@ impl Config {
             return Err(format!("the controller's address must start with https://, not {controller:?}"));
         }
         let data_dir = path("DATA_DIR").or(file.data_dir).unwrap_or_else(|| PathBuf::from("/var/lib/hypersdk/agent"));
+        let streams = match env("VSPHERE_STREAMS") {
+            Some(text) => Some(text.trim().parse().map_err(|_| format!("HYPERSDK_VSPHERE_STREAMS: {text:?} is no number"))?),
+            None => file.vsphere_streams,
+        };
+        let vsphere_streams = streams.unwrap_or(VSPHERE_STREAMS);
+        if !(1..=budget::MOST).contains(&vsphere_streams) {
+            return Err(format!("vsphere_streams must be 1 to {}, not {vsphere_streams}", budget::MOST));
+        }
         Ok(Self {
+            vsphere_streams,
             controller,
             token: overrides.token.or_else(|| env("TOKEN").or(file.token).map(Secret::new)),
             token_file: path("TOKEN_FILE").or(file.token_file),
@@ -113,6 +130,7 @@ impl Config {
             images_connection: IMAGES.to_owned(),
             local_root: None,
             roots: BTreeMap::new(),
+            vsphere_streams: budget::STREAMS,
         }
     }
 }

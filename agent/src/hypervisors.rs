@@ -16,6 +16,7 @@ use shared::secret::Secret;
 
 use crate::Agent;
 use crate::egress::Trust;
+use crate::sources::vsphere::budget::Budget;
 use crate::sources::vsphere::{Client, Listener, Settings, Vsphere};
 use crate::sources::{Error, Source};
 
@@ -29,6 +30,8 @@ const CALM: Duration = Duration::from_secs(1);
 /// Clients by connection.
 #[derive(Default)]
 pub struct Hypervisors {
+    /// Turns by host: two connections to one host share them.
+    budgets: Mutex<BTreeMap<String, Arc<Budget>>>,
     kept: Mutex<BTreeMap<String, Kept>>,
     listening: Mutex<BTreeSet<String>>,
     /// Connections whose inventory has changed.
@@ -42,14 +45,30 @@ struct Kept {
 
 impl Hypervisors {
     /// The client of a connection whose account is known; a new one where its settings are others than before.
-    fn client(&self, connection: &v1::Connection) -> Result<Arc<Client>, Error> {
+    fn client(&self, connection: &v1::Connection, streams: usize) -> Result<Arc<Client>, Error> {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(standing) = kept.get(&connection.name).filter(|standing| standing.connection == *connection) {
             return Ok(standing.client.clone());
         }
-        let client = Arc::new(client(connection)?);
+        let client = Arc::new(client(connection, self.budget(&connection.path, streams))?);
         kept.insert(connection.name.clone(), Kept { client: client.clone(), connection: connection.clone() });
         Ok(client)
+    }
+
+    fn budget(&self, host: &str, streams: usize) -> Arc<Budget> {
+        let mut budgets = self.budgets.lock().unwrap_or_else(PoisonError::into_inner);
+        budgets.entry(host.to_ascii_lowercase()).or_insert_with(|| Arc::new(Budget::new(streams))).clone()
+    }
+
+    /// What each host gives now, for the heartbeat.
+    pub fn hosts(&self) -> Vec<v1::SourceHost> {
+        let budgets = self.budgets.lock().unwrap_or_else(PoisonError::into_inner);
+        let small = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+        let host = |(host, budget): (&String, &Arc<Budget>)| {
+            let (streams, running, withheld) = budget.figures();
+            v1::SourceHost { host: host.clone(), streams: small(streams), running: small(running), withheld: small(withheld) }
+        };
+        budgets.iter().map(host).collect()
     }
 
     /// Takes away the clients of connections that are not among these; their sessions are to be ended.
@@ -67,24 +86,25 @@ impl Hypervisors {
 }
 
 /// A client for a connection that bears its account.
-fn client(connection: &v1::Connection) -> Result<Client, Error> {
+fn client(connection: &v1::Connection, budget: Arc<Budget>) -> Result<Client, Error> {
     let Some(account) = &connection.account else {
         let message =
             format!("the account of {:?} is not known to this agent yet; the controller tells it with its next word", connection.name);
         return Err(Error { code: Code::Unavailable, message, retryable: true });
     };
     let fingerprint = account.fingerprint.replace(':', "").to_ascii_lowercase();
-    Client::new(Settings {
+    let settings = Settings {
         host: connection.path.clone(),
         username: account.username.clone(),
         password: Secret::new(account.password.clone()),
         trust: Trust { insecure: account.insecure, fingerprint: Some(fingerprint).filter(|text| !text.is_empty()), thumbprint: None },
-    })
+    };
+    Client::new(settings, budget)
 }
 
 /// Opens a connection of this kind. One that comes without its account goes by what its name stands for here.
 pub fn source(agent: &Agent, connection: &v1::Connection) -> Result<Arc<dyn Source>, Error> {
-    Ok(Arc::new(Vsphere::new(agent.hypervisors.client(&known(agent, connection))?, agent.runtime.clone())))
+    Ok(Arc::new(Vsphere::new(agent.hypervisors.client(&known(agent, connection), agent.config.vsphere_streams)?, agent.runtime.clone())))
 }
 
 fn known(agent: &Agent, connection: &v1::Connection) -> v1::Connection {
@@ -101,7 +121,7 @@ pub fn probe(agent: &Agent, connection: &v1::Connection) -> Result<serde_json::V
     if connection.account.is_none() {
         return counted(source(agent, connection)?.as_ref());
     }
-    let client = Arc::new(client(connection)?);
+    let client = Arc::new(client(connection, agent.hypervisors.budget(&connection.path, agent.config.vsphere_streams))?);
     let found = counted(&Vsphere::new(client.clone(), agent.runtime.clone()));
     agent.runtime.block_on(client.log_out());
     found
@@ -132,7 +152,7 @@ fn listen(agent: &Arc<Agent>, name: &str) {
     loop {
         let connection = agent.connections.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned();
         let Some(connection) = connection.filter(|connection| connection.kind == VSPHERE) else { break };
-        let client = match agent.hypervisors.client(&connection) {
+        let client = match agent.hypervisors.client(&connection, agent.config.vsphere_streams) {
             Ok(client) => client,
             Err(_) => break,
         };

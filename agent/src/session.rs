@@ -155,7 +155,13 @@ async fn session(agent: &Arc<Agent>, identity: &Identity, mut shutdown: watch::R
             }
             _ = heartbeat.tick() => {
                 sequence += 1;
-                let beat = v1::Heartbeat { sequence, roots: roots(agent), resident_bytes: resident_bytes(), time_ms: now_ms() };
+                let beat = v1::Heartbeat {
+                    sequence,
+                    roots: roots(agent),
+                    resident_bytes: resident_bytes(),
+                    time_ms: now_ms(),
+                    source_hosts: agent.hypervisors.hosts(),
+                };
                 if tell.try_send(message(agent_message::Kind::Heartbeat(beat))).is_err() {
                     return Loss::Away("the stream does not take heartbeats".to_owned());
                 }

@@ -2,6 +2,8 @@
 //!
 //! Owns: the clap tree. Never: does anything. A crash here costs nothing.
 
+mod providers;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
@@ -10,6 +12,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
 use shared::ids::JobId;
 use shared::options::{Algorithm, Format, JobType};
+
+pub use self::providers::{Connect, Providers, ProvidersAction};
 
 /// Heading of the options that every verb takes.
 const GLOBAL: &str = "Everywhere";
@@ -342,37 +346,6 @@ pub struct Logs {
 pub struct Watch {
     /// The job; without it, all jobs until interrupted
     pub id: Option<JobId>,
-}
-
-/// `hypersdk providers`
-#[derive(Args)]
-pub struct Providers {
-    /// What to do; without it the connections are listed.
-    #[command(subcommand)]
-    pub action: Option<ProvidersAction>,
-}
-
-/// What is done with providers.
-#[derive(Subcommand)]
-pub enum ProvidersAction {
-    /// List connections
-    List,
-    /// Connect a provider
-    Connect {
-        /// Its kind: local
-        kind: String,
-        /// Name of the connection; default: its kind
-        #[arg(long)]
-        name: Option<String>,
-        /// Folder of disk images and OVAs on the agent's host
-        #[arg(long)]
-        path: Option<String>,
-        /// The agent that stands beside it; default: the only one
-        #[arg(long)]
-        agent: Option<String>,
-    },
-    /// What this installation can do now, for each kind
-    Capabilities,
 }
 
 /// `hypersdk agents`

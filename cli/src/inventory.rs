@@ -4,10 +4,11 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::args::{Agents, AgentsAction, Providers, ProvidersAction, Style, Vms};
+use crate::args::{Agents, AgentsAction, Connect, Providers, ProvidersAction, Style, Vms};
 use crate::client::{Client, segment};
-use crate::failure::Outcome;
+use crate::failure::{Failure, Outcome};
 use crate::jobs::rest;
+use crate::login;
 use crate::output::{self, Column, Table};
 
 /// Rows of short lists that are asked for.
@@ -93,18 +94,25 @@ pub async fn providers(client: &Client, providers: &Providers, style: Style) -> 
             rest(&listing, "connections");
             Ok(())
         }
-        Some(ProvidersAction::Connect { kind, name, path, agent }) => {
-            let mut body = Map::from_iter([("provider".to_owned(), Value::from(kind.clone()))]);
-            for (field, value) in [("name", name), ("path", path), ("agent", agent)] {
-                if let Some(value) = value {
-                    body.insert(field.to_owned(), Value::from(value.clone()));
-                }
-            }
-            let connection = client.post("/providers/connect", Some(&Value::Object(body))).await?;
+        Some(ProvidersAction::Connect(wanted)) => {
+            let connection = client.post("/providers/connect", Some(&connect(wanted)?)).await?;
             if style == Style::Json {
                 return output::json(&connection);
             }
             connections(&[connection]);
+            Ok(())
+        }
+        Some(ProvidersAction::Test { name }) => {
+            let answer = client.post(&format!("/providers/{}/test", segment(name)), None).await?;
+            if style == Style::Json {
+                return output::json(&answer);
+            }
+            output::remark(format!("{}: {} VMs are seen through it.", output::clean(name), answer["found"]["vms"]));
+            Ok(())
+        }
+        Some(ProvidersAction::Remove { name }) => {
+            client.delete(&format!("/providers/{}", segment(name))).await?;
+            output::remark(format!("{} is removed.", output::clean(name)));
             Ok(())
         }
         Some(ProvidersAction::Capabilities) => {
@@ -116,6 +124,32 @@ pub async fn providers(client: &Client, providers: &Providers, style: Style) -> 
             Ok(())
         }
     }
+}
+
+/// What is asked for. The password of a hypervisor is never an argument.
+fn connect(wanted: &Connect) -> Result<Value, Failure> {
+    let mut body = Map::from_iter([("provider".to_owned(), Value::from(wanted.kind.clone()))]);
+    let texts = [
+        ("name", &wanted.name),
+        ("path", &wanted.path),
+        ("host", &wanted.host),
+        ("username", &wanted.username),
+        ("fingerprint", &wanted.host_fingerprint),
+        ("agent", &wanted.agent),
+    ];
+    for (field, value) in texts {
+        if let Some(value) = value {
+            body.insert(field.to_owned(), Value::from(value.clone()));
+        }
+    }
+    if wanted.host_insecure {
+        body.insert("insecure".to_owned(), Value::from(true));
+    }
+    if let Some(username) = &wanted.username {
+        let password = login::password("HYPERSDK_PROVIDER_PASSWORD", username)?;
+        body.insert("password".to_owned(), Value::from(password.expose()));
+    }
+    Ok(Value::Object(body))
 }
 
 fn connections(rows: &[Value]) {

@@ -37,7 +37,7 @@ pub async fn login(server: &Server, login: &Login, style: Style) -> Outcome {
     if !matches!(trust, Trust::System) {
         client.get("/health", &[]).await?;
     }
-    let password = password(&login.username)?;
+    let password = password("HYPERSDK_PASSWORD", &login.username)?;
     let answer = authenticate(&mut client, &login.username, &password).await?;
     drop(password);
     let saved = Saved {
@@ -127,9 +127,9 @@ async fn first_contact(url: &str) -> Result<Trust, Failure> {
     }
 }
 
-/// From the environment, the terminal (without echo) or the first line of standard input.
-fn password(username: &str) -> Result<Secret, Failure> {
-    if let Some(password) = session::secret_variable("HYPERSDK_PASSWORD")? {
+/// From the environment variable, the terminal (without echo) or the first line of standard input.
+pub fn password(variable: &str, username: &str) -> Result<Secret, Failure> {
+    if let Some(password) = session::secret_variable(variable)? {
         return Ok(password);
     }
     let stdin = std::io::stdin();
@@ -145,7 +145,7 @@ fn password(username: &str) -> Result<Secret, Failure> {
     stdin.lock().take(PASSWORD_LIMIT).read_line(&mut text).map_err(|e| Failure::failed(format!("standard input: {e}")))?;
     let password = Secret::new(text.trim_end_matches(['\r', '\n']));
     match password.is_empty() {
-        true => Err(Failure::usage("no password: set HYPERSDK_PASSWORD, type it, or give it as the first line of standard input")),
+        true => Err(Failure::usage(format!("no password: set {variable}, type it, or give it as the first line of standard input"))),
         false => Ok(password),
     }
 }

@@ -123,6 +123,7 @@ async fn with_agent(running: &controller::Running, host: IpAddr, data_dir: &Path
         images_connection: agent::config::IMAGES.to_owned(),
         local_root: vms,
         roots: Default::default(),
+        vsphere_streams: agent::config::VSPHERE_STREAMS,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("agent").build();
     let runtime = runtime.map_err(|e| Failure::failed(format!("the agent's threads do not start: {e}")))?;

@@ -27,6 +27,8 @@ pub enum Fault {
     Lost,
     /// Nothing comes, for so long.
     Hang(Duration),
+    /// The answer comes so much later.
+    Slow(Duration),
     /// Another range than the one that was asked for.
     OtherRange,
 }
@@ -48,6 +50,9 @@ pub struct Rule {
 struct Script {
     rules: Vec<(Rule, usize)>,
     met: usize,
+    /// Requests for bytes that are being served, and the most there were.
+    serving: usize,
+    peak: usize,
 }
 
 /// The proxy.
@@ -96,7 +101,12 @@ impl Faults {
 
     /// Scripts what goes wrong from here on; what was scripted before is forgotten.
     pub fn script(&self, rules: Vec<Rule>) {
-        *self.script.lock().unwrap() = Script { rules: rules.into_iter().map(|rule| (rule, 0)).collect(), met: 0 };
+        *self.script.lock().unwrap() = Script { rules: rules.into_iter().map(|rule| (rule, 0)).collect(), ..Script::default() };
+    }
+
+    /// The most requests for bytes that were served at a time since the last script.
+    pub fn peak(&self) -> usize {
+        self.script.lock().unwrap().peak
     }
 
     /// How many requests went wrong since the last script.
@@ -158,6 +168,10 @@ async fn serve(mut stream: Stream, script: &Mutex<Script>, http: &reqwest::Clien
             }
             _ => {}
         }
+        let serving = Serving::begin(script, path.starts_with("/folder/") || path.starts_with("/fakenfc/"));
+        if let Some(Fault::Slow(time)) = &fault {
+            tokio::time::sleep(*time).await;
+        }
         let mut asked = http.request(method.parse().unwrap(), format!("https://{upstream}{path}")).body(body);
         for field in head.lines().skip(1) {
             let Some((name, value)) = field.split_once(':') else { continue };
@@ -196,6 +210,30 @@ async fn serve(mut stream: Stream, script: &Mutex<Script>, http: &reqwest::Clien
         }
         stream.write_all(&bytes).await?;
         stream.flush().await?;
+        drop(serving);
+    }
+}
+
+/// Counts a request while it is served.
+struct Serving<'a>(Option<&'a Mutex<Script>>);
+
+impl<'a> Serving<'a> {
+    fn begin(script: &'a Mutex<Script>, counts: bool) -> Self {
+        if counts {
+            let mut script = script.lock().unwrap();
+            script.serving += 1;
+            script.peak = script.peak.max(script.serving);
+        }
+        Self(counts.then_some(script))
+    }
+}
+
+impl Drop for Serving<'_> {
+    fn drop(&mut self) {
+        if let Some(script) = self.0 {
+            let mut script = script.lock().unwrap();
+            script.serving = script.serving.saturating_sub(1);
+        }
     }
 }
 

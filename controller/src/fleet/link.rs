@@ -11,7 +11,7 @@ use actix::{Actor, ActorContext, AsyncContext, AtomicResponse, Context, Handler,
 use proto::v1::agent_message::Kind as FromAgent;
 use proto::v1::browse::Question;
 use proto::v1::controller_message::Kind;
-use proto::v1::{Browse, BrowseReply, ControllerMessage, Heartbeat, Inventory, Root};
+use proto::v1::{Browse, BrowseReply, ControllerMessage, Heartbeat, Inventory, Root, SourceHost};
 use shared::vm::Vm;
 use tokio::sync::oneshot;
 
@@ -29,6 +29,9 @@ const QUESTIONS: usize = 256;
 /// `last_seen` in the store is this old at most.
 const SEEN: Duration = Duration::from_secs(60);
 
+/// Hypervisors of an agent that are shown.
+const MOST_HOSTS: usize = 100;
+
 /// The newest that is known of a connected agent.
 #[derive(Clone, Debug, Default)]
 pub struct Figures {
@@ -42,6 +45,8 @@ pub struct Figures {
     pub certificate_until: Option<i64>,
     /// The agent's clock less ours at the last heartbeat, in milliseconds; nothing where an older agent does not say its time.
     pub skew_ms: Option<i64>,
+    /// Hypervisors that its bytes come from.
+    pub source_hosts: Vec<SourceHost>,
 }
 
 /// The actor.
@@ -133,6 +138,8 @@ impl Link {
         if heartbeat.time_ms > 0 {
             self.figures.skew_ms = Some(heartbeat.time_ms.saturating_sub(shared::clock::now().timestamp_millis()));
         }
+        // An agent is certified, not trusted to be sane.
+        self.figures.source_hosts = heartbeat.source_hosts.into_iter().take(MOST_HOSTS).filter(|host| host.host.len() <= 300).collect();
         if !heartbeat.roots.is_empty() {
             self.figures.roots = heartbeat.roots;
         }

@@ -154,9 +154,27 @@ pub struct Agents {
     connected: u64,
     away: u64,
     draining: u64,
+    /// Hypervisors that bytes come from, as of the agents' last heartbeats.
+    sources: Vec<SourceHost>,
     /// Ids of those that were asked for their file systems.
     #[serde(skip)]
     pub here: BTreeSet<String>,
+}
+
+/// What a hypervisor gives an agent at a time.
+#[derive(Serialize, ToSchema)]
+pub struct SourceHost {
+    /// The agent's name.
+    agent: String,
+    /// HOST[:PORT].
+    #[schema(example = "vcenter.example.org")]
+    host: String,
+    /// Streams that may run at a time.
+    streams: u32,
+    /// Streams that run.
+    running: u32,
+    /// Turns that the host has back for a while because it answered 503.
+    withheld: u32,
 }
 
 /// The jobs.
@@ -199,9 +217,17 @@ pub async fn gather(app: &App) -> Report {
     let rows = if error.is_none() { app.fleet.agents().await.unwrap_or_default() } else { Vec::new() };
     let mut volumes = controller_volume(app);
     let mut here = BTreeSet::new();
+    let mut sources = Vec::new();
     for row in &rows {
         let Some(live) = app.fleet.snapshot(&row.id).await else { continue };
         here.insert(row.id.clone());
+        sources.extend(live.source_hosts.iter().map(|source| SourceHost {
+            agent: row.name.clone(),
+            host: source.host.clone(),
+            streams: source.streams,
+            running: source.running,
+            withheld: source.withheld,
+        }));
         let roots = merge_roots(agents::roots(row), &live.roots);
         volumes.extend(roots.into_iter().map(|root| Volume {
             host: row.name.clone(),
@@ -261,6 +287,7 @@ pub async fn gather(app: &App) -> Report {
             connected,
             away: total.saturating_sub(connected),
             draining: rows.iter().filter(|row| row.draining).count() as u64,
+            sources,
             here,
         },
         queue: Queue {

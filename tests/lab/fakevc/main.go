@@ -322,6 +322,7 @@ func main() {
 	key := flag.String("key", "", "TLS key")
 	seed := flag.String("seed", "", "VM=raw-image[,VM=raw-image...]: make the image the VM's first disk")
 	flag.DurationVar(&leaseTime, "lease", 300*time.Second, "a lease ends after this time without progress")
+	machines := flag.Int("vms", 0, "VMs of each host and resource pool")
 	off := flag.String("off", "", "VM[,VM...]: these are powered off at the start")
 	auth := flag.Bool("folderauth", true, "demand Basic auth or a session cookie on /folder, as real servers do")
 	flag.Parse()
@@ -331,6 +332,9 @@ func main() {
 	model := simulator.VPX()
 	if *esx {
 		model = simulator.ESX()
+	}
+	if *machines > 0 {
+		model.Machine = *machines
 	}
 	if err := model.Create(); err != nil {
 		log.Fatal(err)

@@ -15,6 +15,7 @@ use shared::error::Code;
 use shared::secret::Secret;
 use tokio::sync::Mutex;
 
+use super::budget::Budget;
 use super::wire::{self, Fault, MoRef};
 use crate::egress::{self, Refused, Trust};
 use crate::sources;
@@ -122,22 +123,28 @@ pub struct Client {
     http: reqwest::Client,
     refused: Refused,
     settings: Settings,
+    budget: Arc<Budget>,
     session: Mutex<Option<Arc<Session>>>,
 }
 
 impl Client {
-    /// Dials nothing yet.
+    /// Dials nothing yet. `budget` is the host's, whoever else speaks with it.
     ///
     /// # Errors
     /// When the host's address may not be dialled or TLS cannot be set up.
-    pub fn new(settings: Settings) -> Result<Self, sources::Error> {
+    pub fn new(settings: Settings, budget: Arc<Budget>) -> Result<Self, sources::Error> {
         let host_only = settings.host.rsplit_once(':').map_or(settings.host.as_str(), |(host, _)| host);
         if !egress::permits(host_only) {
             let message = format!("{host_only} may not be dialled: it is a link-local, metadata or unspecified address");
             return Err(sources::Error::fatal(Code::Unprocessable, message));
         }
         let (http, refused) = egress::hypervisor(&settings.trust).map_err(|e| sources::Error::fatal(Code::Internal, e))?;
-        Ok(Self { http, refused, settings, session: Mutex::default() })
+        Ok(Self { http, refused, settings, budget, session: Mutex::default() })
+    }
+
+    /// The turns of whoever copies from this host.
+    pub fn budget(&self) -> &Arc<Budget> {
+        &self.budget
     }
 
     /// HOST[:PORT].

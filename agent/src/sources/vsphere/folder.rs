@@ -132,7 +132,10 @@ impl Remote {
         let (mut pause, mut wrong, mut renewed) = (Duration::from_millis(200), 0, false);
         loop {
             let asked = match self.client.session().await {
-                Ok(session) => self.range(&session, offset, length).await.map_err(|e| (e, Some(session))),
+                Ok(session) => {
+                    let _turn = self.client.budget().turn().await;
+                    self.range(&session, offset, length).await.map_err(|e| (e, Some(session)))
+                }
                 Err(e) => Err((e, None)),
             };
             let (error, session) = match asked {
@@ -140,7 +143,10 @@ impl Remote {
                 Err(failed) => failed,
             };
             let wait = match (&error, &session) {
-                (Error::Busy(wait), _) => (*wait).max(pause),
+                (Error::Busy(wait), _) => {
+                    self.client.budget().slow_down();
+                    (*wait).max(pause)
+                }
                 // The session ran out under the copy; a new one that is refused as well is an answer.
                 (Error::Fault(Fault::NotAuthenticated), Some(session)) if !renewed => {
                     self.client.forget(session).await;

@@ -14,6 +14,7 @@
 //! Never: makes anything at the source that is not noted before, keeps a password but in memory.
 //! A crash here leaves a session that ends by its idle time, and what the ledger names.
 
+pub mod budget;
 mod client;
 mod collect;
 mod folder;

@@ -367,12 +367,20 @@ struct Body {
 impl Body {
     fn open(lease: &Lease, device: &DeviceUrl) -> Result<Self, Error> {
         let client = lease.client.clone();
-        let mut answer = lease.runtime.block_on(async {
+        let opened = lease.runtime.block_on(async {
+            let turn = client.budget().turn().await;
             let session = client.session().await?;
-            client.nfc(&session, &device.url, &device.thumbprint).await
-        })?;
+            let answer = client.nfc(&session, &device.url, &device.thumbprint).await;
+            if matches!(answer, Err(Error::Busy(_))) {
+                client.budget().slow_down();
+            }
+            answer.map(|answer| (answer, turn))
+        });
+        let (mut answer, turn) = opened?;
         let (send, pieces) = mpsc::channel(16);
         lease.runtime.spawn(async move {
+            // It ends with the stream.
+            let _turn = turn;
             loop {
                 let piece = match answer.chunk().await {
                     Ok(Some(piece)) => Ok(piece),
