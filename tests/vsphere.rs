@@ -384,6 +384,17 @@ async fn a_hot_export_leaves_nothing_behind_whatever_happens() {
         nothing_left(&double, "kill -9").await;
     }
 
+    // Cancelled while the server says nothing: whoever waits for it stops waiting.
+    proxy.script(vec![rule("/fakenfc/", 0, usize::MAX, Fault::Hang(Duration::from_secs(50)))]);
+    let id = export(&fleet, running, "raw").await.expect(201).body["id"].as_str().unwrap().to_owned();
+    fleet.client.in_stage(&id, &["copying"], seconds(30)).await;
+    fleet.client.delete(&format!("/jobs/{id}")).await.expect(202);
+    let asked = Instant::now();
+    assert_eq!(fleet.client.ended(&id, seconds(30)).await["status"], "cancelled");
+    assert!(asked.elapsed() < seconds(10), "cancelled after {:?}", asked.elapsed());
+    proxy.script(vec![]);
+    nothing_left(&double, "cancel before a byte").await;
+
     // Cancelled: the bytes stop, and the snapshot goes.
     let wish = json!({"type": "export", "provider": "vc", "vm_name": running, "format": "raw", "options": {"bandwidth_limit": 2 * MIB}});
     let id = fleet.client.create_job(wish).await;

@@ -36,7 +36,7 @@ pub struct Assignment {
     pub job: String,
     /// Its epoch.
     pub epoch: u64,
-    stop: AtomicU8,
+    stop: Arc<AtomicU8>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -79,6 +79,11 @@ impl Assignment {
             1 => Some(Stop::Park),
             _ => Some(Stop::Discard),
         }
+    }
+
+    /// The flag itself, for whoever waits where the worker cannot look.
+    pub fn stopping(&self) -> Arc<AtomicU8> {
+        self.stop.clone()
     }
 
     /// Asks the worker to stop; a discard is not taken back by a later park.
@@ -138,7 +143,7 @@ impl Table {
         let assignment = Arc::new(Assignment {
             job: job.to_owned(),
             epoch,
-            stop: AtomicU8::new(0),
+            stop: Arc::default(),
             state: Mutex::new(State { stage: "preparing".to_owned(), ..State::default() }),
             changed: Condvar::new(),
         });

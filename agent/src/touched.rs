@@ -65,6 +65,10 @@ impl crate::sources::Touch for Pen<'_> {
         self.note(|touched| touched.leases.push(id.to_owned()))
     }
 
+    fn stopping(&self) -> crate::sources::Stopping {
+        self.held.stopping()
+    }
+
     fn log(&self, text: String) {
         self.agent.table.log(self.held, "info", "preparing", text);
     }

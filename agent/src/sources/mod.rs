@@ -58,6 +58,9 @@ pub struct Beside {
     pub size: u64,
 }
 
+/// Not 0 once the job is to stop: whoever waits for a server looks at it.
+pub type Stopping = Arc<std::sync::atomic::AtomicU8>;
+
 /// How a source tells what it is about to touch, and how it has chosen to read.
 pub trait Touch {
     /// The job.
@@ -68,6 +71,9 @@ pub trait Touch {
 
     /// A lease of this id was given. Durable when it returns.
     fn lease(&self, id: &str) -> std::io::Result<()>;
+
+    /// Whether the job is to stop.
+    fn stopping(&self) -> Stopping;
 
     /// A line of the job's log.
     fn log(&self, text: String);

@@ -90,6 +90,15 @@ impl Error {
         }
     }
 
+    /// A refusal that somebody else's work, or the end of a session, is the cause of.
+    fn is_of_the_moment(&self) -> bool {
+        match self {
+            Self::Fault(Fault::NotAuthenticated) => true,
+            Self::Fault(Fault::Other(kind, _)) => matches!(kind.as_str(), "TaskInProgress" | "ConcurrentAccess" | "task"),
+            _ => false,
+        }
+    }
+
     /// For whoever asked. `host` is named, nothing else of the settings is.
     pub fn told(&self, host: &str) -> sources::Error {
         let (code, message) = match self {
@@ -108,7 +117,7 @@ impl Error {
             Self::Fault(fault) => (Code::BadGateway, format!("{host}: {fault}")),
             Self::Odd(what) => (Code::BadGateway, format!("{host}: {what}")),
         };
-        sources::Error { code, message, retryable: self.is_passing() || matches!(self, Self::Fault(Fault::NotAuthenticated)) }
+        sources::Error { code, message, retryable: self.is_passing() || self.is_of_the_moment() }
     }
 }
 

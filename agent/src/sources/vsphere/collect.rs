@@ -147,15 +147,23 @@ impl Changes {
     pub async fn next(&mut self, client: &Client, session: &Session, longest: Duration) -> Result<bool, Error> {
         let method = "WaitForUpdatesEx";
         let seconds = longest.as_secs();
-        let body = format!(
-            "<version>{}</version><options><maxWaitSeconds>{seconds}</maxWaitSeconds><maxObjectUpdates>100</maxObjectUpdates></options>",
-            wire::quote(&self.version)
-        );
-        let answer = client.call(session, method, &session.content.collector, &body, longest + CALL).await?;
-        let document = wire::parse(&answer).map_err(Error::Odd)?;
-        let Some(update) = wire::child(wire::response(&document, method)?, "returnval") else { return Ok(false) };
-        self.version = wire::text(update, "version").to_owned();
-        Ok(true)
+        let mut changed = false;
+        loop {
+            // What is truncated goes on at once.
+            let wait = if changed { 0 } else { seconds };
+            let body = format!(
+                "<version>{}</version><options><maxWaitSeconds>{wait}</maxWaitSeconds><maxObjectUpdates>{OBJECTS}</maxObjectUpdates></options>",
+                wire::quote(&self.version)
+            );
+            let answer = client.call(session, method, &session.content.collector, &body, longest + CALL).await?;
+            let document = wire::parse(&answer).map_err(Error::Odd)?;
+            let Some(update) = wire::child(wire::response(&document, method)?, "returnval") else { return Ok(changed) };
+            self.version = wire::text(update, "version").to_owned();
+            changed = true;
+            if wire::text(update, "truncated") != "true" {
+                return Ok(true);
+            }
+        }
     }
 
     /// Stops listening.

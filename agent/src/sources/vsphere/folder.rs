@@ -9,6 +9,7 @@
 //! A crash here costs the chunks in memory; the journal says where a copy goes on.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,6 +20,7 @@ use tokio::runtime::Handle;
 use super::client::{Client, Error};
 use super::wire::Fault;
 use crate::formats::{Disk, Extent, FormatError, Scratch};
+use crate::sources::Stopping;
 
 /// Bytes of a request.
 const CHUNK: u64 = 2 << 20;
@@ -30,6 +32,8 @@ const KEPT: usize = 16;
 const REQUEST: Duration = Duration::from_secs(60);
 /// How long a chunk is tried again.
 const PATIENCE: Duration = Duration::from_secs(180);
+/// How often a reader that waits looks whether its job is to stop.
+const LOOK: Duration = Duration::from_millis(300);
 /// How often a server may answer something else than the range before that is its last word.
 const WRONG: u32 = 5;
 
@@ -222,15 +226,16 @@ struct Chunked {
     /// Where the extent begins in its file.
     base: u64,
     slots: Mutex<BTreeMap<u64, Arc<Slot>>>,
+    stopping: Stopping,
 }
 
 impl Flat {
     /// Of extents in order: length in bytes, and the file with the offset in it.
-    pub fn new(extents: Vec<(u64, Option<FileAt>)>) -> Self {
+    pub fn new(extents: Vec<(u64, Option<FileAt>)>, stopping: &Stopping) -> Self {
         let mut start = 0;
         let mut parts = Vec::with_capacity(extents.len());
         for (len, file) in extents {
-            let file = file.map(|(remote, base)| Chunked { remote, base, slots: Mutex::default() });
+            let file = file.map(|(remote, base)| Chunked { remote, base, slots: Mutex::default(), stopping: stopping.clone() });
             parts.push(Part { start, len, file });
             start += len;
         }
@@ -272,7 +277,11 @@ impl Chunked {
             let slot = self.slot(number, end);
             let mut bytes = slot.bytes.lock().unwrap_or_else(PoisonError::into_inner);
             while bytes.is_none() {
-                bytes = slot.there.wait(bytes).unwrap_or_else(PoisonError::into_inner);
+                // A server that says nothing must not keep a job from being cancelled.
+                if self.stopping.load(Ordering::Acquire) != 0 {
+                    return Err(FormatError::Io(std::io::ErrorKind::Interrupted.into()));
+                }
+                bytes = slot.there.wait_timeout(bytes, LOOK).unwrap_or_else(PoisonError::into_inner).0;
             }
             let chunk = match bytes.as_ref() {
                 Some(Ok(chunk)) => chunk,

@@ -36,7 +36,7 @@ use self::folder::{DatastorePath, Flat, Remote};
 use self::inventory::Found;
 use self::nfc::{Lease, Streamed};
 use self::wire::MoRef;
-use super::{Error, Opened, Source, Touch};
+use super::{Error, Opened, Source, Stopping, Touch};
 use crate::formats::{Disk, Extent, FormatError, Scratch, vmdk};
 use crate::touched::Touched;
 
@@ -71,7 +71,7 @@ impl Vsphere {
             .ok_or_else(|| Error::fatal(Code::NotFound, format!("the VM {vm_id:?} is not at {} any more", self.client.host())))
     }
 
-    fn disk(&self, found: &Found, disk: &shared::vm::Disk) -> Result<Opened, Error> {
+    fn disk(&self, found: &Found, disk: &shared::vm::Disk, stopping: &Stopping) -> Result<Opened, Error> {
         let odd = |what: String| Error::fatal(Code::BadImage, format!("{}: {what}", disk.source));
         let path = DatastorePath::parse(&disk.source).ok_or_else(|| odd("that is no file of a datastore".to_owned()))?;
         let open = |path: &DatastorePath| {
@@ -101,7 +101,7 @@ impl Vsphere {
             identity.push_str(&remote.identity());
             extents.push((line.len, Some((remote, base))));
         }
-        let flat = Flat::new(extents);
+        let flat = Flat::new(extents, stopping);
         let capacity = crate::formats::Disk::capacity(&flat);
         if capacity != disk.capacity {
             return Err(odd(format!("it describes {capacity} bytes, the VM's disk has {}", disk.capacity)));
@@ -118,8 +118,8 @@ impl Vsphere {
         Err(Error::fatal(Code::Unprocessable, format!("{} cannot be exported: {}", found.vm.path, found.vm.problem)))
     }
 
-    fn by_ranges(&self, found: &Found) -> Result<Vec<Opened>, Error> {
-        found.vm.disks.iter().map(|disk| self.disk(found, disk)).collect()
+    fn by_ranges(&self, found: &Found, stopping: &Stopping) -> Result<Vec<Opened>, Error> {
+        found.vm.disks.iter().map(|disk| self.disk(found, disk, stopping)).collect()
     }
 
     /// Through a lease of the VM or of a snapshot.
@@ -133,7 +133,7 @@ impl Vsphere {
             // By the device's key where the server tells it, else by its place.
             let key = found.keys.get(place).copied();
             let by_key = lease.disks.iter().position(|device| key.is_some() && device.key == key);
-            let streamed = Streamed::new(lease.clone(), by_key.unwrap_or(place), disk.capacity);
+            let streamed = Streamed::new(lease.clone(), by_key.unwrap_or(place), disk.capacity, touch.stopping());
             let streamed = streamed.ok_or_else(|| {
                 let message = format!("{}: the lease has {} disks, the VM has {}", found.vm.path, lease.disks.len(), found.vm.disks.len());
                 Error::fatal(Code::BadGateway, message)
@@ -250,14 +250,14 @@ impl Source for Vsphere {
                 format!("{} is {} and has {} snapshots: only a job reads it", found.vm.path, found.vm.power_state, found.vm.snapshots);
             return Err(Error::fatal(Code::Unprocessable, message));
         }
-        let disks = self.by_ranges(&found)?;
+        let disks = self.by_ranges(&found, &Stopping::default())?;
         Ok((found.vm, disks))
     }
 
     fn open_for(&self, vm_id: &str, touch: &dyn Touch) -> Result<(Vm, Vec<Opened>), Error> {
         let found = self.exportable(vm_id)?;
         let disks = match (found.vm.power_state.as_str(), found.vm.snapshots) {
-            (OFF, 0) => match self.by_ranges(&found) {
+            (OFF, 0) => match self.by_ranges(&found, &touch.stopping()) {
                 Ok(disks) => {
                     touch.log(format!("{} is off: its disks are read by ranges from {}", found.vm.path, self.client.host()));
                     disks

@@ -23,11 +23,14 @@ use super::collect::{self, property};
 use super::wire::{Fault, MoRef, children, number, text};
 use crate::formats::vmdk::stream::Splitter;
 use crate::formats::{Disk, Extent, FormatError, Packing, Scratch, UNIT};
+use crate::sources::Stopping;
 
 /// Bytes of the disk that are kept behind the furthest reader, for those that are slower.
 const FLOOR: u64 = 64 << 20;
 /// Bytes of the disk that may be in memory before somebody asks for them.
 const AHEAD: u64 = 32 << 20;
+/// How often a reader that waits looks whether its job is to stop.
+const LOOK: Duration = Duration::from_millis(300);
 /// How often a stream may break.
 const TRIES: u32 = 5;
 /// How long a server may take to make a lease ready.
@@ -210,6 +213,7 @@ pub struct Streamed {
     capacity: u64,
     shared: Arc<Shared>,
     started: AtomicBool,
+    stopping: Stopping,
 }
 
 /// Bytes of a grain; the specification allows others, nobody streams them.
@@ -217,11 +221,11 @@ const GRAIN: u64 = UNIT as u64;
 
 impl Streamed {
     /// The lease's disk number `index`, which has so many bytes.
-    pub fn new(lease: Arc<Lease>, index: usize, capacity: u64) -> Option<Self> {
+    pub fn new(lease: Arc<Lease>, index: usize, capacity: u64, stopping: Stopping) -> Option<Self> {
         let device = lease.disks.get(index).cloned()?;
         let state = State { grains: BTreeMap::new(), passed: 0, wanted: 0, ended: None, closed: false };
         let shared = Arc::new(Shared { state: Mutex::new(state), news: Condvar::new() });
-        Some(Self { lease, device, capacity, shared, started: AtomicBool::new(false) })
+        Some(Self { lease, device, capacity, shared, started: AtomicBool::new(false), stopping })
     }
 
     fn start(&self) {
@@ -267,7 +271,9 @@ impl Streamed {
             match &state.ended {
                 Some(Ok(())) => return Ok(None),
                 Some(Err(message)) => return Err(FormatError::Io(io::Error::other(message.clone()))),
-                None => state = self.shared.news.wait(state).unwrap_or_else(PoisonError::into_inner),
+                // A server that says nothing must not keep a job from being cancelled.
+                None if self.stopping.load(Ordering::Acquire) != 0 => return Err(FormatError::Io(io::ErrorKind::Interrupted.into())),
+                None => state = self.shared.news.wait_timeout(state, LOOK).unwrap_or_else(PoisonError::into_inner).0,
             }
         }
     }
