@@ -7,6 +7,7 @@
 //! Never: writes a password anywhere. A crash here leaves sessions that end by their idle time.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -34,6 +35,8 @@ pub struct Hypervisors {
     budgets: Mutex<BTreeMap<String, Arc<Budget>>>,
     kept: Mutex<BTreeMap<String, Kept>>,
     listening: Mutex<BTreeSet<String>>,
+    /// The process goes: nobody listens any more.
+    leaving: AtomicBool,
     /// Connections whose inventory has changed.
     stale: Mutex<BTreeSet<String>>,
 }
@@ -152,6 +155,9 @@ fn listen(agent: &Arc<Agent>, name: &str) {
     loop {
         let connection = agent.connections.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned();
         let Some(connection) = connection.filter(|connection| connection.kind == VSPHERE) else { break };
+        if agent.hypervisors.leaving.load(Ordering::Acquire) {
+            return;
+        }
         let client = match agent.hypervisors.client(&connection, agent.config.vsphere_streams) {
             Ok(client) => client,
             Err(_) => break,
@@ -169,6 +175,7 @@ fn listen(agent: &Arc<Agent>, name: &str) {
                 wait(agent, CALM.saturating_sub(began.elapsed()));
             }
             Ok(false) => {}
+            Err(_) if agent.hypervisors.leaving.load(Ordering::Acquire) => return,
             Err(e) => {
                 tracing::debug!(connection = name, error = %e, "nobody listens to this hypervisor for a moment");
                 // What changed meanwhile is seen by looking.
@@ -188,6 +195,8 @@ fn wait(agent: &Agent, pause: Duration) {
 
 /// Ends all sessions: the process goes.
 pub async fn leave(agent: &Agent) {
+    // With its session a question for changes ends, too.
+    agent.hypervisors.leaving.store(true, Ordering::Release);
     for client in agent.hypervisors.without(&BTreeMap::new()) {
         client.log_out().await;
     }

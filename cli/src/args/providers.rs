@@ -54,7 +54,7 @@ pub struct Connect {
     /// vsphere: who logs in
     #[arg(long)]
     pub username: Option<String>,
-    /// vsphere: SHA-256 of the server's certificate, where no authority vouches for it
+    /// vsphere: SHA-256 of its certificate, where no authority vouches
     #[arg(long, conflicts_with = "host_insecure")]
     pub host_fingerprint: Option<String>,
     /// vsphere: take any certificate
