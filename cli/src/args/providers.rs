@@ -33,12 +33,17 @@ pub enum ProvidersAction {
     Capabilities,
 }
 
+/// What stands below the options.
+const HELP: &str = "\
+The password of a hypervisor comes from HYPERSDK_PROVIDER_PASSWORD (or
+..._FILE), is typed, or is the first line of standard input.
+
+  hypersdk providers connect local --path /srv/images
+  hypersdk providers connect vsphere --host vc.example.org --username backup";
+
 /// `hypersdk providers connect`
 #[derive(Args)]
-#[command(
-    after_help = "The password of a hypervisor comes from HYPERSDK_PROVIDER_PASSWORD (or ..._FILE), is typed, or is the first line of standard input.\n\n\
-    hypersdk providers connect local --path /srv/images\n  hypersdk providers connect vsphere --host vcenter.example.org --username backup@vsphere.local"
-)]
+#[command(after_help = HELP)]
 pub struct Connect {
     /// Its kind: local, vsphere
     pub kind: String,
