@@ -24,7 +24,7 @@ use crate::sources::{Error, Source};
 /// The kind of connections that are served here.
 pub const VSPHERE: &str = "vsphere";
 /// Between two tries to listen to a server that does not answer.
-const PAUSE: Duration = Duration::from_secs(5);
+const PAUSE: Duration = Duration::from_secs(2);
 /// Changes closer together than this are told at once.
 const CALM: Duration = Duration::from_secs(1);
 

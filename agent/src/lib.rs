@@ -75,10 +75,13 @@ struct Agent {
     hypervisors: hypervisors::Hypervisors,
     /// Held by whoever undoes what earlier attempts have left.
     reaping: Mutex<()>,
+    undoing: touched::Undoing,
     /// Connections by name: those of this host's settings and those that people made by REST.
     connections: Mutex<BTreeMap<String, v1::Connection>>,
     /// The inventory as it was sent last, to send only changes.
     sent: Mutex<BTreeMap<String, String>>,
+    /// Looks at one connection come one after another: an older one must not be told behind a newer.
+    looking: Mutex<BTreeMap<String, Arc<Mutex<()>>>>,
     last_heard: Mutex<Instant>,
     /// As whom bytes are sent and fetched; none before the first session.
     identity: Mutex<Option<Arc<Identity>>>,
@@ -125,8 +128,10 @@ impl Agent {
             catalogue: tokio::sync::Notify::new(),
             hypervisors: hypervisors::Hypervisors::default(),
             reaping: Mutex::default(),
+            undoing: touched::Undoing::default(),
             connections: Mutex::new(own),
             sent: Mutex::default(),
+            looking: Mutex::default(),
             last_heard: Mutex::new(Instant::now()),
             identity: Mutex::default(),
             transfers: Arc::new(Semaphore::new(transfer::AT_ONCE)),
@@ -250,6 +255,8 @@ impl Agent {
             None => always || connection.kind != hypervisors::VSPHERE,
         };
         for connection in connections.values().filter(is_due) {
+            let turn = self.looking.lock().unwrap_or_else(|e| e.into_inner()).entry(connection.name.clone()).or_default().clone();
+            let _turn = turn.lock().unwrap_or_else(|e| e.into_inner());
             let (vms, error) = match self.source(connection).and_then(|source| source.inventory()) {
                 Ok(vms) => (vms, String::new()),
                 Err(e) => (Vec::<Vm>::new(), e.message),

@@ -6,8 +6,9 @@
 //! Owns: `jobs/JOBID.touched` and the reaper. Never: forgets a thing before it is gone at the source, undoes what a running attempt needs.
 //! A crash here costs nothing: what is noted stays noted.
 
+use std::collections::BTreeSet;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use proto::v1;
 use serde::{Deserialize, Serialize};
@@ -33,7 +34,7 @@ pub struct Touched {
 pub struct Pen<'a> {
     agent: &'a Agent,
     held: &'a crate::held::Assignment,
-    touched: std::sync::Mutex<Touched>,
+    touched: Mutex<Touched>,
 }
 
 impl<'a> Pen<'a> {
@@ -41,7 +42,7 @@ impl<'a> Pen<'a> {
     pub fn new(agent: &'a Agent, held: &'a crate::held::Assignment, connection: &v1::Connection, vm: &str) -> Self {
         let connection = (connection.name.clone(), connection.kind.clone(), connection.path.clone());
         let touched = Touched { connection, vm: vm.to_owned(), ..Touched::default() };
-        Self { agent, held, touched: std::sync::Mutex::new(touched) }
+        Self { agent, held, touched: Mutex::new(touched) }
     }
 
     fn note(&self, change: impl FnOnce(&mut Touched)) -> io::Result<()> {
@@ -78,10 +79,61 @@ fn file(job: &str) -> String {
     format!("{job}.touched")
 }
 
+/// Jobs whose notes somebody works on. The reaper and a job's own worker must not: the one would forget what the other has just noted.
+#[derive(Default)]
+pub struct Undoing {
+    jobs: Mutex<BTreeSet<String>>,
+    done: Condvar,
+}
+
+impl Undoing {
+    fn jobs(&self) -> MutexGuard<'_, BTreeSet<String>> {
+        self.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until nobody else works on the job's notes.
+    fn wait(&self, job: &str) -> Turn<'_> {
+        let mut jobs = self.jobs();
+        while !jobs.insert(job.to_owned()) {
+            jobs = self.done.wait(jobs).unwrap_or_else(PoisonError::into_inner);
+        }
+        Turn { undoing: self, job: job.to_owned() }
+    }
+
+    /// None where somebody works on the job's notes, or where `is_wanted` says, before anybody else can begin, that they are not to be touched.
+    fn take(&self, job: &str, is_wanted: impl FnOnce() -> bool) -> Option<Turn<'_>> {
+        let mut jobs = self.jobs();
+        (is_wanted() && jobs.insert(job.to_owned())).then(|| Turn { undoing: self, job: job.to_owned() })
+    }
+}
+
+struct Turn<'a> {
+    undoing: &'a Undoing,
+    job: String,
+}
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.undoing.jobs().remove(&self.job);
+        self.undoing.done.notify_all();
+    }
+}
+
 /// Undoes what an ended attempt has touched. What cannot be undone now stays noted, and the reaper comes back to it.
 pub fn undo(agent: &Agent, job: &str) {
+    let _turn = agent.undoing.wait(job);
+    undo_noted(agent, job);
+}
+
+fn undo_noted(agent: &Agent, job: &str) {
     let noted = match vault::read_optional(agent.ledger.dir(), &file(job)) {
-        Ok(Some(bytes)) => serde_json::from_slice::<Touched>(&bytes).unwrap_or_default(),
+        Ok(Some(bytes)) => match serde_json::from_slice::<Touched>(&bytes) {
+            Ok(noted) => noted,
+            Err(e) => {
+                tracing::error!(job, error = %e, "what a job has touched is no JSON that can be read; its file stays");
+                return;
+            }
+        },
         Ok(None) => return,
         Err(e) => {
             tracing::error!(job, error = %e, "what a job has touched cannot be read");
@@ -113,8 +165,9 @@ pub fn reap(agent: &Arc<Agent>) {
     for entry in entries.flatten() {
         let Ok(name) = entry.file_name().into_string() else { continue };
         let Some(job) = name.strip_suffix(".touched") else { continue };
-        if agent.table.get(job).is_none_or(|held| held.is_over()) {
-            undo(agent, job);
+        // Whoever is in the table now has a worker that waits for this turn before it notes anything.
+        if let Some(_turn) = agent.undoing.take(job, || agent.table.get(job).is_none_or(|held| held.is_over())) {
+            undo_noted(agent, job);
         }
     }
 }

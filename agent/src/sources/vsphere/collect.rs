@@ -130,17 +130,20 @@ pub fn returned(answer: &str, method: &str) -> Result<MoRef, Error> {
 /// Something that tells when properties change.
 pub struct Changes {
     view: View,
-    filter: MoRef,
+    /// One of its own: others ask the session's, and whoever shares a collector shares its waiting.
+    collector: MoRef,
     version: String,
 }
 
 impl Changes {
     /// Begins to listen; what is the case now counts as the first change.
     pub async fn begin(client: &Client, session: &Session, wanted: &Wanted<'_>) -> Result<Self, Error> {
+        let answer = client.call(session, "CreatePropertyCollector", &session.content.collector, "", CALL).await?;
+        let collector = returned(&answer, "CreatePropertyCollector")?;
         let view = View::open(client, session, wanted).await?;
         let body = format!("<spec>{}</spec><partialUpdates>false</partialUpdates>", filter(wanted, &view.reference));
-        let answer = client.call(session, "CreateFilter", &session.content.collector, &body, CALL).await?;
-        Ok(Self { view, filter: returned(&answer, "CreateFilter")?, version: String::new() })
+        client.call(session, "CreateFilter", &collector, &body, CALL).await?;
+        Ok(Self { view, collector, version: String::new() })
     }
 
     /// Waits up to `longest` for a change; whether there was one.
@@ -155,7 +158,7 @@ impl Changes {
                 "<version>{}</version><options><maxWaitSeconds>{wait}</maxWaitSeconds><maxObjectUpdates>{OBJECTS}</maxObjectUpdates></options>",
                 wire::quote(&self.version)
             );
-            let answer = client.call(session, method, &session.content.collector, &body, longest + CALL).await?;
+            let answer = client.call(session, method, &self.collector, &body, longest + CALL).await?;
             let document = wire::parse(&answer).map_err(Error::Odd)?;
             let Some(update) = wire::child(wire::response(&document, method)?, "returnval") else { return Ok(changed) };
             self.version = wire::text(update, "version").to_owned();
@@ -169,7 +172,7 @@ impl Changes {
     /// Stops listening.
     pub async fn end(self, client: &Client, session: &Session) {
         // What stays ends with its session.
-        let _ = client.call(session, "DestroyPropertyFilter", &self.filter, "", CALL).await;
+        let _ = client.call(session, "DestroyPropertyCollector", &self.collector, "", CALL).await;
         self.view.close(client, session).await;
     }
 }

@@ -128,16 +128,21 @@ impl Vsphere {
         let note = |id: &str| touch.lease(id);
         let lease =
             self.runtime.block_on(Lease::begin(&self.client, &self.runtime, method, of, total, &note)).map_err(|e| self.told(&e))?;
+        let disagree = |what: &str| {
+            let (given, known) = (lease.disks.len(), found.vm.disks.len());
+            Error::fatal(Code::BadGateway, format!("{}: the lease has {given} disks, the VM has {known}{what}", found.vm.path))
+        };
+        if lease.disks.len() != found.vm.disks.len() {
+            return Err(disagree(""));
+        }
         let mut opened = Vec::with_capacity(found.vm.disks.len());
         for (place, disk) in found.vm.disks.iter().enumerate() {
-            // By the device's key where the server tells it, else by its place.
+            // By the device's key; of several disks none is guessed by its place, which might swap two of one size.
             let key = found.keys.get(place).copied();
             let by_key = lease.disks.iter().position(|device| key.is_some() && device.key == key);
-            let streamed = Streamed::new(lease.clone(), by_key.unwrap_or(place), disk.capacity, touch.stopping());
-            let streamed = streamed.ok_or_else(|| {
-                let message = format!("{}: the lease has {} disks, the VM has {}", found.vm.path, lease.disks.len(), found.vm.disks.len());
-                Error::fatal(Code::BadGateway, message)
-            })?;
+            let index = by_key.or((lease.disks.len() == 1).then_some(0));
+            let streamed = index.and_then(|index| Streamed::new(lease.clone(), index, disk.capacity, touch.stopping()));
+            let streamed = streamed.ok_or_else(|| disagree(", and the server does not say which is which"))?;
             // A snapshot is another one each time; the VM itself is the same as long as it is not changed.
             let identity = format!("{method}:{}:{}:{}", of.value, found.change_version, disk.source);
             opened.push(Opened { name: disk.name.clone(), snapshot: None, disk: Arc::new(streamed), identity });
