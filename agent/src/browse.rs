@@ -13,8 +13,8 @@ use shared::ids::JobId;
 use shared::sniff;
 use shared::vault::{self, Dir, Vault};
 
-use crate::Agent;
 use crate::sources::Error;
+use crate::{Agent, points};
 
 /// Most entries of one answer.
 const MOST: u32 = 1000;
@@ -49,7 +49,14 @@ pub fn remove_export(agent: &Agent, wanted: &v1::RemoveExport) -> Result<Value, 
         return Err(Error::fatal(Code::OutsideRoots, format!("{} lies in a root that is only read", wanted.destination)));
     }
     let removed = match agent.vault.open_dir(&wanted.destination) {
-        Ok(folder) => remove(&folder, job.as_str()).map_err(|source| refused(vault::Error::Io { path: place.named(), source }))?,
+        Ok(folder) => {
+            let failed = |source| refused(vault::Error::Io { path: place.named(), source });
+            if let Some(over) = points::over(&folder, job.as_str()).map_err(failed)?.first() {
+                let message = format!("the restore point {over} lies over {job}, which therefore stays; remove the later one first");
+                return Err(Error::fatal(Code::Conflict, message));
+            }
+            remove(&folder, job.as_str()).map_err(failed)?
+        }
         Err(e) if e.code() == Code::NotFound => false,
         Err(e) => return Err(refused(e)),
     };

@@ -8,15 +8,16 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use shared::error::Code;
-use shared::manifest::{self, FileEntry, Signed};
+use shared::manifest::{self, FileEntry, Over, Signed};
 use shared::options::{Algorithm, Format, Options};
 use shared::progress::Progress;
 use shared::vault::{self, Dir};
 
+use crate::formats::FormatError;
 use crate::journal::Journal;
 use crate::pipeline::{self, PartDir, Snapshot, Stage, Watch};
 use crate::sources::local::{Local, OpenOptions};
-use crate::{identity, proof, worker};
+use crate::{identity, points, proof, worker};
 
 /// What to convert.
 pub struct Request {
@@ -293,7 +294,13 @@ pub fn verify(path: &Path, trust: Option<&str>) -> Result<Verdict, Error> {
     let (bytes, from) = found.map_err(|e| Error::path(path, &e))?;
     let (manifest, signed) = Signed::open(&bytes, trust).map_err(|e| Error::new(Code::VerificationFailed, format!("{from}: {e}")))?;
     let opener = |name: &str| vault::open_regular(&folder, Path::new(name));
-    let report = pipeline::verify_files(&manifest, &opener, &|_| true)?;
+    // A layer of a chain: the points beneath lie beside the folder that it is in.
+    let points = real.parent().map(|folder| vault::open_user_dir_of(folder, false));
+    let below = |over: &Over| match &points {
+        Some(Ok((points, _))) => points::below(points, over),
+        _ => Err(FormatError::Unsupported(format!("it lies over {} of {}, which is not beside its folder", over.file, over.job))),
+    };
+    let report = pipeline::verify_files_at(&manifest, &opener, &below, None, &|_| true)?;
     Ok(Verdict {
         intact: report.intact(),
         signer: manifest::fingerprint(&signed.public_key),

@@ -15,7 +15,7 @@ use shared::vm::Vm;
 use crate::sources::file::FileSource;
 use crate::sources::local::Depth;
 use crate::sources::{Error, Opened};
-use crate::{Agent, config, pipeline, proof, worker};
+use crate::{Agent, config, pipeline, points, proof, worker};
 
 /// How long data is counted; the controller waits 10 s for the whole answer.
 const COUNT: Duration = Duration::from_secs(6);
@@ -24,15 +24,20 @@ const COUNT: Duration = Duration::from_secs(6);
 /// "destination": {"root","path","free_bytes","total_bytes"}, "taken"}`.
 pub fn inspect(agent: &Agent, asked: &v1::Inspect) -> Result<Value, Error> {
     let kind = JobType::from_word(&asked.r#type);
-    let file = if asked.source.is_empty() { None } else { Some(FileSource::find(&agent.vault, &asked.source)?) };
-    let manifest = match (&file, kind) {
-        (Some(file), Some(JobType::Verify)) => manifest(file)?,
+    let point = if asked.source.is_empty() { None } else { points::find(&agent.vault, &asked.source)? };
+    let file = if asked.source.is_empty() || point.is_some() { None } else { Some(FileSource::find(&agent.vault, &asked.source)?) };
+    let manifest = match (&point, &file, kind) {
+        (Some(found), _, Some(JobType::Verify)) => Some((points::manifests(&found.points, &found.point)?.0, points::FILE.to_owned())),
+        (_, Some(file), Some(JobType::Verify)) => manifest(file)?,
         _ => None,
     };
     let mut answer = match &manifest {
         Some((manifest, name)) => of_manifest(manifest, name),
-        None => of_disks(agent, asked, file.as_ref())?,
+        None => of_disks(agent, asked, file.as_ref(), point.as_ref())?,
     };
+    if let Some(found) = &point {
+        answer["source"] = json!(found.named);
+    }
     if let Some(file) = &file {
         answer["source"] = json!(file.named);
         answer["size"] = json!(file.size);
@@ -72,16 +77,17 @@ fn of_manifest(manifest: &Manifest, name: &str) -> Value {
     json!({"vm": manifest.vm, "disks": disks, "data_bytes": data, "manifest": name, "files": []})
 }
 
-fn of_disks(agent: &Agent, asked: &v1::Inspect, file: Option<&FileSource>) -> Result<Value, Error> {
-    let (vm, opened): (Vm, Vec<Opened>) = match (file, &asked.connection) {
-        (Some(file), _) => {
+fn of_disks(agent: &Agent, asked: &v1::Inspect, file: Option<&FileSource>, point: Option<&points::Found>) -> Result<Value, Error> {
+    let (vm, opened): (Vm, Vec<Opened>) = match (point, file, &asked.connection) {
+        (Some(found), ..) => points::open(&found.points, &found.point)?,
+        (_, Some(file), _) => {
             let (vm, mut opened) = file.open(Depth::Structure)?;
             if asked.include_snapshots {
                 opened.extend(file.open_snapshots()?);
             }
             (vm, opened)
         }
-        (None, Some(connection)) => {
+        (_, None, Some(connection)) => {
             let source = agent.source(connection)?;
             let (vm, mut opened) = source.look(&asked.vm_id)?;
             if asked.include_snapshots {
@@ -89,7 +95,7 @@ fn of_disks(agent: &Agent, asked: &v1::Inspect, file: Option<&FileSource>) -> Re
             }
             (vm, opened)
         }
-        (None, None) => return Err(Error::fatal(Code::BadRequest, "neither a source nor a connection is named")),
+        (_, None, None) => return Err(Error::fatal(Code::BadRequest, "neither a source nor a connection is named")),
     };
     let deadline = Instant::now() + COUNT;
     let mut disks = Vec::with_capacity(opened.len());

@@ -21,6 +21,7 @@ mod inspect;
 pub mod journal;
 mod ledger;
 pub mod pipeline;
+mod points;
 mod proof;
 mod pull;
 mod session;
@@ -76,6 +77,7 @@ struct Agent {
     /// Held by whoever undoes what earlier attempts have left.
     reaping: Mutex<()>,
     undoing: touched::Undoing,
+    freezing: touched::Freezing,
     /// Connections by name: those of this host's settings and those that people made by REST.
     connections: Mutex<BTreeMap<String, v1::Connection>>,
     /// The inventory as it was sent last, to send only changes.
@@ -129,6 +131,7 @@ impl Agent {
             hypervisors: hypervisors::Hypervisors::default(),
             reaping: Mutex::default(),
             undoing: touched::Undoing::default(),
+            freezing: touched::Freezing::default(),
             connections: Mutex::new(own),
             sent: Mutex::default(),
             looking: Mutex::default(),

@@ -90,7 +90,10 @@ pub fn write_manifests(folder: &Dir, key: &SigningKey, job: &str, vm: &str, outc
             disks: group
                 .disks
                 .iter()
-                .map(|disk| DiskEntry::new(&disk.name, &disk.file, disk.member.clone(), disk.capacity, &disk.blocks))
+                .map(|disk| {
+                    let entry = DiskEntry::new(&disk.name, &disk.file, disk.member.clone(), disk.capacity, &disk.blocks);
+                    DiskEntry { over: disk.over.clone(), ..entry }
+                })
                 .collect(),
             files: group.files,
             receipt: outcome.receipt.clone(),

@@ -3,18 +3,22 @@
 //! ```text
 //! note (durable) ─► make ─► … ─► attempt ends ─► undo ─► forget          crash anywhere: the reaper undoes what is noted
 //! ```
-//! Owns: `jobs/JOBID.touched` and the reaper. Never: forgets a thing before it is gone at the source, undoes what a running attempt needs.
+//! Owns: `jobs/JOBID.touched`, the reaper, and that one job at a time freezes a VM. Never: forgets a thing before it is gone at the source, undoes what a running attempt needs.
 //! A crash here costs nothing: what is noted stays noted.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use proto::v1;
 use serde::{Deserialize, Serialize};
 use shared::vault;
 
 use crate::Agent;
+
+/// How often a job that waits for a VM looks whether it is to stop.
+const LOOK: Duration = Duration::from_millis(300);
 
 /// What one attempt has touched of one VM.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,6 +32,8 @@ pub struct Touched {
     pub snapshots: Vec<String>,
     /// Ids of leases.
     pub leases: Vec<String>,
+    /// The tracking of changes was or will be switched on, and no restore point needs it yet.
+    pub tracking: bool,
 }
 
 /// The pen of one attempt.
@@ -58,12 +64,19 @@ impl crate::sources::Touch for Pen<'_> {
         &self.held.job
     }
 
+    /// Waits until no other job has the VM frozen: a removal of a snapshot must not meet the making of the next.
     fn snapshot(&self, name: &str) -> io::Result<()> {
+        let vm = { self.touched.lock().unwrap_or_else(PoisonError::into_inner).clone() };
+        self.agent.freezing.take(&format!("{} {}", vm.connection.0, vm.vm), self.held)?;
         self.note(|touched| touched.snapshots.push(name.to_owned()))
     }
 
     fn lease(&self, id: &str) -> io::Result<()> {
         self.note(|touched| touched.leases.push(id.to_owned()))
+    }
+
+    fn tracking(&self) -> io::Result<()> {
+        self.note(|touched| touched.tracking = true)
     }
 
     fn stopping(&self) -> crate::sources::Stopping {
@@ -116,6 +129,44 @@ impl Drop for Turn<'_> {
     fn drop(&mut self) {
         self.undoing.jobs().remove(&self.job);
         self.undoing.done.notify_all();
+    }
+}
+
+/// A restore point relies on what was switched on: it stays.
+pub fn keep_tracking(agent: &Agent, job: &str) -> io::Result<()> {
+    let _turn = agent.undoing.wait(job);
+    let Some(bytes) = vault::read_optional(agent.ledger.dir(), &file(job))? else { return Ok(()) };
+    let noted: Touched = serde_json::from_slice(&bytes).map_err(io::Error::other)?;
+    let json = serde_json::to_vec(&Touched { tracking: false, ..noted }).map_err(io::Error::other)?;
+    vault::write_whole(agent.ledger.dir(), &file(job), &json)
+}
+
+/// VMs that a job has frozen, or is about to.
+#[derive(Default)]
+pub struct Freezing {
+    /// Jobs by VM.
+    vms: Mutex<BTreeMap<String, String>>,
+    done: Condvar,
+}
+
+impl Freezing {
+    /// Waits until nobody else has the VM, or the job is to stop.
+    fn take(&self, vm: &str, held: &crate::held::Assignment) -> io::Result<()> {
+        let mut vms = self.vms.lock().unwrap_or_else(PoisonError::into_inner);
+        while vms.get(vm).is_some_and(|job| *job != held.job) {
+            if held.stop().is_some() {
+                return Err(io::ErrorKind::Interrupted.into());
+            }
+            vms = self.done.wait_timeout(vms, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        vms.insert(vm.to_owned(), held.job.clone());
+        Ok(())
+    }
+
+    /// The job has nothing frozen any more.
+    pub fn give_back(&self, job: &str) {
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, holder| holder != job);
+        self.done.notify_all();
     }
 }
 

@@ -8,6 +8,7 @@
 //! A crash here costs one checkpoint: before the grant the journal resumes the copy; after it the kept result and the folder's name say
 //! whether the rename happened, and only this agent is given the job again.
 
+mod backup;
 mod catalogue;
 mod verify;
 
@@ -28,7 +29,7 @@ use crate::pipeline::{self, PartDir, Snapshot, SourceDisk, Stage, Watch};
 use crate::sources::file::FileSource;
 use crate::sources::local::Depth;
 use crate::sources::{self, Opened, Source};
-use crate::{Agent, proof, pull, touched};
+use crate::{Agent, points, proof, pull, touched};
 
 /// Data bytes between two checkpoints. A crash costs what is open, what waits or is being sealed and what is in the pipeline's slots: all
 /// together stay below the 64 MiB that are promised, however slow the disk syncs.
@@ -83,8 +84,13 @@ pub fn run(agent: &Agent, held: &Assignment, replaced: Option<Arc<Assignment>>, 
     }
     // An attempt that a crash ended may have left something at the source; this one makes its own.
     touched::undo(agent, &held.job);
-    let end = work(agent, held, assign).unwrap_or_else(|end| end);
+    let end = match (work(agent, held, assign).unwrap_or_else(|end| end), held.stop()) {
+        // Whoever was told to stop need not say what it was in the middle of.
+        (End::Failed(_), Some(stop)) => End::Stopped(stop),
+        (end, _) => end,
+    };
     touched::undo(agent, &held.job);
+    agent.freezing.give_back(&held.job);
     use v1::finished::Outcome;
     let outcome = match end {
         End::Completed(result) => Outcome::Completed(result),
@@ -174,14 +180,20 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
     let entry = Entry { job: held.job.clone(), epoch: held.epoch, destination, created };
     agent.ledger.write(&entry).map_err(|e| Failure::io("the ledger", &e))?;
 
-    let (mut vm, disks) = open_source(agent, held, assign, options.include_snapshots == Some(true))?;
+    let (mut vm, disks, backup) = match kind {
+        Some(JobType::Backup) => backup::open(agent, held, assign, &folder, options.full == Some(true))?,
+        _ => {
+            let (vm, disks) = open_source(agent, held, assign, options.include_snapshots == Some(true))?;
+            (vm, disks.into_iter().map(source_disk).collect(), None)
+        }
+    };
     if let Some(import) = &import {
         vm.name.clone_from(&import.name);
     }
     let job = pipeline::Job {
         id: held.job.clone(),
         vm,
-        disks: disks.into_iter().map(source_disk).collect(),
+        disks,
         format,
         compression: compression(format, &options),
         // Who asks for a level wants that level.
@@ -203,9 +215,18 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
         import.mark(&part).map_err(|e| Failure::io("the part folder", &e))?;
         result = import.describe(&result, &agent.config.images_connection);
     }
+    if let Some(backup) = &backup {
+        backup.write(&part, &outcome).map_err(|e| Failure::io("the restore point", &e))?;
+        result = backup.describe(&result, &published);
+    }
     vault::write_whole(agent.ledger.dir(), &result_name(&held.job), result.as_bytes()).map_err(|e| Failure::io("the result", &e))?;
 
-    commit(agent, held, || publish(agent, held, &folder, &job, name))?;
+    commit(agent, held, || {
+        if backup.is_some() {
+            touched::keep_tracking(agent, &held.job).map_err(|e| Failure::io("the ledger", &e))?;
+        }
+        publish(agent, held, &folder, &job, name)
+    })?;
     if import.is_some() {
         agent.catalogue.notify_one();
     }
@@ -319,7 +340,7 @@ fn counters_of(result: &str) -> Progress {
 /// An opened disk, for the pipeline.
 pub fn source_disk(opened: Opened) -> SourceDisk {
     let Opened { name, snapshot, disk, identity } = opened;
-    SourceDisk { name, snapshot, identity, disk }
+    SourceDisk { name, snapshot, identity, disk, base: None }
 }
 
 /// The disks to copy: those of a VM, or those in a file.
@@ -334,12 +355,22 @@ fn open_source(agent: &Agent, held: &Assignment, assign: &v1::Assign, with_snaps
         }
         return Ok((vm, disks));
     }
+    if let Some(found) = point_of(agent, assign)? {
+        let line = format!("{} is a restore point of {}: it is read with what lies beneath it", found.named, found.point.created_at);
+        agent.table.log(held, "info", "preparing", line);
+        return Ok(points::open(&found.points, &found.point).map_err(Failure::from)?);
+    }
     let source = find_source(agent, held, assign)?;
     let (vm, mut disks) = source.open(Depth::Digests).map_err(Failure::from)?;
     if with_snapshots {
         disks.extend(source.open_snapshots().map_err(Failure::from)?);
     }
     Ok((vm, disks))
+}
+
+/// The restore point that a job reads, where its source is one.
+fn point_of(agent: &Agent, assign: &v1::Assign) -> Result<Option<points::Found>, Failure> {
+    if crate::is_upload(&assign.source) { Ok(None) } else { Ok(points::find(&agent.vault, &assign.source)?) }
 }
 
 /// The file that a job reads: in a root of this host, or an upload, which is fetched from the controller first.

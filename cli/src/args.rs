@@ -2,6 +2,7 @@
 //!
 //! Owns: the clap tree. Never: does anything. A crash here costs nothing.
 
+mod backups;
 mod providers;
 
 use std::net::SocketAddr;
@@ -13,6 +14,7 @@ use clap_complete::Shell;
 use shared::ids::JobId;
 use shared::options::{Algorithm, Format, JobType};
 
+pub use self::backups::{Backup, Restore};
 pub use self::providers::{Connect, Providers, ProvidersAction};
 
 /// Heading of the options that every verb takes.
@@ -81,6 +83,10 @@ pub enum Verb {
     Vms(Vms),
     /// Export a VM to files
     Export(Export),
+    /// Make a restore point of a VM: what changed since the last one
+    Backup(Backup),
+    /// Make whole disks of a restore point, or list the points
+    Restore(Restore),
     /// List jobs, or act on one
     Jobs(Jobs),
     /// Print a job's log

@@ -35,9 +35,15 @@ pub async fn export(client: &Client, export: &Export, style: Style) -> Outcome {
     set("bandwidth_limit", export.bandwidth_limit.map(Value::from));
     set("priority", export.priority.map(Value::from));
     let body = json!({ "type": "export", "provider": provider, "vm_name": export.vm, "format": export.format, "options": options });
-    let job = client.post("/jobs", Some(&body)).await?;
+    let what = format!("{} from {} as {}", output::clean(&export.vm), output::clean(&provider), export.format);
+    make(client, &body, &what, export.detach, style).await
+}
+
+/// Makes a job and, unless told otherwise, stays until it has ended.
+pub async fn make(client: &Client, body: &Value, what: &str, detach: bool, style: Style) -> Outcome {
+    let job = client.post("/jobs", Some(body)).await?;
     let id = id_of(&job)?;
-    if export.detach {
+    if detach {
         return match style {
             Style::Json => output::json(&job),
             Style::Table => {
@@ -47,14 +53,14 @@ pub async fn export(client: &Client, export: &Export, style: Style) -> Outcome {
         };
     }
     if style == Style::Table {
-        output::remark(format!("{id}: {} from {} as {}", output::clean(&export.vm), output::clean(&provider), export.format));
+        output::remark(format!("{id}: {what}"));
     }
     let job = watch::follow(client, &id, watch::POLL).await?;
     conclude(&job, style)
 }
 
 /// The one connection that has a VM of this name, path or id.
-async fn provider_of(client: &Client, vm: &str) -> Result<String, Failure> {
+pub async fn provider_of(client: &Client, vm: &str) -> Result<String, Failure> {
     // A path is not searched for, its last part is; what comes back is compared whole.
     let part = vm.rsplit('/').next().unwrap_or(vm);
     let Listing { rows, .. } = client.list("/vms/list", &[("search", part.to_owned())], 1000).await?;

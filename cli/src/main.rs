@@ -10,6 +10,7 @@
 
 mod admin;
 mod args;
+mod backups;
 mod client;
 mod demo;
 mod failure;
@@ -79,6 +80,8 @@ async fn converse(cli: &Cli, verb: &Verb) -> Outcome {
         Verb::Logout => login::logout(&cli.server).await,
         Verb::Vms(args) => inventory::vms(&client()?, args, style).await,
         Verb::Export(args) => jobs::export(&client()?, args, style).await,
+        Verb::Backup(args) => backups::backup(&client()?, args, style).await,
+        Verb::Restore(args) => backups::restore(&client()?, args, style).await,
         Verb::Jobs(args) => jobs::jobs(&client()?, args, style).await,
         Verb::Logs(args) => watch::logs(&client()?, args, style).await,
         Verb::Watch(args) => watch::watch(&client()?, args, style).await,

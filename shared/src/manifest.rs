@@ -74,6 +74,21 @@ pub struct DiskEntry {
     pub root: String,
     /// Digest of each non-zero block, hex, by block number.
     pub blocks: BTreeMap<u64, String>,
+    /// What the file lies over, where it holds only what changed since; the blocks are those of the whole disk all the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub over: Option<Over>,
+}
+
+/// The disk beneath a layer: another restore point, in a folder beside the one of this manifest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Over {
+    /// The job that made it, which is its folder's name.
+    pub job: String,
+    /// The file in that folder.
+    pub file: String,
+    /// Root digest of the disk in it, hex.
+    pub root: String,
 }
 
 impl DiskEntry {
@@ -86,6 +101,7 @@ impl DiskEntry {
             capacity,
             root: hex::encode(blocks.root(capacity)),
             blocks: blocks.0.iter().map(|(index, digest)| (*index, hex::encode(digest))).collect(),
+            over: None,
         }
     }
 

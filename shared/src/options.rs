@@ -119,6 +119,9 @@ pub struct Options {
     /// Folder inside a configured root of the agent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub destination: Option<String>,
+    /// A backup that begins anew, over no earlier restore point; default false.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub full: Option<bool>,
     /// Read the output back and compare; default true.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verify: Option<bool>,

@@ -220,5 +220,51 @@ impl Disk for Chain {
     }
 }
 
+/// A layer over a disk that was opened before. Its bytes are those of the whole.
+pub struct Laid {
+    top: Arc<dyn Layer>,
+    below: Arc<dyn Disk>,
+    is_whole: bool,
+}
+
+impl Laid {
+    /// Lays `top` over a disk of its own capacity. Its extents are what the layer answers for and, where `is_whole`, what lies beneath.
+    pub fn new(top: Arc<dyn Layer>, below: Arc<dyn Disk>, is_whole: bool) -> Self {
+        Self { top, below, is_whole }
+    }
+}
+
+impl Disk for Laid {
+    fn format(&self) -> &'static str {
+        self.top.format()
+    }
+
+    fn capacity(&self) -> u64 {
+        self.top.capacity()
+    }
+
+    fn extents(&self, from: u64, to: u64) -> Result<Vec<Extent>> {
+        let mut extents = self.top.covered(from, to)?;
+        if self.is_whole {
+            extents.extend(self.below.extents(from, to)?);
+            extents = super::over::tidy(extents, self.capacity());
+        }
+        Ok(extents)
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8], scratch: &mut Scratch) -> Result<()> {
+        check_range(self.format(), offset, buf.len(), self.capacity())?;
+        let (mut at, mut rest) = (offset, buf);
+        for run in self.top.covered(offset, offset + rest.len() as u64)? {
+            let (gap, tail) = rest.split_at_mut((run.offset - at) as usize);
+            let (own, tail) = tail.split_at_mut(run.len as usize);
+            self.below.read_at(at, gap, scratch)?;
+            self.top.read_at(run.offset, own, scratch)?;
+            (at, rest) = (run.offset + run.len, tail);
+        }
+        self.below.read_at(at, rest, scratch)
+    }
+}
+
 #[cfg(test)]
 mod tests;

@@ -6,6 +6,7 @@ pub mod chain;
 pub mod deflate;
 pub mod disk;
 pub mod ova;
+pub mod over;
 pub mod places;
 pub mod qcow2;
 pub mod raw;

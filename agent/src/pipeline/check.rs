@@ -11,13 +11,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
-use shared::manifest::{BLOCK, Blocks, DiskEntry, FileEntry, Manifest};
+use shared::manifest::{BLOCK, Blocks, DiskEntry, FileEntry, Manifest, Over};
 
 use super::control::Crew;
 use super::copy::workers;
 use super::files::{STEP, sha256};
 use super::plan::{block_count, block_len};
-use super::target::open_output;
+use super::target::{open_layer, open_output};
 use super::throttle::Throttle;
 use super::verify::{Look, compare};
 use super::{Error, Tuning};
@@ -88,14 +88,27 @@ impl Report {
 /// Opens a file beside the manifest by its bare name, for reading.
 pub type Opener<'a> = &'a (dyn Fn(&str) -> io::Result<File> + Sync);
 
+/// Opens what a layer lies over.
+pub type Below<'a> = &'a (dyn Fn(&Over) -> Result<Arc<dyn Disk>, FormatError> + Sync);
+
 /// Reads all disks and files that `manifest` names and reports each bad block. `tick` is told the bytes of the disks' blocks read so far, about
 /// twenty times a second; when it answers false the check ends with [`Error::Cancelled`], the only error there is.
 pub fn verify_files(manifest: &Manifest, open: Opener<'_>, tick: &dyn Fn(u64) -> bool) -> Result<Report, Error> {
-    verify_files_at(manifest, open, None, tick)
+    let below = |over: &Over| {
+        let text = format!("it lies over {} of {}, which is not looked for here", over.file, over.job);
+        Err(FormatError::Unsupported(text))
+    };
+    verify_files_at(manifest, open, &below, None, tick)
 }
 
-/// As [`verify_files`], reading at most `bandwidth` bytes a second, the files' SHA-256 included.
-pub fn verify_files_at(manifest: &Manifest, open: Opener<'_>, bandwidth: Option<u64>, tick: &dyn Fn(u64) -> bool) -> Result<Report, Error> {
+/// As [`verify_files`], with layers over what `below` opens, reading at most `bandwidth` bytes a second, the files' SHA-256 included.
+pub fn verify_files_at(
+    manifest: &Manifest,
+    open: Opener<'_>,
+    below: Below<'_>,
+    bandwidth: Option<u64>,
+    tick: &dyn Fn(u64) -> bool,
+) -> Result<Report, Error> {
     let (stopped, read) = (AtomicBool::new(false), AtomicU64::new(0));
     let throttle = Throttle::new(bandwidth);
     let halt = || stopped.load(Ordering::Relaxed);
@@ -108,7 +121,7 @@ pub fn verify_files_at(manifest: &Manifest, open: Opener<'_>, bandwidth: Option<
         let disks = scope.spawn(|| {
             let _member = crew.member();
             let pace = Pace { throttle: &throttle, stopped: &stopped, read: &read };
-            manifest.disks.iter().map(|disk| check_disk(disk, manifest, open, &pace)).collect()
+            manifest.disks.iter().map(|disk| check_disk(disk, manifest, (open, below), &pace)).collect()
         });
         crew.wait(|| {
             if !tick(read.load(Ordering::Relaxed)) {
@@ -162,7 +175,7 @@ impl Pace<'_> {
     }
 }
 
-fn check_disk(entry: &DiskEntry, manifest: &Manifest, open: Opener<'_>, pace: &Pace<'_>) -> DiskReport {
+fn check_disk(entry: &DiskEntry, manifest: &Manifest, open: (Opener<'_>, Below<'_>), pace: &Pace<'_>) -> DiskReport {
     let report = DiskReport { name: entry.name.clone(), file: entry.file.clone(), ..DiskReport::default() };
     let opened = entry.blocks().map_err(|e| e.to_string()).and_then(|blocks| {
         let disk = open_disk(entry, manifest, open).map_err(|e| e.to_string())?;
@@ -177,10 +190,13 @@ fn check_disk(entry: &DiskEntry, manifest: &Manifest, open: Opener<'_>, pace: &P
     }
 }
 
-fn open_disk(entry: &DiskEntry, manifest: &Manifest, open: Opener<'_>) -> Result<Arc<dyn Disk>, FormatError> {
+fn open_disk(entry: &DiskEntry, manifest: &Manifest, (open, below): (Opener<'_>, Below<'_>)) -> Result<Arc<dyn Disk>, FormatError> {
     let format = manifest.files.iter().find(|file| file.path == entry.file).map(|file| file.format.as_str());
     let format = format.ok_or_else(|| FormatError::Unsupported(format!("the manifest does not list the file {:?}", entry.file)))?;
     let window = Window::whole(open_bare(&entry.file, open)?)?;
+    if let Some(over) = &entry.over {
+        return open_layer(window, below(over)?, true);
+    }
     let Some(member) = &entry.member else { return open_output(format, window) };
     let entries = ova::tar::entries(&window)?;
     let found = entries.iter().find(|found| found.name == *member);

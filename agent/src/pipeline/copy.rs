@@ -28,7 +28,7 @@ use super::seal::{hash_region, seal};
 use super::target::{Evidence, Target};
 use super::throttle::Throttle;
 use super::work::{Fault, Form, Worker};
-use super::{Error, Stop, Tuning, output_error};
+use super::{Base, Error, Stop, Tuning, output_error};
 use crate::formats::{Disk, DiskWriter, Encoded, FormatError, Hot, Output};
 use crate::journal::{Checkpoint, Journal, MAX_DIGESTS, Record};
 
@@ -42,6 +42,8 @@ pub(super) struct DiskCopy<'a> {
     pub(super) number: u32,
     pub(super) name: &'a str,
     pub(super) disk: &'a dyn Disk,
+    /// What the copy is laid over.
+    pub(super) base_disk: Option<&'a Base>,
     /// Bare name of the file, for messages.
     pub(super) file_name: &'a str,
     pub(super) file: Arc<File>,
@@ -136,7 +138,7 @@ impl DiskCopy<'_> {
 
     /// One worker: reads, hashes and encodes blocks until there are none, and writes those that have their place.
     fn work(&self, queue: &Queue, plan: &Mutex<(Plan<'_>, u64)>, hot: Option<&Hot>) -> Result<(), Error> {
-        let mut worker = Worker::new(self.disk, self.form(hot)?);
+        let mut worker = Worker::new(self.disk, self.base_disk, self.form(hot)?);
         let mut task = Task::default();
         let mut exhausted = false;
         let stop = || self.control.stopped() || queue.halted();

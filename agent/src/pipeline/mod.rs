@@ -33,7 +33,7 @@ use serde::{Deserialize, Serialize};
 use shared::manifest::{Blocks, Digest, FileEntry, Receipt};
 use shared::vm::Vm;
 
-pub use check::{BadBlock, DiskReport, FileReport, Report, verify_files, verify_files_at};
+pub use check::{BadBlock, Below, DiskReport, FileReport, Opener, Report, verify_files, verify_files_at};
 pub use digest::{Digests, data_bytes, digest_disk, file_sha256};
 pub use part::PartDir;
 pub use stages::run;
@@ -98,6 +98,26 @@ pub struct SourceDisk {
     pub identity: String,
     /// The open disk.
     pub disk: Arc<dyn Disk>,
+    /// The earlier state that its copy is laid over; then `disk` is a [`crate::formats::over::Over`] of both.
+    pub base: Option<Base>,
+}
+
+/// An earlier state of a disk, proven once: what a copy of the disk leaves unsaid. Only for qcow2 that is compressed.
+#[derive(Clone)]
+pub struct Base {
+    /// It, whole.
+    pub disk: Arc<dyn Disk>,
+    /// Its digests. What it holds is held against them before anything is built on it.
+    pub blocks: Arc<Blocks>,
+    /// Where it is; none: the copy is to be complete in itself, and the base is only read.
+    pub over: Option<shared::manifest::Over>,
+}
+
+impl Base {
+    /// Its path from the folder of a copy: both folders lie side by side.
+    fn backing(&self) -> Option<String> {
+        self.over.as_ref().map(|over| format!("../{}/{}", over.job, over.file))
+    }
 }
 
 /// How often to checkpoint, and how many threads.
@@ -255,6 +275,8 @@ pub struct DiskOutcome {
     pub blocks: Blocks,
     /// Root over them.
     pub root: Digest,
+    /// What the file lies over.
+    pub over: Option<shared::manifest::Over>,
 }
 
 /// What a finished job has to show.

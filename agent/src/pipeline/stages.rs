@@ -15,12 +15,12 @@ use super::copy::{Copied, DiskCopy, Start};
 use super::files::{Growing, Hashing, Input, drop_cache, mostly_holes};
 use super::package::{Package, Place};
 use super::part::PartDir;
-use super::plan::data_bytes;
+use super::plan::{Plan, Task, data_bytes};
 use super::resume::{Found, Partial, Verified, survey};
-use super::target::{Target, open_output};
+use super::target::{Target, open_layer, open_output};
 use super::throttle::Throttle;
 use super::verify::{Proof, damaged};
-use super::{DiskOutcome, Error, Format, Job, Outcome, Stage, Watch, output_error};
+use super::{DiskOutcome, Error, Format, Job, Outcome, SourceDisk, Stage, Watch, output_error};
 use crate::formats::Output;
 use crate::journal::{Journal, Record};
 
@@ -82,7 +82,7 @@ fn go(job: &Job, part: &PartDir, journal: &mut Journal, control: &Control<'_>) -
     };
     Ok(Outcome {
         files: inputs.iter().map(entry).collect(),
-        disks: run.outcomes(),
+        disks: run.outcomes()?,
         receipt,
         data_bytes: data,
         bytes_read: control.counters.read.load(Ordering::Relaxed),
@@ -159,11 +159,12 @@ impl<'a> Run<'a> {
         let base = self.package.base(number, &self.places);
         let output = Output { file: file.clone(), base };
         let capacity = source.disk.capacity();
+        let backing = source.base.as_ref().and_then(super::Base::backing);
         let (start, front) = match partial {
             Some(partial) => self.take_up(output, capacity, number, partial, journal)?,
             None => {
                 file.set_len(base).map_err(fail)?;
-                let writer = self.target.create(output, capacity, number).map_err(|e| output_error(e, &name))?;
+                let writer = self.target.create(output, capacity, number, backing.as_deref()).map_err(|e| output_error(e, &name))?;
                 file.sync_all().map_err(fail)?;
                 self.part.sync().map_err(fail)?;
                 let front = self.target.front(writer.position());
@@ -180,6 +181,7 @@ impl<'a> Run<'a> {
             number: number as u32,
             name: &source.name,
             disk: source.disk.as_ref(),
+            base_disk: source.base.as_ref(),
             file_name: &name,
             file: file.clone(),
             base,
@@ -208,12 +210,13 @@ impl<'a> Run<'a> {
     /// A writer that goes on at a checkpoint.
     fn take_up(&self, output: Output, capacity: u64, number: usize, partial: Partial, journal: &Journal) -> Result<(Start, u64), Error> {
         let Partial { front, next_block, data, position, blocks, records } = partial;
+        let backing = self.job.disks[number].base.as_ref().and_then(super::Base::backing);
         let mut pieces = records.filter_map(|i| match journal.read(i) {
             Ok(Record::Checkpoint(checkpoint)) => Some(Ok(checkpoint.piece)),
             Ok(_) => None,
             Err(e) => Some(Err(e.into())),
         });
-        let writer = self.target.resume(output, capacity, number, &mut pieces, position).map_err(Error::Output)?;
+        let writer = self.target.resume(output, capacity, number, backing.as_deref(), &mut pieces, position).map_err(Error::Output)?;
         Ok((Start { writer, next_block, data, from: position, blocks }, front))
     }
 
@@ -261,7 +264,11 @@ impl<'a> Run<'a> {
         for ((number, source), window) in self.job.disks.iter().enumerate().zip(windows) {
             let start = found.get(&(number as u32)).copied().unwrap_or_default();
             self.control.counters.verified.store(sum.data + start.data, Ordering::Relaxed);
-            let output = open_output(self.job.format.disk_format(), window).map_err(|e| damaged(e, &source.name, start.next_block))?;
+            let output = match source.base.as_ref().filter(|base| base.over.is_some()) {
+                Some(base) => open_layer(window, base.disk.clone(), false),
+                None => open_output(self.job.format.disk_format(), window),
+            };
+            let output = output.map_err(|e| damaged(e, &source.name, start.next_block))?;
             let proof = Proof {
                 control: self.control,
                 tuning: &self.job.tuning,
@@ -270,6 +277,7 @@ impl<'a> Run<'a> {
                 source: source.disk.as_ref(),
                 output: output.as_ref(),
                 blocks: &self.blocks[number],
+                reads_all: source.base.is_some(),
                 verified_before: sum.data,
             };
             let reached = proof.run(start, hashing, journal)?;
@@ -279,12 +287,13 @@ impl<'a> Run<'a> {
         Ok(Receipt { read_back: "cache_dropped".to_owned(), blocks_verified: sum.blocks, bytes_verified: sum.data })
     }
 
-    fn outcomes(self) -> Vec<DiskOutcome> {
+    fn outcomes(self) -> Result<Vec<DiskOutcome>, Error> {
         let Self { job, package, blocks, .. } = self;
-        let outcome = |(number, blocks): (usize, Blocks)| {
+        let outcome = |(number, copied): (usize, Blocks)| {
             let source = &job.disks[number];
             let capacity = source.disk.capacity();
-            DiskOutcome {
+            let blocks = with_base(source, copied).map_err(|e| Error::Source { disk: source.name.clone(), source: e })?;
+            Ok(DiskOutcome {
                 name: source.name.clone(),
                 snapshot: source.snapshot.clone(),
                 file: job.disk_file(number),
@@ -292,10 +301,23 @@ impl<'a> Run<'a> {
                 capacity,
                 root: blocks.root(capacity),
                 blocks,
-            }
+                over: source.base.as_ref().and_then(|base| base.over.clone()),
+            })
         };
         blocks.into_iter().enumerate().map(outcome).collect()
     }
+}
+
+/// The digests of the whole disk: those of the base where nothing was looked at, and those of the copy.
+fn with_base(source: &SourceDisk, copied: Blocks) -> crate::formats::Result<Blocks> {
+    let Some(base) = &source.base else { return Ok(copied) };
+    let mut blocks = base.blocks.as_ref().clone();
+    let (mut plan, mut task) = (Plan::new(source.disk.as_ref(), 0), Task::default());
+    while plan.next(&mut task)? {
+        blocks.0.remove(&task.block);
+    }
+    blocks.0.extend(copied.0);
+    Ok(blocks)
 }
 
 /// The receipt of an output that nobody read back.

@@ -7,7 +7,8 @@
 use std::sync::Arc;
 
 use crate::formats::{
-    Compression, Disk, DiskWriter, Encoder, FormatError, Method, Output, Packing, Result, Window, deflate, qcow2, raw, vdi, vhd, vhdx, vmdk,
+    Compression, Disk, DiskWriter, Encoder, FormatError, Method, Output, Packing, Result, Window, chain, deflate, qcow2, raw, vdi, vhd,
+    vhdx, vmdk,
 };
 
 use super::{Format, Job};
@@ -50,6 +51,9 @@ impl Target {
             (_, compression) => Self::Stream(compression.map_or(deflate::FAST, |c| c.level), job.cid),
         };
         target.encoder()?;
+        if job.disks.iter().any(|disk| disk.base.is_some()) && !matches!(target, Self::Qcow2(Some(_))) {
+            return Err(FormatError::Unsupported("only a compressed qcow2 is laid over an earlier state".to_owned()));
+        }
         Ok(target)
     }
 
@@ -99,12 +103,12 @@ impl Target {
         })
     }
 
-    /// A writer of disk `number` from its beginning.
-    pub(super) fn create(self, output: Output, capacity: u64, number: usize) -> Result<Box<dyn DiskWriter>> {
+    /// A writer of disk `number` from its beginning, over the image that `backing` names.
+    pub(super) fn create(self, output: Output, capacity: u64, number: usize, backing: Option<&str>) -> Result<Box<dyn DiskWriter>> {
         Ok(match self {
             Self::Raw => Box::new(raw::Writer::new(output, capacity)),
             Self::Qcow2(None) => Box::new(qcow2::PlainWriter::new(output, capacity)?),
-            Self::Qcow2(Some(c)) => Box::new(qcow2::Writer::new(output, capacity, c.method)?),
+            Self::Qcow2(Some(c)) => Box::new(qcow2::Writer::new(output, capacity, c.method)?.over(backing)?),
             Self::Stream(_, cid) => Box::new(vmdk::StreamWriter::create(output, capacity, cid)?),
             Self::Dynamic(Dynamic::Vhdx, id, _) => Box::new(vhdx::Writer::new(output, capacity, of_disk(id, number))?),
             Self::Dynamic(Dynamic::Vhd, id, created) => Box::new(vhd::Writer::new(output, capacity, identity(id, number, created))?),
@@ -118,13 +122,14 @@ impl Target {
         output: Output,
         capacity: u64,
         number: usize,
+        backing: Option<&str>,
         pieces: &mut dyn Iterator<Item = Result<Vec<u8>>>,
         position: u64,
     ) -> Result<Box<dyn DiskWriter>> {
         Ok(match self {
             Self::Raw => Box::new(raw::Writer::resume(output, capacity, position)),
             Self::Qcow2(None) => Box::new(qcow2::PlainWriter::resume(output, capacity, pieces, position)?),
-            Self::Qcow2(Some(c)) => Box::new(qcow2::Writer::resume(output, capacity, c.method, pieces, position)?),
+            Self::Qcow2(Some(c)) => Box::new(qcow2::Writer::resume(output, capacity, c.method, pieces, position)?.over(backing)?),
             Self::Stream(..) => Box::new(vmdk::StreamWriter::resume(output, capacity, &pieces.collect::<Result<Vec<_>>>()?, position)?),
             Self::Dynamic(Dynamic::Vhdx, id, _) => Box::new(vhdx::Writer::resume(output, capacity, of_disk(id, number), pieces, position)?),
             Self::Dynamic(Dynamic::Vhd, id, created) => {
@@ -163,6 +168,16 @@ pub(super) enum Evidence {
     Placed,
     /// The region was hashed when it was sealed.
     Region,
+}
+
+/// Opens an output that we wrote as a layer over `below`; its extents are what the layer says and, where `is_whole`, what lies beneath.
+pub(super) fn open_layer(window: Window, below: Arc<dyn Disk>, is_whole: bool) -> Result<Arc<dyn Disk>> {
+    let top = qcow2::Reader::open_damaged_layer(window)?;
+    if top.capacity() != below.capacity() {
+        let reason = format!("it has {} bytes and lies over a disk of {}", top.capacity(), below.capacity());
+        return Err(FormatError::Refused { format: "qcow2", reason });
+    }
+    Ok(Arc::new(chain::Laid::new(Arc::new(top), below, is_whole)))
 }
 
 /// Opens an output that we wrote for reading back. Damage inside shows when the block in question is read.

@@ -31,6 +31,8 @@ pub(super) struct Proof<'a> {
     pub(super) source: &'a dyn Disk,
     pub(super) output: &'a dyn Disk,
     pub(super) blocks: &'a Blocks,
+    /// Whether blocks that should be zeros are read, too: what lies beneath might shine through.
+    pub(super) reads_all: bool,
     /// Verified data bytes of the disks before this one.
     pub(super) verified_before: u64,
 }
@@ -204,7 +206,7 @@ impl Proof<'_> {
                 walk.open.insert(look.block);
                 look
             };
-            if look.read
+            if (look.read || self.reads_all)
                 && let Some(reason) = compare(self.output, &look, &mut buf, &mut scratch).map_err(Error::Output)?
             {
                 return Err(Error::Mismatch { disk: self.name.to_owned(), block: look.block, offset: look.block * BLOCK, reason });

@@ -8,6 +8,7 @@ use std::io;
 
 use shared::manifest::Digest;
 
+use super::Base;
 use super::plan::{Task, block_len};
 use crate::formats::places::{Places, Span};
 use crate::formats::{
@@ -44,21 +45,23 @@ impl From<FormatError> for Fault {
 /// A thread's state.
 pub(super) struct Worker<'a> {
     disk: &'a dyn Disk,
+    base: Option<&'a Base>,
     form: Form,
     scratch: Scratch,
     data: Vec<u8>,
 }
 
 impl<'a> Worker<'a> {
-    pub(super) fn new(disk: &'a dyn Disk, form: Form) -> Self {
-        Self { disk, form, scratch: Scratch::default(), data: Vec::new() }
+    pub(super) fn new(disk: &'a dyn Disk, base: Option<&'a Base>, form: Form) -> Self {
+        Self { disk, base, form, scratch: Scratch::default(), data: Vec::new() }
     }
 
     /// Reads the block and leaves its units in `out`; answers its digest, `None` when it is all zeros.
     pub(super) fn block(&mut self, task: &Task, out: &mut Encoded) -> Result<Option<Digest>, Fault> {
         out.clear();
-        let Self { disk, form, scratch, data } = self;
+        let Self { disk, base, form, scratch, data } = self;
         match form {
+            Form::Encoded(state, _) if base.is_some() => Ok(differing(*disk, *base, task, state.as_mut(), data, out, scratch)?),
             Form::Plain => Ok(plain(*disk, task, data, out, scratch)?),
             Form::Direct(output, hot) => direct(*disk, task, output, hot, data, out, scratch),
             Form::Encoded(state, want) => Ok(encoded(*disk, task, state.as_mut(), *want, data, out, scratch)?),
@@ -216,6 +219,47 @@ fn encoded(
         }
     }
     Ok((!out.units.is_empty()).then(|| *hasher.finalize().as_bytes()))
+}
+
+/// Leaves the units that differ from the base, those that became zeros among them, and all that hold data where the copy is to be whole.
+/// The base is held against its own digests: nothing is built on what is damaged.
+fn differing(
+    disk: &dyn Disk,
+    base: Option<&Base>,
+    task: &Task,
+    state: &mut dyn EncodeState,
+    data: &mut Vec<u8>,
+    out: &mut Encoded,
+    scratch: &mut Scratch,
+) -> Result<Option<Digest>> {
+    let Some(base) = base else { return encoded(disk, task, state, None, data, out, scratch) };
+    data.resize(2 * UNIT, 0);
+    let (unit, earlier) = data.split_at_mut(UNIT);
+    let (mut now, mut before) = (blake3::Hasher::new(), blake3::Hasher::new());
+    let (mut is_empty, mut was_empty) = (true, true);
+    let end = task.offset() + block_len(task.block, disk.capacity()) as u64;
+    let mut at = task.offset();
+    while at < end {
+        let len = (end - at).min(UNIT as u64) as usize;
+        let (unit, earlier) = (&mut unit[..len], &mut earlier[..len]);
+        fill(disk, &task.extents, at, unit, scratch)?;
+        base.disk.read_at(at, earlier, scratch)?;
+        now.update(unit);
+        before.update(earlier);
+        let empty = is_zero(unit);
+        (is_empty, was_empty) = (is_empty && empty, was_empty && is_zero(earlier));
+        let is_wanted = if base.over.is_some() { unit != earlier } else { !empty };
+        if is_wanted {
+            state.append(at / UNIT as u64, unit, out)?;
+        }
+        at += len as u64;
+    }
+    let held = (!was_empty).then(|| *before.finalize().as_bytes());
+    if held.as_ref() != base.blocks.0.get(&task.block) {
+        let reason = "the earlier state does not hold what its manifest says; `full` begins anew without it".to_owned();
+        return Err(FormatError::Corrupt { format: "qcow2", what: "block", index: task.block, offset: task.offset(), reason });
+    }
+    Ok((!is_empty).then(|| *now.finalize().as_bytes()))
 }
 
 /// Whether any of the extents lies in `[from, to)`.

@@ -26,6 +26,8 @@ pub struct FileSource {
     pub name: String,
     /// Bytes.
     pub size: u64,
+    /// The folder above its own.
+    above: Option<Dir>,
 }
 
 impl FileSource {
@@ -47,13 +49,25 @@ impl FileSource {
         let file = vault::open_regular(&folder, Path::new(&name)).map_err(|e| explain(&named, &e))?;
         let size = file.metadata().map_err(|e| explain(&named, &e))?.len();
         let folder_path = place.root.path.join(parent);
-        Ok(Self { named, folder, folder_path, name, size })
+        let above = match parent.parent().filter(|_| !parent.as_os_str().is_empty()) {
+            Some(above) if above.as_os_str().is_empty() => Some(root.try_clone()),
+            Some(above) => Some(root.open_dir(above)),
+            None => None,
+        };
+        let above = above.transpose().map_err(|e| explain(&named, &e))?;
+        Ok(Self { named, folder, folder_path, name, size, above })
+    }
+
+    /// The folder above the file's own, where that lies in the root as well.
+    pub fn parent(&self) -> Result<Option<Dir>, Error> {
+        let Some(above) = &self.above else { return Ok(None) };
+        above.try_clone().map(Some).map_err(|e| explain(&self.named, &e))
     }
 
     /// A file that lies in a folder of the agent's own and is known by another path: an upload that was fetched.
     pub fn fetched(folder: Dir, name: String, size: u64, named: &str) -> Self {
         let folder_path = Path::new(named).parent().unwrap_or(Path::new("")).to_owned();
-        Self { named: named.to_owned(), folder, folder_path, name, size }
+        Self { named: named.to_owned(), folder, folder_path, name, size, above: None }
     }
 
     fn local(&self) -> Result<Local, Error> {

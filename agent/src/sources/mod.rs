@@ -12,7 +12,7 @@ use std::sync::Arc;
 use shared::error::Code;
 use shared::vm::{Snapshot, Vm};
 
-use crate::formats::Disk;
+use crate::formats::{Disk, Extent};
 use crate::touched::Touched;
 
 /// One disk of a VM, opened.
@@ -26,6 +26,45 @@ pub struct Opened {
     /// What makes this content the same content at a resume: inode, size and change time of its files.
     pub identity: String,
 }
+
+/// A disk of an earlier restore point.
+#[derive(Clone, Debug)]
+pub struct Since {
+    /// The source's own key of the disk.
+    pub key: String,
+    /// Bytes that it had.
+    pub capacity: u64,
+    /// What the source called the state that it was in.
+    pub change_id: Option<String>,
+}
+
+/// What a source knows of the areas of a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Areas {
+    /// Nothing, for this reason: all of it has to be read.
+    Unknown(String),
+    /// All that holds data.
+    Allocated(Vec<Extent>),
+    /// All that was written since the earlier restore point.
+    Changed(Vec<Extent>),
+}
+
+/// A disk, frozen, of which the source may say what has changed.
+pub struct Frozen {
+    /// It.
+    pub opened: Opened,
+    /// The source's own key of the disk, which is the same at the next restore point.
+    pub key: String,
+    /// What the source calls this state; none where it does not track changes.
+    pub change_id: Option<String>,
+    /// What it knows.
+    pub areas: Areas,
+    /// Bytes that came from the source for it so far.
+    pub moved: Moved,
+}
+
+/// Bytes that came from a source.
+pub type Moved = Arc<std::sync::atomic::AtomicU64>;
 
 /// Why a source did not give what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -72,6 +111,9 @@ pub trait Touch {
     /// A lease of this id was given. Durable when it returns.
     fn lease(&self, id: &str) -> std::io::Result<()>;
 
+    /// The tracking of changes is about to be switched on. Durable when it returns.
+    fn tracking(&self) -> std::io::Result<()>;
+
     /// Whether the job is to stop.
     fn stopping(&self) -> Stopping;
 
@@ -94,6 +136,12 @@ pub trait Source: Send + Sync {
     fn open_for(&self, vm_id: &str, touch: &dyn Touch) -> Result<(Vm, Vec<Opened>), Error> {
         let _ = touch;
         self.open(vm_id)
+    }
+
+    /// The same frozen, for a restore point over an earlier one whose disks were `since`.
+    fn open_frozen(&self, vm_id: &str, since: &[Since], touch: &dyn Touch) -> Result<(Vm, Vec<Frozen>), Error> {
+        let _ = (vm_id, since, touch);
+        Err(Error::fatal(Code::NotBuilt, "backups of this kind of provider are not built yet"))
     }
 
     /// Undoes what was touched; what is gone already is undone.

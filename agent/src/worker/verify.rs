@@ -12,18 +12,19 @@ use std::path::Path;
 use proto::v1;
 use serde_json::{Value, json};
 use shared::error::Code;
-use shared::manifest::{BLOCK, Manifest, Signed, fingerprint};
+use shared::manifest::{BLOCK, Manifest, Over, Signed, fingerprint};
 use shared::options::Options;
 use shared::progress::Progress;
-use shared::vault;
+use shared::vault::{self, Dir};
 
 use super::{End, Failure, commit};
+use crate::formats::FormatError;
 use crate::held::{Assignment, Stop};
 use crate::ledger::Entry;
 use crate::pipeline::{self, BadBlock};
 use crate::sources::file::FileSource;
 use crate::sources::local::Depth;
-use crate::{Agent, proof};
+use crate::{Agent, points, proof};
 
 /// Things that are wrong and stand in the error; more are counted, and all that were listed stand in the log.
 const NAMED: usize = 5;
@@ -38,15 +39,27 @@ pub(super) fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign, option
         let entry = Entry { job: held.job.clone(), epoch: held.epoch, destination: "exports".to_owned(), created };
         agent.ledger.write(&entry).map_err(|e| Failure::io("the ledger", &e))?;
     }
+    let check = Check { agent, held, options };
+    if let Some(found) = super::point_of(agent, assign)? {
+        let result = check.point(&found)?;
+        commit(agent, held, || Ok(()))?;
+        return Ok(End::Completed(result.to_string()));
+    }
     let source = super::find_source(agent, held, assign)?;
     let found = proof::find_manifest(&source.folder, &source.name).map_err(|e| match e.kind() {
         std::io::ErrorKind::InvalidData => Failure::fatal(Code::VerificationFailed, format!("the manifest: {e}")),
         _ => Failure::io("the manifest", &e),
     })?;
-    let check = Check { agent, held, options, source: &source };
     let result = match found {
-        Some((bytes, from)) => check.against(&bytes, &from)?,
-        None => check.structure()?,
+        Some((bytes, from)) => {
+            let bad = |e: shared::manifest::Error| Failure::fatal(Code::VerificationFailed, format!("verification failed: {from}: {e}"));
+            let (manifest, signed) = Signed::open(&bytes, None).map_err(bad)?;
+            // A layer of a chain: the points beneath lie beside the folder that it is in.
+            let points = source.parent().map_err(Failure::from)?;
+            let place = Place { folder: &source.folder, path: &source.folder_path, points: points.as_ref() };
+            check.against(&manifest, &signed.public_key, &from, &place)?
+        }
+        None => check.structure(&source)?,
     };
     commit(agent, held, || Ok(()))?;
     Ok(End::Completed(result.to_string()))
@@ -56,7 +69,14 @@ struct Check<'a> {
     agent: &'a Agent,
     held: &'a Assignment,
     options: &'a Options,
-    source: &'a FileSource,
+}
+
+/// Where the files of a manifest lie.
+struct Place<'a> {
+    folder: &'a Dir,
+    path: &'a Path,
+    /// The folder that restore points lie in.
+    points: Option<&'a Dir>,
 }
 
 impl Check<'_> {
@@ -72,15 +92,11 @@ impl Check<'_> {
         self.held.stop().is_none()
     }
 
-    fn failure(&self, e: pipeline::Error) -> End {
+    fn failure(&self, e: pipeline::Error, folder: &Dir) -> End {
         match e {
             pipeline::Error::Cancelled | pipeline::Error::Parked => End::Stopped(self.held.stop().unwrap_or(Stop::Park)),
-            e => End::Failed(super::failure(self.agent, &self.source.folder, &e)),
+            e => End::Failed(super::failure(self.agent, folder, &e)),
         }
-    }
-
-    fn absolute(&self, name: &str) -> String {
-        self.source.folder_path.join(name).display().to_string()
     }
 
     /// Fails with the first things that are wrong; the log has more.
@@ -96,19 +112,33 @@ impl Check<'_> {
         Failure::fatal(Code::VerificationFailed, message).into()
     }
 
-    fn against(&self, bytes: &[u8], from: &str) -> Result<Value, End> {
-        let bad = |e: shared::manifest::Error| Failure::fatal(Code::VerificationFailed, format!("verification failed: {from}: {e}"));
-        let (manifest, signed) = Signed::open(bytes, None).map_err(bad)?;
-        let (signer, own) = (fingerprint(&signed.public_key), self.agent.signing.public_hex());
-        let is_own = signed.public_key.eq_ignore_ascii_case(&own);
+    /// A restore point: every disk with all that lies beneath it.
+    fn point(&self, found: &points::Found) -> Result<Value, End> {
+        let (manifest, key) = points::manifests(&found.points, &found.point).map_err(|e| match e.code {
+            Code::NotFound => Failure::from(e),
+            _ => Failure::fatal(Code::VerificationFailed, format!("verification failed: {}", e.message)),
+        })?;
+        let folder = found.points.open_dir(&found.point.job).map_err(|e| Failure::io("the restore point", &e))?;
+        let file = found.point.disks.first().map(|disk| proof::manifest_name(&disk.file)).unwrap_or_default();
+        self.against(&manifest, &key, &file, &Place { folder: &folder, path: &found.path, points: Some(&found.points) })
+    }
+
+    fn against(&self, manifest: &Manifest, key: &str, from: &str, place: &Place<'_>) -> Result<Value, End> {
+        let (signer, own) = (fingerprint(key), self.agent.signing.public_hex());
+        let is_own = key.eq_ignore_ascii_case(&own);
         let whose = if is_own { "this agent" } else { "another key than this agent's" };
         self.log("info", format!("checking against {from}, signed by {signer} ({whose})"));
-        let data = listed_bytes(&manifest);
+        let data = listed_bytes(manifest);
         self.tick(data, 0);
-        let folder = &self.source.folder;
-        let opener = |name: &str| vault::open_regular(folder, Path::new(name));
+        let absolute = |name: &str| place.path.join(name).display().to_string();
+        let opener = |name: &str| vault::open_regular(place.folder, Path::new(name));
+        let below = |over: &Over| match place.points {
+            Some(points) => points::below(points, over),
+            None => Err(FormatError::Unsupported(format!("it lies over {} of {}, which is not beside its folder", over.file, over.job))),
+        };
         let tick = |read: u64| self.tick(data, read);
-        let report = pipeline::verify_files_at(&manifest, &opener, self.options.bandwidth_limit, &tick).map_err(|e| self.failure(e))?;
+        let report = pipeline::verify_files_at(manifest, &opener, &below, self.options.bandwidth_limit, &tick);
+        let report = report.map_err(|e| self.failure(e, place.folder))?;
         if !report.intact() {
             let damage = proof::damage(&report);
             let unlisted: u64 = report.disks.iter().map(|disk| disk.bad_blocks.saturating_sub(disk.bad.len() as u64)).sum();
@@ -121,7 +151,7 @@ impl Check<'_> {
         let files: Vec<_> = manifest
             .files
             .iter()
-            .map(|file| json!({"path": self.absolute(&file.path), "size": file.size, "sha256": file.sha256, "format": file.format}))
+            .map(|file| json!({"path": absolute(&file.path), "size": file.size, "sha256": file.sha256, "format": file.format}))
             .collect();
         let disks: Vec<_> = manifest
             .disks
@@ -134,8 +164,8 @@ impl Check<'_> {
         Ok(json!({
             "files": files,
             "disks": disks,
-            "manifest": self.absolute(from),
-            "manifests": [self.absolute(from)],
+            "manifest": absolute(from),
+            "manifests": [absolute(from)],
             "signer": signer,
             "verified": true,
             "boot_proof": null,
@@ -149,17 +179,17 @@ impl Check<'_> {
     }
 
     /// Without a manifest: the format's own rules (checked when it is opened), every block readable, and the digests for the next time.
-    fn structure(&self) -> Result<Value, End> {
+    fn structure(&self, source: &FileSource) -> Result<Value, End> {
         self.log(
             "warn",
             "there is no manifest beside it: its structure is checked and its digests are taken, there is nothing to compare with"
                 .to_owned(),
         );
-        let (_, opened) = self.source.open(Depth::Digests).map_err(Failure::from)?;
+        let (_, opened) = source.open(Depth::Digests).map_err(Failure::from)?;
         let far = std::time::Instant::now() + std::time::Duration::from_secs(600);
         let mut parts = Vec::with_capacity(opened.len());
         for disk in &opened {
-            let of = |e| self.failure(pipeline::Error::Source { disk: disk.name.clone(), source: e });
+            let of = |e| self.failure(pipeline::Error::Source { disk: disk.name.clone(), source: e }, &source.folder);
             parts.push(pipeline::data_bytes(disk.disk.as_ref(), far).map_err(of)?.unwrap_or(disk.disk.capacity()));
         }
         let data = parts.iter().fold(0u64, |sum, part| sum.saturating_add(*part));
@@ -167,7 +197,7 @@ impl Check<'_> {
         for (disk, part) in opened.iter().zip(&parts) {
             let tick = |read: u64| self.tick(data, done.saturating_add(read));
             let found = pipeline::digest_disk(&disk.name, disk.disk.as_ref(), self.options.bandwidth_limit, &tick);
-            let found = found.map_err(|e| self.failure(e))?;
+            let found = found.map_err(|e| self.failure(e, &source.folder))?;
             done = done.saturating_add(*part);
             let name = |bad: &BadBlock| format!("{}: block {} at byte {}: {}", disk.name, bad.block, bad.offset, bad.reason);
             damage.extend(found.bad.iter().map(name));
@@ -175,13 +205,13 @@ impl Check<'_> {
             let capacity = disk.disk.capacity();
             let root = hex::encode(found.blocks.root(capacity));
             disks.push(json!({
-                "name": disk.name, "file": self.source.name, "capacity": capacity, "root": root, "blocks_checked": found.read_blocks,
+                "name": disk.name, "file": source.name, "capacity": capacity, "root": root, "blocks_checked": found.read_blocks,
             }));
         }
         if !damage.is_empty() {
             return Err(self.damaged(&damage, all));
         }
-        let file = vault::open_regular(&self.source.folder, Path::new(&self.source.name)).map_err(|e| Failure::io("the source", &e))?;
+        let file = vault::open_regular(&source.folder, Path::new(&source.name)).map_err(|e| Failure::io("the source", &e))?;
         let is_raw = opened.first().is_some_and(|disk| disk.disk.format() == "raw");
         let stop = || self.held.stop().is_some();
         let sha256 = pipeline::file_sha256(&file, is_raw.then_some(data), self.options.bandwidth_limit, &stop)
@@ -191,10 +221,10 @@ impl Check<'_> {
         }
         self.tick(data, data);
         let hashed = usize::from(sha256.is_some());
-        let format = super::declared_word(&self.source.name);
-        let path = self.absolute(&self.source.name);
+        let format = super::declared_word(&source.name);
+        let path = source.folder_path.join(&source.name).display().to_string();
         Ok(json!({
-            "files": [{"path": path, "size": self.source.size, "sha256": sha256, "format": format}],
+            "files": [{"path": path, "size": source.size, "sha256": sha256, "format": format}],
             "disks": disks,
             "manifest": null,
             "manifests": [],

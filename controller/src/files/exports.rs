@@ -3,6 +3,7 @@
 //! Owns: these decisions. Never: removes what a job still writes, or what lies in an object store.
 //! A crash here costs nothing: a removal that was cut off is finished by the next.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use proto::v1;
@@ -105,11 +106,24 @@ async fn remove_at(app: &App, agent: &str, job: &Job, destination: &str, mut res
     Ok(answer.get("removed").and_then(Value::as_bool).unwrap_or(false))
 }
 
+/// Restore points that later ones lie over: they stay as long as these.
+async fn lain_over(app: &App, agents: &[String]) -> Result<BTreeSet<String>, Error> {
+    let (mut needed, mut behind) = (BTreeSet::new(), None);
+    loop {
+        let jobs = jobs::store::with_files(&app.store, &[JobType::Backup], agents.to_vec(), i64::MAX, behind, REMOVED).await?;
+        let Some(last) = jobs.last() else { return Ok(needed) };
+        behind = Some((last.finished_at.unwrap_or_default(), last.id.clone()));
+        let parent = |job: &Job| job.result.as_ref()?.pointer("/restore_point/parent")?.as_str().map(str::to_owned);
+        needed.extend(jobs.iter().filter_map(parent));
+    }
+}
+
 /// Removes the files of jobs that ended longer ago than `age`, where their agents are connected. Answers how many.
 pub async fn retire(app: &App, age: Duration) -> Result<usize, Error> {
     let before = shared::clock::now().timestamp_millis().saturating_sub(i64::try_from(age.as_millis()).unwrap_or(i64::MAX));
     let mut agents: Vec<String> = app.fleet.connected().into_iter().map(|agent| agent.id).collect();
     let (mut removed, mut behind) = (0, None);
+    let needed = lain_over(app, &agents).await?;
     loop {
         let jobs = jobs::store::with_files(&app.store, &RETIRED, agents.clone(), before, behind, REMOVED).await?;
         // What could not be removed stands in nobody's way.
@@ -120,7 +134,7 @@ pub async fn retire(app: &App, age: Duration) -> Result<usize, Error> {
             if app.is_draining() {
                 return Ok(removed);
             }
-            if !agents.contains(&agent) {
+            if !agents.contains(&agent) || needed.contains(&job.id) {
                 continue;
             }
             match remove(app, "retention", &job).await {

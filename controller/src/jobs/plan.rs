@@ -204,7 +204,13 @@ fn steps(new: &NewJob, found: &Found) -> Vec<Step> {
         steps.push(step("verifying", does, found.data_bytes));
         return steps;
     }
-    steps.push(step("copying", format!("read the data, hash it and write it as {}", new.format), found.data_bytes));
+    steps.push(match new.kind {
+        JobType::Backup => {
+            let does = "read what changed since the newest restore point in the destination, all of it where there is none";
+            step("copying", does.to_owned(), None)
+        }
+        _ => step("copying", format!("read the data, hash it and write it as {}", new.format), found.data_bytes),
+    });
     if new.options.verifies() {
         steps.push(step("verifying", "read the output back from the disk and compare every block".to_owned(), found.data_bytes));
     }

@@ -70,6 +70,8 @@ pub struct Wishes {
     /// not built yet.
     #[schema(example = "exports/night")]
     pub destination: Option<String>,
+    /// Backups only: begin anew, over no earlier restore point; default false.
+    pub full: Option<bool>,
     /// Read the output back and compare; default true.
     pub verify: Option<bool>,
     /// Switch a running VM off first; default false.
@@ -108,25 +110,30 @@ impl From<core::Error> for Error {
 /// Checks a request and makes of it what the queue takes.
 pub async fn check(app: &App, caller: &str, wanted: Create) -> Result<NewJob, Error> {
     match job_type(wanted.kind.as_deref())? {
-        JobType::Export => export(app, caller, wanted).await,
+        kind @ (JobType::Export | JobType::Backup) => export(app, caller, kind, wanted).await,
         kind @ (JobType::Convert | JobType::Import | JobType::Verify) => sources::check(app, caller, kind, wanted).await,
         other => Err(Error::not_built(format!("job type `{other}`"))),
     }
 }
 
-async fn export(app: &App, caller: &str, wanted: Create) -> Result<NewJob, Error> {
+/// An export, or a backup, which is one over an earlier one.
+async fn export(app: &App, caller: &str, kind: JobType, wanted: Create) -> Result<NewJob, Error> {
     if wanted.source.is_some() {
-        return Err(Error::bad_request("`source` is for convert, import and verify; an export names `provider` and `vm_name`"));
+        return Err(Error::bad_request("`source` is for convert, import and verify; exports and backups name `provider` and `vm_name`"));
     }
-    let format = output_format(wanted.format.as_deref())?;
-    let wishes = wanted.options.unwrap_or_default();
+    let is_backup = kind == JobType::Backup;
+    let format = if is_backup && wanted.format.is_none() { Format::Qcow2 } else { output_format(wanted.format.as_deref())? };
+    let mut wishes = wanted.options.unwrap_or_default();
+    if is_backup {
+        check_backup(format, &mut wishes)?;
+    }
     let mut notes = Vec::new();
-    let options = options(wishes, format, &mut notes)?;
+    let options = options(kind, wishes, format, &mut notes)?;
     let provider = required("provider", wanted.provider, "a connection's name or kind; GET /providers lists them")?;
     let vm_name = required("vm_name", wanted.vm_name, "a VM's name, path or id; GET /vms/list lists them")?;
     let connection = providers::service::resolve(&app.store, &provider).await?;
-    if connection.kind == "libvirt" {
-        return Err(Error::not_built(format!("export from `{}`", connection.kind)));
+    if connection.kind == "libvirt" || is_backup && connection.kind != "vsphere" {
+        return Err(Error::not_built(format!("{kind} from `{}`", connection.kind)));
     }
     let found = vms::service::resolve(&app.store, &connection, &vm_name).await?;
     if !found.vm.problem.is_empty() {
@@ -145,7 +152,7 @@ async fn export(app: &App, caller: &str, wanted: Create) -> Result<NewJob, Error
     }
     places::check_agent(app, &connection, wanted.agent.as_deref(), format, options.destination.as_deref()).await?;
     Ok(NewJob {
-        kind: JobType::Export,
+        kind,
         capacity: found.vm.disks.iter().fold(0u64, |sum, disk| sum.saturating_add(disk.capacity)),
         provider: connection.name,
         provider_kind: connection.kind,
@@ -159,6 +166,24 @@ async fn export(app: &App, caller: &str, wanted: Create) -> Result<NewJob, Error
         created_by: caller.to_owned(),
         notes,
     })
+}
+
+/// What a restore point is: qcow2, compressed, of one state.
+fn check_backup(format: Format, wishes: &mut Wishes) -> Result<(), Error> {
+    let refused = |message: String| Err(Error::new(Code::Unprocessable, message));
+    if format != Format::Qcow2 {
+        return refused(format!(
+            "a restore point is qcow2, one over the other: leave `format` out; for {format} convert a point (`source`: its folder)"
+        ));
+    }
+    if wishes.compress == Some(false) {
+        return refused("a restore point is always compressed: leave `compress` out".to_owned());
+    }
+    if wishes.include_snapshots == Some(true) {
+        return refused("a restore point is of one state of the VM: leave `include_snapshots` out".to_owned());
+    }
+    wishes.compress = Some(true);
+    Ok(())
 }
 
 /// What an export from vSphere cannot do yet, told before a job is made. Its agent looks again when it begins.
@@ -199,7 +224,7 @@ pub(super) fn output_format(word: Option<&str>) -> Result<Format, Error> {
 }
 
 /// Numbers in range, combinations that make sense, and nothing that is silently left out.
-pub(super) fn options(wishes: Wishes, format: Format, notes: &mut Vec<String>) -> Result<Options, Error> {
+pub(super) fn options(kind: JobType, wishes: Wishes, format: Format, notes: &mut Vec<String>) -> Result<Options, Error> {
     let unprocessable = |message: String| Err(Error::new(Code::Unprocessable, message));
     let unbuilt = [(wishes.target.is_some(), "option `target`")];
     if wishes.dry_run == Some(true) {
@@ -207,6 +232,9 @@ pub(super) fn options(wishes: Wishes, format: Format, notes: &mut Vec<String>) -
     }
     if let Some((_, what)) = unbuilt.iter().find(|(asked, _)| *asked) {
         return Err(Error::not_built(what));
+    }
+    if wishes.full.is_some() && kind != JobType::Backup {
+        return Err(Error::bad_request(format!("`full` is for backups; {kind} is always of all of it")));
     }
     if wishes.include_snapshots == Some(true) && matches!(format, Format::Ova | Format::Ovf) {
         return unprocessable(format!(
@@ -275,6 +303,7 @@ pub(super) fn options(wishes: Wishes, format: Format, notes: &mut Vec<String>) -
         narrow_window: wishes.narrow_window,
         include_snapshots: wishes.include_snapshots,
         destination: wishes.destination,
+        full: wishes.full,
         verify: wishes.verify,
         power_off: wishes.power_off,
         bandwidth_limit,
@@ -297,7 +326,8 @@ mod tests {
 
     #[test]
     fn options_fit_the_format_or_are_refused_with_what_would_fit() {
-        let check = |format, json: serde_json::Value| options(serde_json::from_value(json).unwrap(), format, &mut Vec::new());
+        let check =
+            |format, json: serde_json::Value| options(JobType::Export, serde_json::from_value(json).unwrap(), format, &mut Vec::new());
         let code = |format, json| check(format, json).unwrap_err().code();
         assert_eq!(check(Format::Qcow2, serde_json::json!({"compression": "zstd", "level": 19})).unwrap().compress, Some(true));
         assert_eq!(code(Format::Qcow2, serde_json::json!({"level": 19})), Code::BadRequest);
@@ -315,6 +345,7 @@ mod tests {
         assert!(check(Format::Raw, serde_json::json!({"include_snapshots": true})).is_ok());
         assert_eq!(code(Format::Ova, serde_json::json!({"include_snapshots": true})), Code::Unprocessable);
         assert_eq!(code(Format::Raw, serde_json::json!({"target": {}})), Code::NotBuilt);
+        assert_eq!(code(Format::Qcow2, serde_json::json!({"full": true})), Code::BadRequest);
         // POST /jobs takes it off before it asks here.
         assert_eq!(code(Format::Raw, serde_json::json!({"dry_run": true})), Code::BadRequest);
         assert!(check(Format::Raw, serde_json::json!({"include_snapshots": false, "carbon_aware": false})).is_ok());

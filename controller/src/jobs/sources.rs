@@ -36,7 +36,7 @@ pub(super) async fn check(app: &App, caller: &str, kind: JobType, wanted: Create
         JobType::Verify => verify_format(&source, wanted.format.as_deref(), wishes, &mut notes)?,
         _ => {
             let format = output_format(wanted.format.as_deref())?;
-            (format, options(wishes, format, &mut notes)?)
+            (format, options(kind, wishes, format, &mut notes)?)
         }
     };
     let places::Place { agent, source, upload } = places::place(app, &source, wanted.agent.as_deref()).await?;
@@ -151,7 +151,7 @@ fn verify_format(source: &str, given: Option<&str>, wishes: Wishes, notes: &mut 
             return Err(Error::new(Code::Unprocessable, message));
         }
     }
-    Ok((declared, options(wishes, declared, notes)?))
+    Ok((declared, options(JobType::Verify, wishes, declared, notes)?))
 }
 
 /// The agent has a catalogue, and its VMs are listed.

@@ -98,8 +98,7 @@ async fn vsphere(app: &App, connections: Vec<String>) -> Result<Capability, Erro
     // Every agent speaks with hypervisors that it reaches.
     let agents = app.connected_agents().await?;
     let available = !agents.is_empty();
-    let mut missing =
-        vec!["changed_blocks: job type `backup` is not built yet".to_owned(), "deploy: nothing is deployed to vSphere".to_owned()];
+    let mut missing = vec!["deploy: nothing is deployed to vSphere".to_owned()];
     if !available {
         missing.insert(0, "list, export: no agent is connected; POST /agents/tokens gives a join token for one".to_owned());
     } else if connections.is_empty() {
@@ -113,7 +112,7 @@ async fn vsphere(app: &App, connections: Vec<String>) -> Result<Capability, Erro
         list: usable,
         export: usable,
         hot_export: usable,
-        changed_blocks: false,
+        changed_blocks: usable,
         deploy: false,
         formats: if available { Format::ALL.to_vec() } else { Vec::new() },
         agents: agents.into_iter().map(|agent| agent.name).collect(),

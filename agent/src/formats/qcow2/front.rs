@@ -25,6 +25,8 @@ pub const MAX_CAPACITY: u64 = (MAX_L1_BYTES / 8) * PER_L2 * CLUSTER - (1 << 40);
 pub(super) struct Front {
     capacity: u64,
     method: Option<Method>,
+    /// Name of the qcow2 beneath, which says what this image leaves unsaid.
+    backing: Option<String>,
     reftable: Vec<u64>,
     l1: Vec<u64>,
 }
@@ -55,7 +57,23 @@ impl Front {
         if reftable_clusters * CLUSTER > MAX_REFTABLE_BYTES {
             return Err(refused(format!("a capacity of {capacity} bytes needs a refcount table of more than {MAX_REFTABLE_BYTES} bytes")));
         }
-        Ok(Self { capacity, method, reftable: vec![0; (reftable_clusters * PER_L2) as usize], l1: vec![0; l1_entries as usize] })
+        Ok(Self {
+            capacity,
+            method,
+            backing: None,
+            reftable: vec![0; (reftable_clusters * PER_L2) as usize],
+            l1: vec![0; l1_entries as usize],
+        })
+    }
+
+    /// Names the qcow2 beneath, by a path from this image's folder. Refused where the header has no room for it.
+    pub(super) fn set_backing(&mut self, name: &str) -> Result<()> {
+        if name.is_empty() || name.len() as u64 > header::MAX_BACKING_NAME {
+            let most = header::MAX_BACKING_NAME;
+            return Err(refused(format!("a backing file's name of {} bytes; 1 to {most} are allowed", name.len())));
+        }
+        self.backing = Some(name.to_owned());
+        Ok(())
     }
 
     fn reftable_clusters(&self) -> u64 {
@@ -110,6 +128,17 @@ impl Front {
         if self.method == Some(Method::Zstd) {
             put(72, &header::COMPRESSION.to_be_bytes());
             put(104, &[1]);
+        }
+        if let Some(name) = &self.backing {
+            // Behind the header: the extension that declares the format, the end of extensions, the name.
+            let extension = header::V3_LEN;
+            put(extension, &header::BACKING_FORMAT.to_be_bytes());
+            put(extension + 4, &(FORMAT.len() as u32).to_be_bytes());
+            put(extension + 8, FORMAT.as_bytes());
+            let at = extension + 8 + FORMAT.len().next_multiple_of(8) + 8;
+            put(at, name.as_bytes());
+            put(8, &(at as u64).to_be_bytes());
+            put(16, &(name.len() as u32).to_be_bytes());
         }
         Ok(output.write_all_at(&bytes, 0)?)
     }

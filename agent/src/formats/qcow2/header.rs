@@ -23,10 +23,10 @@ pub(super) const COMPRESSION: u64 = 1 << 3;
 const EXTENDED_L2: u64 = 1 << 4;
 
 /// Header extension: the backing file's format.
-const BACKING_FORMAT: u32 = 0xe279_2aca;
+pub(super) const BACKING_FORMAT: u32 = 0xe279_2aca;
 
 /// QEMU's limit of a backing file's name, in bytes.
-const MAX_BACKING_NAME: u64 = 1023;
+pub(super) const MAX_BACKING_NAME: u64 = 1023;
 
 /// Header extensions that are looked at; QEMU writes four kinds, each once.
 const MAX_EXTENSIONS: usize = 64;

@@ -98,7 +98,16 @@ impl Reader {
     /// Opens an image whose damage is to be named block by block (`verify`): only the header and the L1 table's place must be right,
     /// a bad reference fails the reads that need it. Not for images of others that are to be converted.
     pub fn open_damaged(window: Window) -> Result<Self> {
-        let header = Header::read(&window)?;
+        Self::tolerant(window, false)
+    }
+
+    /// The same of an image that may have a backing file; see [`Reader::open_layer`].
+    pub fn open_damaged_layer(window: Window) -> Result<Self> {
+        Self::tolerant(window, true)
+    }
+
+    fn tolerant(window: Window, follow: bool) -> Result<Self> {
+        let header = Header::parse(&window, follow)?;
         let mut reader = Self::load(window, header)?;
         if let Err(FormatError::Io(e)) = audit::run(&mut reader) {
             return Err(e.into());

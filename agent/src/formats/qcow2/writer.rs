@@ -79,6 +79,14 @@ impl Writer {
         })
     }
 
+    /// Makes the image a layer over the qcow2 of this name (a path from its own folder): what it leaves unsaid is that one's.
+    pub fn over(mut self, backing: Option<&str>) -> Result<Self> {
+        if let Some(name) = backing {
+            self.front.set_backing(name)?;
+        }
+        Ok(self)
+    }
+
     /// A writer in the state in which one with the same `capacity` and `method` was when it stood at `position` and had given these
     /// `pieces`, all of them and in order. Fails when they do not lead to that position.
     pub fn resume(

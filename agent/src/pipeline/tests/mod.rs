@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::disallowed_methods)]
 
 mod crash;
+mod layers;
 mod limits;
 mod matrix;
 mod proof;
@@ -178,6 +179,7 @@ pub(super) fn job(disks: &[Arc<dyn Disk>], format: Format, compression: Option<C
         snapshot: None,
         identity: "1".into(),
         disk: disk.clone(),
+        base: None,
     };
     let described = |n: usize| vm::Disk { name: format!("disk-{n}"), capacity: disks[n].capacity(), ..vm::Disk::default() };
     Job {

@@ -19,8 +19,9 @@ use tokio::runtime::Handle;
 
 use super::client::{Client, Error};
 use super::wire::Fault;
+use crate::formats::over::clipped;
 use crate::formats::{Disk, Extent, FormatError, Scratch};
-use crate::sources::Stopping;
+use crate::sources::{Moved, Stopping};
 
 /// Bytes of a request.
 const CHUNK: u64 = 2 << 20;
@@ -225,17 +226,30 @@ struct Chunked {
     remote: Arc<Remote>,
     /// Where the extent begins in its file.
     base: u64,
+    /// What of it is read, in chunks; none: all of it.
+    pieces: Option<Vec<Extent>>,
+    /// Bytes that came.
+    moved: Moved,
     slots: Mutex<BTreeMap<u64, Arc<Slot>>>,
     stopping: Stopping,
 }
 
 impl Flat {
     /// Of extents in order: length in bytes, and the file with the offset in it.
-    pub fn new(extents: Vec<(u64, Option<FileAt>)>, stopping: &Stopping) -> Self {
+    ///
+    /// With `areas` (tidy) only these are read, and nothing beside them is asked for. `moved` counts the bytes that come.
+    pub fn new(extents: Vec<(u64, Option<FileAt>)>, areas: Option<&[Extent]>, moved: &Moved, stopping: &Stopping) -> Self {
         let mut start = 0;
         let mut parts = Vec::with_capacity(extents.len());
         for (len, file) in extents {
-            let file = file.map(|(remote, base)| Chunked { remote, base, slots: Mutex::default(), stopping: stopping.clone() });
+            let file = file.map(|(remote, base)| Chunked {
+                remote,
+                base,
+                pieces: areas.map(|areas| pieces(areas, start, len)),
+                moved: moved.clone(),
+                slots: Mutex::default(),
+                stopping: stopping.clone(),
+            });
             parts.push(Part { start, len, file });
             start += len;
         }
@@ -243,28 +257,57 @@ impl Flat {
     }
 }
 
+/// The areas inside `[start, start + len)` of a disk, counted from `start`, in chunks.
+fn pieces(areas: &[Extent], start: u64, len: u64) -> Vec<Extent> {
+    let inside = clipped(areas, start, start + len);
+    let cut = |area: Extent| {
+        let from = area.offset - start;
+        (0..area.len.div_ceil(CHUNK)).map(move |n| Extent { offset: from + n * CHUNK, len: CHUNK.min(area.len - n * CHUNK) })
+    };
+    inside.into_iter().flat_map(cut).collect()
+}
+
 impl Chunked {
+    /// Chunk `number` of a part of `end` bytes; none behind the last.
+    fn chunk(&self, number: u64, end: u64) -> Option<Extent> {
+        match &self.pieces {
+            Some(pieces) => pieces.get(usize::try_from(number).ok()?).copied(),
+            None => {
+                let offset = number.checked_mul(CHUNK).filter(|offset| *offset < end)?;
+                Some(Extent { offset, len: CHUNK.min(end - offset) })
+            }
+        }
+    }
+
+    /// The chunk that holds a byte.
+    fn number(&self, offset: u64) -> u64 {
+        match &self.pieces {
+            Some(pieces) => pieces.partition_point(|piece| piece.offset + piece.len <= offset) as u64,
+            None => offset / CHUNK,
+        }
+    }
+
     /// The chunk of this number, on its way if it was not there; those behind it are sent for as well, up to `end` of the extent.
-    fn slot(&self, number: u64, end: u64) -> Arc<Slot> {
+    fn slot(&self, number: u64, end: u64) -> Option<Arc<Slot>> {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        let last = (number + AHEAD).min(end.div_ceil(CHUNK));
-        for wanted in number..last.max(number + 1) {
-            slots.entry(wanted).or_insert_with(|| self.begin(wanted, end));
+        for wanted in number..number + AHEAD {
+            let Some(chunk) = self.chunk(wanted, end) else { break };
+            slots.entry(wanted).or_insert_with(|| self.begin(chunk));
         }
         while slots.len() > KEPT {
             let Some(far) = slots.keys().copied().max_by_key(|kept| kept.abs_diff(number)) else { break };
             slots.remove(&far);
         }
-        slots.get(&number).cloned().unwrap_or_else(|| self.begin(number, end))
+        slots.get(&number).cloned()
     }
 
-    fn begin(&self, number: u64, end: u64) -> Arc<Slot> {
+    fn begin(&self, chunk: Extent) -> Arc<Slot> {
         let slot = Arc::new(Slot::default());
-        let (remote, filled) = (self.remote.clone(), slot.clone());
-        let offset = number * CHUNK;
-        let (length, from) = (CHUNK.min(end - offset), self.base + offset);
+        let (remote, filled, moved) = (self.remote.clone(), slot.clone(), self.moved.clone());
+        let from = self.base + chunk.offset;
         self.remote.runtime.spawn(async move {
-            let fetched = remote.fetch(from, length).await.map_err(Arc::from);
+            let fetched = remote.fetch(from, chunk.len).await.map_err(Arc::from);
+            moved.fetch_add(fetched.as_ref().map_or(0, |bytes| bytes.len() as u64), Ordering::Relaxed);
             *filled.bytes.lock().unwrap_or_else(PoisonError::into_inner) = Some(fetched);
             filled.there.notify_all();
         });
@@ -273,8 +316,12 @@ impl Chunked {
 
     fn read(&self, mut offset: u64, mut buf: &mut [u8], end: u64) -> Result<(), FormatError> {
         while !buf.is_empty() {
-            let number = offset / CHUNK;
-            let slot = self.slot(number, end);
+            let number = self.number(offset);
+            let begins = self.chunk(number, end).map(|chunk| chunk.offset).filter(|begins| *begins <= offset);
+            let (Some(begins), Some(slot)) = (begins, self.slot(number, end)) else {
+                let text = format!("byte {offset} of {} is not among what was to be read", self.remote.name);
+                return Err(FormatError::Io(std::io::Error::other(text)));
+            };
             let mut bytes = slot.bytes.lock().unwrap_or_else(PoisonError::into_inner);
             while bytes.is_none() {
                 // A server that says nothing must not keep a job from being cancelled.
@@ -295,7 +342,7 @@ impl Chunked {
                 None => continue,
             };
             // Within a chunk of 2 MiB.
-            let within = usize::try_from(offset % CHUNK).unwrap_or_default();
+            let within = usize::try_from(offset - begins).unwrap_or_default();
             let count = buf.len().min(chunk.len().saturating_sub(within));
             if count == 0 {
                 return Err(FormatError::Io(std::io::ErrorKind::UnexpectedEof.into()));

@@ -15,6 +15,7 @@
 //! A crash here leaves a session that ends by its idle time, and what the ledger names.
 
 pub mod budget;
+mod changed;
 mod client;
 mod collect;
 mod folder;
@@ -36,7 +37,7 @@ use self::folder::{DatastorePath, Flat, Remote};
 use self::inventory::Found;
 use self::nfc::{Lease, Streamed};
 use self::wire::MoRef;
-use super::{Error, Opened, Source, Stopping, Touch};
+use super::{Areas, Error, Frozen, Moved, Opened, Since, Source, Stopping, Touch};
 use crate::formats::{Disk, Extent, FormatError, Scratch, vmdk};
 use crate::touched::Touched;
 
@@ -71,7 +72,14 @@ impl Vsphere {
             .ok_or_else(|| Error::fatal(Code::NotFound, format!("the VM {vm_id:?} is not at {} any more", self.client.host())))
     }
 
-    fn disk(&self, found: &Found, disk: &shared::vm::Disk, stopping: &Stopping) -> Result<Opened, Error> {
+    fn disk(
+        &self,
+        found: &Found,
+        disk: &shared::vm::Disk,
+        areas: Option<&[Extent]>,
+        moved: &Moved,
+        stopping: &Stopping,
+    ) -> Result<Opened, Error> {
         let odd = |what: String| Error::fatal(Code::BadImage, format!("{}: {what}", disk.source));
         let path = DatastorePath::parse(&disk.source).ok_or_else(|| odd("that is no file of a datastore".to_owned()))?;
         let open = |path: &DatastorePath| {
@@ -101,7 +109,7 @@ impl Vsphere {
             identity.push_str(&remote.identity());
             extents.push((line.len, Some((remote, base))));
         }
-        let flat = Flat::new(extents, stopping);
+        let flat = Flat::new(extents, areas, moved, stopping);
         let capacity = crate::formats::Disk::capacity(&flat);
         if capacity != disk.capacity {
             return Err(odd(format!("it describes {capacity} bytes, the VM's disk has {}", disk.capacity)));
@@ -119,11 +127,11 @@ impl Vsphere {
     }
 
     fn by_ranges(&self, found: &Found, stopping: &Stopping) -> Result<Vec<Opened>, Error> {
-        found.vm.disks.iter().map(|disk| self.disk(found, disk, stopping)).collect()
+        found.vm.disks.iter().map(|disk| self.disk(found, disk, None, &Moved::default(), stopping)).collect()
     }
 
-    /// Through a lease of the VM or of a snapshot.
-    fn by_lease(&self, found: &Found, method: &str, of: &MoRef, touch: &dyn Touch) -> Result<Vec<Opened>, Error> {
+    /// Through a lease of the VM or of a snapshot. `moved` counts what comes, by disk.
+    fn by_lease(&self, found: &Found, method: &str, of: &MoRef, moved: &[Moved], touch: &dyn Touch) -> Result<Vec<Opened>, Error> {
         let total = found.vm.disks.iter().fold(0u64, |sum, disk| sum.saturating_add(disk.capacity));
         let note = |id: &str| touch.lease(id);
         let lease =
@@ -141,13 +149,68 @@ impl Vsphere {
             let key = found.keys.get(place).copied();
             let by_key = lease.disks.iter().position(|device| key.is_some() && device.key == key);
             let index = by_key.or((lease.disks.len() == 1).then_some(0));
-            let streamed = index.and_then(|index| Streamed::new(lease.clone(), index, disk.capacity, touch.stopping()));
+            let moved = moved.get(place).cloned().unwrap_or_default();
+            let streamed = index.and_then(|index| Streamed::new(lease.clone(), index, disk.capacity, moved, touch.stopping()));
             let streamed = streamed.ok_or_else(|| disagree(", and the server does not say which is which"))?;
             // A snapshot is another one each time; the VM itself is the same as long as it is not changed.
             let identity = format!("{method}:{}:{}:{}", of.value, found.change_version, disk.source);
             opened.push(Opened { name: disk.name.clone(), snapshot: None, disk: Arc::new(streamed), identity });
         }
         Ok(opened)
+    }
+
+    /// A temporary snapshot of the VM's disks: its name, and it.
+    fn freeze(&self, found: &Found, touch: &dyn Touch) -> Result<(String, MoRef), Error> {
+        if let Some(disk) = found.independent.first() {
+            let state = &found.vm.power_state;
+            let message =
+                format!("{} is {state} and {disk} is independent: no snapshot holds it; power the VM off and export it", found.vm.path);
+            return Err(Error::fatal(Code::Unprocessable, message));
+        }
+        let name = format!("hypersdk-{}-{}", touch.job(), shared::ids::random_hex::<4>());
+        touch.snapshot(&name).map_err(|e| ledger(&e))?;
+        let made = self.runtime.block_on(snapshot::create(&self.client, &found.vm.id, &name, false));
+        made.map(|made| (name, made)).map_err(|e| self.told(&e))
+    }
+
+    /// Sees to it that the server tracks the changes of the VM. One that cannot is backed up by comparing.
+    fn track(&self, found: &Found, touch: &dyn Touch) -> Result<(), Error> {
+        let vm = found.vm.id.as_str();
+        if self.runtime.block_on(changed::is_tracking(&self.client, vm)).map_err(|e| self.told(&e))? {
+            return Ok(());
+        }
+        touch.tracking().map_err(|e| ledger(&e))?;
+        match self.runtime.block_on(changed::track(&self.client, vm, true)) {
+            Ok(()) => touch.log(format!("changed block tracking was off for {} and is switched on", found.vm.path)),
+            Err(e @ CallError::Fault(wire::Fault::NotAuthenticated)) => return Err(self.told(&e)),
+            Err(CallError::Fault(fault)) => {
+                touch.log(format!("changed block tracking cannot be switched on for {}, so backups compare: {fault}", found.vm.path));
+            }
+            Err(e) => return Err(self.told(&e)),
+        }
+        Ok(())
+    }
+
+    /// What the server says of a frozen disk.
+    fn areas(
+        &self,
+        found: &Found,
+        snapshot: &MoRef,
+        disk: &shared::vm::Disk,
+        frozen: &changed::FrozenDisk,
+        since: &[Since],
+    ) -> Result<Areas, Error> {
+        let before = since.iter().find(|since| since.key == frozen.key.to_string() && since.capacity == disk.capacity);
+        let id = match before {
+            None if frozen.change_id.is_none() => return Ok(Areas::Unknown("the server does not track its changes".to_owned())),
+            None => "*",
+            Some(before) => match changed::obstacle(before.change_id.as_deref(), frozen.change_id.as_deref()) {
+                Some(reason) => return Ok(Areas::Unknown(reason)),
+                None => before.change_id.as_deref().unwrap_or_default(),
+            },
+        };
+        let asked = changed::areas(&self.client, &found.vm.id, snapshot, frozen.key, disk.capacity, id);
+        self.runtime.block_on(asked).map_err(|e| self.told(&e))
     }
 
     /// Waits until something of the inventory changes or nothing has for a while; whether something did. The first wait ends at once.
@@ -269,26 +332,68 @@ impl Source for Vsphere {
                 }
                 Err(e) => {
                     touch.log(format!("{} is read by a lease, because ranges are not given: {}", found.vm.path, e.message));
-                    self.by_lease(&found, "ExportVm", &MoRef::new("VirtualMachine", vm_id), touch)?
+                    self.by_lease(&found, "ExportVm", &MoRef::new("VirtualMachine", vm_id), &[], touch)?
                 }
             },
             (OFF, count) => {
                 touch.log(format!("{} is off and has {count} snapshots: it is read by a lease", found.vm.path));
-                self.by_lease(&found, "ExportVm", &MoRef::new("VirtualMachine", vm_id), touch)?
+                self.by_lease(&found, "ExportVm", &MoRef::new("VirtualMachine", vm_id), &[], touch)?
             }
             (state, _) => {
-                if let Some(disk) = found.independent.first() {
-                    let message = format!("{} is {state} and {disk} is independent: no snapshot holds it; power the VM off", found.vm.path);
-                    return Err(Error::fatal(Code::Unprocessable, message));
-                }
-                let name = format!("hypersdk-{}-{}", touch.job(), shared::ids::random_hex::<4>());
+                let (name, made) = self.freeze(&found, touch)?;
                 touch.log(format!("{} is {state}: it is read by a lease of the temporary snapshot {name}", found.vm.path));
-                touch.snapshot(&name).map_err(|e| ledger(&e))?;
-                let made = self.runtime.block_on(snapshot::create(&self.client, vm_id, &name, false)).map_err(|e| self.told(&e))?;
-                self.by_lease(&found, "ExportSnapshot", &made, touch)?
+                self.by_lease(&found, "ExportSnapshot", &made, &[], touch)?
             }
         };
         Ok((found.vm, disks))
+    }
+
+    fn open_frozen(&self, vm_id: &str, since: &[Since], touch: &dyn Touch) -> Result<(Vm, Vec<Frozen>), Error> {
+        let found = self.exportable(vm_id)?;
+        self.track(&found, touch)?;
+        let (name, made) = self.freeze(&found, touch)?;
+        touch.log(format!("{} is frozen by the temporary snapshot {name}", found.vm.path));
+        // What was there before the snapshot may have changed in between.
+        let snapshots = found.vm.snapshots;
+        let mut found = self.exportable(vm_id)?;
+        found.vm.snapshots = snapshots;
+        let disks = self.runtime.block_on(changed::disks(&self.client, &made)).map_err(|e| self.told(&e))?;
+        let mut parts = Vec::with_capacity(found.vm.disks.len());
+        for (disk, key) in found.vm.disks.iter().zip(&found.keys) {
+            let gone = || Error {
+                code: Code::Conflict,
+                message: format!("{}: {} is not in its snapshot", found.vm.path, disk.name),
+                retryable: true,
+            };
+            let frozen = disks.iter().find(|frozen| frozen.key == *key).cloned().ok_or_else(gone)?;
+            let areas = self.areas(&found, &made, disk, &frozen, since)?;
+            parts.push((shared::vm::Disk { source: frozen.file.clone(), ..disk.clone() }, frozen, areas, Moved::default()));
+        }
+        let ranged = |(disk, _, areas, moved): &(shared::vm::Disk, changed::FrozenDisk, Areas, Moved)| {
+            let listed = match areas {
+                Areas::Changed(areas) | Areas::Allocated(areas) => Some(areas.as_slice()),
+                Areas::Unknown(_) => None,
+            };
+            self.disk(&found, disk, listed, moved, &touch.stopping())
+        };
+        let opened = match parts.iter().map(ranged).collect::<Result<Vec<_>, _>>() {
+            Ok(opened) => opened,
+            Err(e) => {
+                touch.log(format!("{} is read by a lease, whole, because ranges are not given: {}", found.vm.path, e.message));
+                let moved: Vec<Moved> = parts.iter().map(|(.., moved)| moved.clone()).collect();
+                self.by_lease(&found, "ExportSnapshot", &made, &moved, touch)?
+            }
+        };
+        let whole = |(opened, (_, frozen, areas, moved)): (Opened, (shared::vm::Disk, changed::FrozenDisk, Areas, Moved))| Frozen {
+            // Another snapshot is another content.
+            opened: Opened { identity: format!("{}:{}", made.value, opened.identity), ..opened },
+            key: frozen.key.to_string(),
+            change_id: frozen.change_id,
+            areas,
+            moved,
+        };
+        let frozen = opened.into_iter().zip(parts).map(whole).collect();
+        Ok((found.vm, frozen))
     }
 
     fn undo(&self, touched: &Touched) -> Result<(), Error> {
@@ -297,6 +402,9 @@ impl Source for Vsphere {
         }
         for name in &touched.snapshots {
             self.runtime.block_on(snapshot::remove(&self.client, &touched.vm, name)).map_err(|e| self.told(&e))?;
+        }
+        if touched.tracking {
+            self.runtime.block_on(changed::track(&self.client, &touched.vm, false)).map_err(|e| self.told(&e))?;
         }
         Ok(())
     }

@@ -23,7 +23,7 @@ use super::collect::{self, property};
 use super::wire::{Fault, MoRef, children, number, text};
 use crate::formats::vmdk::stream::Splitter;
 use crate::formats::{Disk, Extent, FormatError, Packing, Scratch, UNIT};
-use crate::sources::Stopping;
+use crate::sources::{Moved, Stopping};
 
 /// Bytes of the disk that are kept behind the furthest reader, for those that are slower.
 const FLOOR: u64 = 64 << 20;
@@ -202,6 +202,8 @@ struct State {
 }
 
 struct Shared {
+    /// Bytes of the stream that came.
+    moved: Moved,
     state: Mutex<State>,
     news: Condvar,
 }
@@ -220,11 +222,11 @@ pub struct Streamed {
 const GRAIN: u64 = UNIT as u64;
 
 impl Streamed {
-    /// The lease's disk number `index`, which has so many bytes.
-    pub fn new(lease: Arc<Lease>, index: usize, capacity: u64, stopping: Stopping) -> Option<Self> {
+    /// The lease's disk number `index`, which has so many bytes. `moved` counts what comes of the stream.
+    pub fn new(lease: Arc<Lease>, index: usize, capacity: u64, moved: Moved, stopping: Stopping) -> Option<Self> {
         let device = lease.disks.get(index).cloned()?;
         let state = State { grains: BTreeMap::new(), passed: 0, wanted: 0, ended: None, closed: false };
-        let shared = Arc::new(Shared { state: Mutex::new(state), news: Condvar::new() });
+        let shared = Arc::new(Shared { moved, state: Mutex::new(state), news: Condvar::new() });
         Some(Self { lease, device, capacity, shared, started: AtomicBool::new(false), stopping })
     }
 
@@ -331,7 +333,7 @@ fn attempt(lease: &Lease, device: &DeviceUrl, capacity: u64, shared: &Shared) ->
         FormatError::Io(e) => Broken::Passing(format!("the stream broke: {e}")),
         e => Broken::Fatal(e.to_string()),
     };
-    let body = Body::open(lease, device).map_err(|e| match e {
+    let body = Body::open(lease, device, shared.moved.clone()).map_err(|e| match e {
         e if e.is_passing() => Broken::Passing(e.told(lease.client.host()).message),
         e => Broken::Fatal(e.told(lease.client.host()).message),
     })?;
@@ -366,12 +368,13 @@ fn attempt(lease: &Lease, device: &DeviceUrl, capacity: u64, shared: &Shared) ->
 
 /// A response's body as a reader.
 struct Body {
+    moved: Moved,
     pieces: mpsc::Receiver<Result<bytes::Bytes, String>>,
     piece: bytes::Bytes,
 }
 
 impl Body {
-    fn open(lease: &Lease, device: &DeviceUrl) -> Result<Self, Error> {
+    fn open(lease: &Lease, device: &DeviceUrl, moved: Moved) -> Result<Self, Error> {
         let client = lease.client.clone();
         let opened = lease.runtime.block_on(async {
             let turn = client.budget().turn().await;
@@ -402,7 +405,7 @@ impl Body {
                 }
             }
         });
-        Ok(Self { pieces, piece: bytes::Bytes::new() })
+        Ok(Self { moved, pieces, piece: bytes::Bytes::new() })
     }
 }
 
@@ -410,7 +413,10 @@ impl Read for Body {
     fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
         while self.piece.is_empty() {
             match self.pieces.blocking_recv() {
-                Some(Ok(piece)) => self.piece = piece,
+                Some(Ok(piece)) => {
+                    self.moved.fetch_add(piece.len() as u64, Ordering::Relaxed);
+                    self.piece = piece;
+                }
                 Some(Err(message)) => return Err(io::Error::new(io::ErrorKind::ConnectionAborted, message)),
                 None => return Ok(0),
             }

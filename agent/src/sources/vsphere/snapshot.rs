@@ -83,7 +83,7 @@ fn in_tree(node: Node, list: &'static str, name: &str) -> Option<MoRef> {
 }
 
 /// Waits for a task. A server that goes away meanwhile is waited for as long as the task may take.
-async fn finished(client: &Client, task: &MoRef) -> Result<(), Error> {
+pub(super) async fn finished(client: &Client, task: &MoRef) -> Result<(), Error> {
     let end = Instant::now() + TASK;
     loop {
         let looked = client
