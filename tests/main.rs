@@ -10,6 +10,7 @@ mod harness;
 
 mod access;
 mod architecture;
+mod backup;
 mod bad_input;
 mod boot;
 mod carbon;

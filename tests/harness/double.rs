@@ -123,17 +123,47 @@ impl Double {
         self.soap("VirtualMachine", vm, "CreateSnapshot_Task", &body).await;
     }
 
+    async fn told(&self, path: &str) -> serde_json::Value {
+        let answer = self.http.get(format!("https://{}{path}", self.host)).send().await.unwrap().text().await.unwrap();
+        serde_json::from_str(&answer).unwrap_or_else(|e| panic!("{path}: {e}: {answer}"))
+    }
+
     /// How many leases and snapshots there are.
     pub async fn left(&self) -> (u64, u64) {
-        let answer = self.http.get(format!("https://{}/left", self.host)).send().await.unwrap().text().await.unwrap();
-        let left: serde_json::Value = serde_json::from_str(&answer).unwrap();
+        let left = self.told("/left").await;
         (left["leases"].as_u64().unwrap(), left["snapshots"].as_u64().unwrap())
+    }
+
+    /// Of how many VMs the changes are tracked.
+    pub async fn tracked(&self) -> u64 {
+        self.told("/left").await["tracking"].as_u64().unwrap()
+    }
+
+    /// Bytes of disks that it gave by ranges of files that a snapshot froze, since this was asked last.
+    pub async fn moved(&self) -> u64 {
+        self.told("/moved").await["bytes"].as_u64().unwrap()
+    }
+
+    /// What may happen to the tracking of a VM's changes: `reset`, `back`, `forget`.
+    pub async fn lose_track(&self, vm: &str, how: &str) {
+        self.http.get(format!("https://{}/reset?vm={vm}&how={how}", self.host)).send().await.unwrap();
+    }
+
+    /// Switches the tracking of a VM's changes, as an operator does.
+    pub async fn track(&self, vm: &str, on: bool) {
+        let body = format!("<spec><changeTrackingEnabled>{on}</changeTrackingEnabled></spec>");
+        self.soap("VirtualMachine", vm, "ReconfigVM_Task", &body).await;
     }
 
     /// The first disk of [`Kind::vm`] as it lies on the datastore.
     pub fn disk(&self, kind: Kind, scratch: &Scratch) -> PathBuf {
+        self.disk_of(kind, kind.vm(), scratch)
+    }
+
+    /// The first disk of a VM as it lies on the datastore.
+    pub fn disk_of(&self, kind: Kind, vm: &str, scratch: &Scratch) -> PathBuf {
         let stores = std::fs::read_dir(scratch.join(&format!("double-{kind:?}"))).unwrap().map(|entry| entry.unwrap().path());
-        let found = stores.map(|store| store.join(kind.vm()).join("disk1-flat.vmdk")).find(|path| path.is_file());
+        let found = stores.map(|store| store.join(vm).join("disk1-flat.vmdk")).find(|path| path.is_file());
         found.expect("the double has seeded a disk")
     }
 }

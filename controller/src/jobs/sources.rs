@@ -6,6 +6,7 @@
 
 use proto::v1;
 use shared::error::Code;
+use shared::ids::JobId;
 use shared::options::{Format, JobType, Options};
 use shared::vm::is_catalogue_name;
 
@@ -137,11 +138,17 @@ fn verify_format(source: &str, given: Option<&str>, wishes: Wishes, notes: &mut 
         return Err(Error::new(Code::Unprocessable, format!("a verify job writes nothing: leave `{name}` out")));
     }
     let file = source.strip_suffix(".manifest.json").unwrap_or(source);
-    let declared = Format::of_name(file).ok_or_else(|| {
+    // The folder of a job is looked at as a restore point, whose disks are qcow2.
+    let folder = source.trim_end_matches('/').rsplit('/').next().unwrap_or_default();
+    let of_point = folder.parse::<JobId>().is_ok().then_some(Format::Qcow2);
+    let declared = Format::of_name(file).or(of_point).ok_or_else(|| {
         let known = Format::ALL.join(", ");
         Error::new(
             Code::Unprocessable,
-            format!("`{}` does not say its format: name a file that ends in one of {known}, or its manifest", clip(source)),
+            format!(
+                "`{}` does not say its format: name a file that ends in one of {known}, its manifest, or the folder of a restore point",
+                clip(source)
+            ),
         )
     })?;
     if let Some(given) = given {

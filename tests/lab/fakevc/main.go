@@ -48,8 +48,6 @@ var (
 	workDir string
 	leases  sync.Map // lease id -> *HttpNfcLease
 	frozen  sync.Map // "snapshot id/device key" -> frozen flat file; "changeId" -> frozen flat file
-	changeN int
-
 	leaseTime time.Duration // without a word of progress
 )
 
@@ -153,6 +151,10 @@ func (f *fakeExport) ExportSnapshot(ctx *simulator.Context, r *types.ExportSnaps
 
 func (f *fakeExport) QueryChangedDiskAreas(ctx *simulator.Context, r *types.QueryChangedDiskAreas) soap.HasFault {
 	body := new(methods.QueryChangedDiskAreasBody)
+	if !tracks(types.ManagedObjectReference{Type: "VirtualMachine", Value: r.This.Value}) {
+		body.Fault_ = simulator.Fault("change tracking is off", &types.FileFault{})
+		return body
+	}
 	cur, ok := frozen.Load(fmt.Sprintf("%s/%d", r.Snapshot.Value, r.DeviceKey))
 	if !ok {
 		body.Fault_ = simulator.Fault("", &types.InvalidArgument{InvalidProperty: "deviceKey"})
@@ -167,7 +169,7 @@ func (f *fakeExport) QueryChangedDiskAreas(ctx *simulator.Context, r *types.Quer
 		}
 		old = o.(string)
 	}
-	info, err := diff(old, cur.(string), r.StartOffset)
+	info, err := diff(old, cur.(string), r.StartOffset, pageOf)
 	if err != nil {
 		body.Fault_ = simulator.Fault(err.Error(), &types.FileFault{File: cur.(string)})
 		return body
@@ -177,7 +179,8 @@ func (f *fakeExport) QueryChangedDiskAreas(ctx *simulator.Context, r *types.Quer
 }
 
 // diff lists the 64 KiB blocks of b that differ from a (or from zeroes when a is "").
-func diff(a, b string, start int64) (*types.DiskChangeInfo, error) {
+// At most page bytes of the disk are told of in one answer, as real servers do; the caller asks on from there.
+func diff(a, b string, start, page int64) (*types.DiskChangeInfo, error) {
 	const bs = 64 << 10
 	fb, err := os.Open(b)
 	if err != nil {
@@ -192,9 +195,13 @@ func diff(a, b string, start int64) (*types.DiskChangeInfo, error) {
 		}
 		defer fa.Close()
 	}
-	out := &types.DiskChangeInfo{StartOffset: start, Length: st.Size() - start}
+	end := st.Size()
+	if page > 0 && start+page < end {
+		end = (start + page) / bs * bs
+	}
+	out := &types.DiskChangeInfo{StartOffset: start, Length: end - start}
 	x, y := make([]byte, bs), make([]byte, bs)
-	for off := start / bs * bs; off < st.Size(); off += bs {
+	for off := start / bs * bs; off < end; off += bs {
 		n, _ := fb.ReadAt(y, off)
 		for i := range x {
 			x[i] = 0
@@ -278,16 +285,16 @@ func (watcher) PutObject(o mo.Reference) {
 	ds, bs := disks(s.Config.Hardware.Device)
 	dev := append([]types.BaseVirtualDevice{}, s.Config.Hardware.Device...)
 	for i, d := range ds {
-		changeN++
 		dst := filepath.Join(workDir, fmt.Sprintf("%s-%d.raw", s.Self.Value, d.Key))
 		if out, err := exec.Command("cp", "--sparse=always", flat(resolve(bs[i].FileName)), dst).CombinedOutput(); err != nil {
 			log.Printf("freeze: %v %s", err, out)
 		}
-		id := fmt.Sprintf("52 fa ke/%d", changeN)
 		frozen.Store(fmt.Sprintf("%s/%d", s.Self.Value, d.Key), dst)
-		frozen.Store(id, dst)
 		nd, nb := *d, *bs[i]
-		nb.ChangeId = id
+		if tracks(s.Vm) {
+			nb.ChangeId = changeID(s.Vm, d.Key)
+			frozen.Store(nb.ChangeId, dst)
+		}
 		nd.Backing = &nb
 		for j := range dev {
 			if dev[j].GetVirtualDevice().Key == d.Key {
@@ -296,7 +303,6 @@ func (watcher) PutObject(o mo.Reference) {
 		}
 	}
 	s.Config.Hardware.Device = dev
-	s.Config.ChangeTrackingEnabled = types.NewBool(true)
 }
 func (watcher) UpdateObject(mo.Reference, []types.PropertyChange) {}
 func (watcher) RemoveObject(types.ManagedObjectReference)         {}
@@ -324,6 +330,7 @@ func main() {
 	flag.DurationVar(&leaseTime, "lease", 300*time.Second, "a lease ends after this time without progress")
 	machines := flag.Int("vms", 0, "VMs of each host and resource pool")
 	off := flag.String("off", "", "VM[,VM...]: these are powered off at the start")
+	flag.Int64Var(&pageOf, "areas", 0, "bytes of a disk that one answer of QueryChangedDiskAreas covers; 0: all")
 	auth := flag.Bool("folderauth", true, "demand Basic auth or a session cookie on /folder, as real servers do")
 	flag.Parse()
 	workDir, _ = ioutil.TempDir("", "fakevc")
@@ -406,7 +413,16 @@ func main() {
 			http.Error(w, "", http.StatusUnauthorized)
 			return
 		}
+		if locked(r) {
+			http.Error(w, "file is locked", http.StatusInternalServerError)
+			return
+		}
 		if r.Method == http.MethodGet || r.Method == http.MethodHead {
+			if name := frozenFile(r); name != "" {
+				w.Header().Set("Content-Type", "application/octet-stream")
+				served(w, r, name)
+				return
+			}
 			w.Header().Set("Content-Type", "application/octet-stream") // as ESXi; Proxmox's importer insists on it
 		}
 		s.ServeDatastore(w, r)
@@ -438,16 +454,21 @@ func main() {
 	left := func(w http.ResponseWriter, r *http.Request) {
 		n := 0
 		leases.Range(func(_, _ interface{}) bool { n++; return true })
-		snapshots := 0
+		snapshots, tracking := 0, 0
 		for _, e := range simulator.Map.All("VirtualMachine") {
 			if s := e.(*simulator.VirtualMachine).Snapshot; s != nil {
 				snapshots += count(s.RootSnapshotList)
 			}
+			if tracks(e.Reference()) {
+				tracking++
+			}
 		}
-		fmt.Fprintf(w, `{"leases": %d, "snapshots": %d}`, n, snapshots)
+		fmt.Fprintf(w, `{"leases": %d, "snapshots": %d, "tracking": %d}`, n, snapshots, tracking)
 	}
 	for _, h := range []string{"127.0.0.1", "localhost"} {
 		mux.HandleFunc(h+"/left", left)
+		mux.HandleFunc(h+"/moved", moved)
+		mux.HandleFunc(h+"/reset", resetTracking)
 		mux.HandleFunc(h+"/sdk", sdk)
 		mux.HandleFunc(h+"/folder/", folder)
 		mux.HandleFunc(h+"/fakenfc/", nfc)

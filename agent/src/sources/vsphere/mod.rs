@@ -173,11 +173,11 @@ impl Vsphere {
         made.map(|made| (name, made)).map_err(|e| self.told(&e))
     }
 
-    /// Sees to it that the server tracks the changes of the VM. One that cannot is backed up by comparing.
-    fn track(&self, found: &Found, touch: &dyn Touch) -> Result<(), Error> {
+    /// Sees to it that the server tracks the changes of the VM; whether it did so before. One that cannot is backed up by comparing.
+    fn track(&self, found: &Found, touch: &dyn Touch) -> Result<bool, Error> {
         let vm = found.vm.id.as_str();
         if self.runtime.block_on(changed::is_tracking(&self.client, vm)).map_err(|e| self.told(&e))? {
-            return Ok(());
+            return Ok(true);
         }
         touch.tracking().map_err(|e| ledger(&e))?;
         match self.runtime.block_on(changed::track(&self.client, vm, true)) {
@@ -188,7 +188,7 @@ impl Vsphere {
             }
             Err(e) => return Err(self.told(&e)),
         }
-        Ok(())
+        Ok(false)
     }
 
     /// What the server says of a frozen disk.
@@ -198,12 +198,14 @@ impl Vsphere {
         snapshot: &MoRef,
         disk: &shared::vm::Disk,
         frozen: &changed::FrozenDisk,
-        since: &[Since],
+        (since, was_tracked): (&[Since], bool),
     ) -> Result<Areas, Error> {
         let before = since.iter().find(|since| since.key == frozen.key.to_string() && since.capacity == disk.capacity);
         let id = match before {
             None if frozen.change_id.is_none() => return Ok(Areas::Unknown("the server does not track its changes".to_owned())),
             None => "*",
+            // What was written meanwhile is in nobody's book.
+            Some(_) if !was_tracked => return Ok(Areas::Unknown("changed block tracking was off since".to_owned())),
             Some(before) => match changed::obstacle(before.change_id.as_deref(), frozen.change_id.as_deref()) {
                 Some(reason) => return Ok(Areas::Unknown(reason)),
                 None => before.change_id.as_deref().unwrap_or_default(),
@@ -350,7 +352,7 @@ impl Source for Vsphere {
 
     fn open_frozen(&self, vm_id: &str, since: &[Since], touch: &dyn Touch) -> Result<(Vm, Vec<Frozen>), Error> {
         let found = self.exportable(vm_id)?;
-        self.track(&found, touch)?;
+        let was_tracked = self.track(&found, touch)?;
         let (name, made) = self.freeze(&found, touch)?;
         touch.log(format!("{} is frozen by the temporary snapshot {name}", found.vm.path));
         // What was there before the snapshot may have changed in between.
@@ -366,7 +368,7 @@ impl Source for Vsphere {
                 retryable: true,
             };
             let frozen = disks.iter().find(|frozen| frozen.key == *key).cloned().ok_or_else(gone)?;
-            let areas = self.areas(&found, &made, disk, &frozen, since)?;
+            let areas = self.areas(&found, &made, disk, &frozen, (since, was_tracked))?;
             parts.push((shared::vm::Disk { source: frozen.file.clone(), ..disk.clone() }, frozen, areas, Moved::default()));
         }
         let ranged = |(disk, _, areas, moved): &(shared::vm::Disk, changed::FrozenDisk, Areas, Moved)| {
