@@ -76,7 +76,13 @@ impl Disk for Allocated {
 
     fn read_at(&self, offset: u64, buf: &mut [u8], scratch: &mut Scratch) -> Result<()> {
         check_range(self.format(), offset, buf.len(), self.capacity())?;
-        fill(&self.areas, offset, buf, |at, part, is_area| if is_area { self.disk.read_at(at, part, scratch) } else { Ok(part.fill(0)) })
+        fill(&self.areas, offset, buf, |at, part, is_area| {
+            if is_area {
+                return self.disk.read_at(at, part, scratch);
+            }
+            part.fill(0);
+            Ok(())
+        })
     }
 }
 
