@@ -81,7 +81,9 @@ async fn what_a_request_gets_wrong_is_named() {
     for (body, status, words) in [
         (json!({"provider": "local", "path": "/nowhere/at/all"}), 403, vec!["/nowhere/at/all"]),
         (json!({"provider": "warehouse"}), 422, vec!["warehouse", "local"]),
-        (json!({"provider": "libvirt", "uri": "qemu:///system"}), 422, vec!["not built yet"]),
+        (json!({"provider": "libvirt"}), 400, vec!["`uri`", "qemu:///system"]),
+        (json!({"provider": "libvirt", "uri": "qemu:///system", "password": "sesame"}), 400, vec!["`password`"]),
+        (json!({"provider": "libvirt", "uri": "qemu+ext:///system?command=/bin/sh"}), 400, vec!["qemu+ssh"]),
     ] {
         let answer = client.post("/providers/connect", body.clone()).await;
         assert_eq!(answer.status, status, "{body}: {}", answer.text);

@@ -20,6 +20,7 @@ mod files;
 mod identity;
 mod jobs;
 mod jobtypes;
+mod libvirt;
 mod load;
 mod long;
 mod memory;

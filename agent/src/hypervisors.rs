@@ -17,12 +17,16 @@ use shared::secret::Secret;
 
 use crate::Agent;
 use crate::egress::Trust;
+use crate::exec::Next;
+use crate::sources::libvirt::Libvirt;
 use crate::sources::vsphere::budget::Budget;
 use crate::sources::vsphere::{Client, Listener, Settings, Vsphere};
 use crate::sources::{Error, Source};
 
-/// The kind of connections that are served here.
+/// A kind of connections that are served here.
 pub const VSPHERE: &str = "vsphere";
+/// The other one.
+pub const LIBVIRT: &str = "libvirt";
 /// Between two tries to listen to a server that does not answer.
 const PAUSE: Duration = Duration::from_secs(2);
 /// Changes closer together than this are told at once.
@@ -136,11 +140,17 @@ pub fn attend(agent: &Arc<Agent>) {
     for client in agent.hypervisors.without(&served) {
         agent.runtime.spawn(async move { client.log_out().await });
     }
-    for name in served.values().filter(|connection| connection.kind == VSPHERE).map(|connection| connection.name.clone()) {
+    for (name, kind) in served.values().map(|connection| (connection.name.clone(), connection.kind.clone())) {
+        if !matches!(kind.as_str(), VSPHERE | LIBVIRT) {
+            continue;
+        }
         if agent.hypervisors.listening.lock().unwrap_or_else(PoisonError::into_inner).insert(name.clone()) {
             let agent = agent.clone();
             tokio::task::spawn_blocking(move || {
-                listen(&agent, &name);
+                match kind.as_str() {
+                    LIBVIRT => listen_to_libvirt(&agent, &name),
+                    _ => listen(&agent, &name),
+                }
                 agent.hypervisors.listening.lock().unwrap_or_else(PoisonError::into_inner).remove(&name);
             });
         }
@@ -170,8 +180,7 @@ fn listen(agent: &Arc<Agent>, name: &str) {
             // What is the case when the listening begins was told by the look that began it.
             Ok(true) if is_first => is_first = false,
             Ok(true) => {
-                agent.hypervisors.stale.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
-                agent.catalogue.notify_one();
+                is_stale(agent, name);
                 wait(agent, CALM.saturating_sub(began.elapsed()));
             }
             Ok(false) => {}
@@ -186,6 +195,53 @@ fn listen(agent: &Arc<Agent>, name: &str) {
     }
     if let Some(client) = of {
         agent.runtime.block_on(listener.end(&client));
+    }
+}
+
+fn is_stale(agent: &Agent, name: &str) {
+    agent.hypervisors.stale.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
+    agent.catalogue.notify_one();
+}
+
+/// Listens until the connection is not served any more. Between two processes that listen nobody does, so each begins with a look.
+fn listen_to_libvirt(agent: &Arc<Agent>, name: &str) {
+    let mut is_first = true;
+    loop {
+        let connection = agent.connections.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned();
+        let Some(connection) = connection.filter(|connection| connection.kind == LIBVIRT) else { return };
+        let listening = Libvirt::new(&connection.path, &agent.vault).ok().and_then(|libvirt| libvirt.uri().listen().ok());
+        if !std::mem::take(&mut is_first) {
+            is_stale(agent, name);
+        }
+        let Some(listening) = listening else {
+            wait(agent, PAUSE);
+            if agent.hypervisors.leaving.load(Ordering::Acquire) {
+                return;
+            }
+            continue;
+        };
+        let began = Instant::now();
+        loop {
+            let is_served = || agent.connections.lock().unwrap_or_else(PoisonError::into_inner).get(name) == Some(&connection);
+            if agent.hypervisors.leaving.load(Ordering::Acquire) || !is_served() {
+                break;
+            }
+            match listening.next(CALM) {
+                Next::Line(_) => {
+                    // What comes together is told together.
+                    wait(agent, CALM / 4);
+                    while let Next::Line(_) = listening.next(Duration::ZERO) {}
+                    is_stale(agent, name);
+                }
+                Next::Nothing => {}
+                Next::End => break,
+            }
+        }
+        if agent.hypervisors.leaving.load(Ordering::Acquire) {
+            return;
+        }
+        // One that cannot listen at all is not asked without a pause.
+        wait(agent, PAUSE.saturating_sub(began.elapsed()));
     }
 }
 

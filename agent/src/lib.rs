@@ -13,6 +13,7 @@ pub mod config;
 pub mod convert;
 mod digests;
 mod egress;
+mod exec;
 pub mod formats;
 mod held;
 mod hypervisors;
@@ -46,6 +47,7 @@ use crate::config::Config;
 pub use crate::identity::Error;
 use crate::identity::{Home, Identity};
 use crate::sources::Source;
+use crate::sources::libvirt::Libvirt;
 use crate::sources::local::Local;
 
 /// What the engine writes, as the API spells it.
@@ -226,11 +228,10 @@ impl Agent {
         match connection.kind.as_str() {
             "local" => {}
             hypervisors::VSPHERE => return hypervisors::source(self, connection),
+            hypervisors::LIBVIRT => return Ok(Arc::new(Libvirt::new(&connection.path, &self.vault)?)),
             kind => {
-                return Err(sources::Error::fatal(
-                    Code::NotBuilt,
-                    format!("provider {kind:?} is not built yet; `local` and `vsphere` are"),
-                ));
+                let message = format!("provider {kind:?} is not built yet; `local`, `libvirt` and `vsphere` are");
+                return Err(sources::Error::fatal(Code::NotBuilt, message));
             }
         }
         let place = self.vault.locate(&connection.path).map_err(|e| sources::Error::fatal(Code::OutsideRoots, e.to_string()))?;
@@ -255,7 +256,7 @@ impl Agent {
         // A hypervisor says itself when something changes.
         let is_due = |connection: &&v1::Connection| match only {
             Some(name) => name == connection.name,
-            None => always || connection.kind != hypervisors::VSPHERE,
+            None => always || connection.kind == "local",
         };
         for connection in connections.values().filter(is_due) {
             let turn = self.looking.lock().unwrap_or_else(|e| e.into_inner()).entry(connection.name.clone()).or_default().clone();

@@ -132,6 +132,7 @@ fn connect(wanted: &Connect) -> Result<Value, Failure> {
     let texts = [
         ("name", &wanted.name),
         ("path", &wanted.path),
+        ("uri", &wanted.uri),
         ("host", &wanted.host),
         ("username", &wanted.username),
         ("fingerprint", &wanted.host_fingerprint),

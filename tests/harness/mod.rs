@@ -7,6 +7,7 @@ pub mod double;
 pub mod faults;
 pub mod fleet;
 pub mod images;
+pub mod libvirtd;
 pub mod live;
 pub mod postgres;
 pub mod process;

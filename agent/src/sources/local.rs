@@ -173,10 +173,31 @@ impl Local {
         Ok((Window::whole(file)?, identity))
     }
 
+    /// Opens a disk in the format that somebody declares whose word counts more than the name's: libvirt's words, `vpc` among them. A qcow2 is
+    /// laid over its backing files, as far as these lie beside or below it.
+    pub fn open_declared(&self, below: &Path, format: &str) -> Result<Opened, Error> {
+        let kind = match format {
+            "raw" => Declared::Raw,
+            "qcow2" => Declared::Qcow2,
+            "vmdk" => Declared::Vmdk,
+            "vhdx" => Declared::Vhdx,
+            "vpc" => Declared::Vhd,
+            "vdi" => Declared::Vdi,
+            other => return Err(Error::fatal(Code::NotBuilt, format!("disks of format {other:?} are not read yet"))),
+        };
+        let options = OpenOptions { follow_chain: kind == Declared::Qcow2, ..OpenOptions::default() };
+        let image = self.image_as(below, Some(kind), &options).map_err(|e| refusal(&below.display().to_string(), e))?;
+        Ok(Opened { name: "disk-0".to_owned(), snapshot: None, disk: image.disk, identity: image.identity })
+    }
+
     /// Opens one image file in the format that its name declares.
     fn image(&self, below: &Path, options: &OpenOptions) -> Result<Image, FormatError> {
         let name = below.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let kind = declared(name);
+        self.image_as(below, declared(name), options)
+    }
+
+    fn image_as(&self, below: &Path, kind: Option<Declared>, options: &OpenOptions) -> Result<Image, FormatError> {
+        let name = below.file_name().and_then(|name| name.to_str()).unwrap_or_default();
         if let (Some(snapshot), false) = (&options.snapshot, kind == Some(Declared::Qcow2)) {
             return Err(no_snapshot(name, snapshot));
         }

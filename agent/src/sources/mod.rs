@@ -4,6 +4,7 @@
 //! Never: converts or writes. A crash here costs nothing: a source is only read.
 
 pub mod file;
+pub mod libvirt;
 pub mod local;
 pub mod vsphere;
 

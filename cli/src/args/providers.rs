@@ -39,13 +39,14 @@ The password of a hypervisor comes from HYPERSDK_PROVIDER_PASSWORD (or
 ..._FILE), is typed, or is the first line of standard input.
 
   hypersdk providers connect local --path /srv/images
+  hypersdk providers connect libvirt --uri qemu:///system
   hypersdk providers connect vsphere --host vc.example.org --username backup";
 
 /// `hypersdk providers connect`
 #[derive(Args)]
 #[command(after_help = HELP)]
 pub struct Connect {
-    /// Its kind: local, vsphere
+    /// Its kind: local, libvirt, vsphere
     pub kind: String,
     /// Name of the connection; default: its kind
     #[arg(long)]
@@ -53,6 +54,9 @@ pub struct Connect {
     /// local: folder of disk images and OVAs on the agent's host
     #[arg(long)]
     pub path: Option<String>,
+    /// libvirt: qemu:///system, qemu+ssh://USER@HOST/system, qemu+tls://...
+    #[arg(long)]
+    pub uri: Option<String>,
     /// vsphere: HOST or HOST:PORT of a vCenter or ESXi
     #[arg(long)]
     pub host: Option<String>,

@@ -12,7 +12,7 @@ use shared::secret::Secret;
 use utoipa::ToSchema;
 
 use super::account::{self, Kept};
-use super::connect::{choose_agent, is_path};
+use super::connect::{URIS, choose_agent, is_path, is_uri};
 use super::routes::Connection;
 use super::service;
 use crate::app::App;
@@ -30,6 +30,9 @@ pub struct Change {
     /// `local`: absolute path of a folder on the agent's host.
     #[serde(default)]
     path: Option<String>,
+    /// `libvirt`: another URI.
+    #[serde(default)]
+    uri: Option<String>,
     /// `vsphere`: HOST[:PORT]; wants the password again, so that none is sent to a host that its owner did not name.
     #[serde(default)]
     host: Option<String>,
@@ -77,7 +80,7 @@ pub async fn change(
     let wanted = body.value;
     if wanted.is_empty() {
         return Err(Error::bad_request(
-            "nothing is to change; give `path`, or `host`, `username`, `password`, `insecure`, `fingerprint`, or `agent`",
+            "nothing is to change; give `path`, or `uri`, or `host`, `username`, `password`, `insecure`, `fingerprint`, or `agent`",
         ));
     }
     if row.origin == "agent" {
@@ -108,7 +111,7 @@ pub async fn change(
 
 impl Change {
     fn is_empty(&self) -> bool {
-        self.path.is_none() && self.agent.is_none() && !self.is_account()
+        self.path.is_none() && self.uri.is_none() && self.agent.is_none() && !self.is_account()
     }
 
     /// Whether something of an account is to change.
@@ -119,14 +122,23 @@ impl Change {
     /// Path or host, and the account, as they are to be.
     fn place(&self, app: &App, row: &connections::Model) -> Result<(String, Option<(account::Settings, Secret)>), Error> {
         let Some(mut settings) = account::settings(row) else {
-            return match &self.path {
+            let is_libvirt = row.kind == "libvirt";
+            let (given, other, wrong) = if is_libvirt { (&self.uri, &self.path, "path") } else { (&self.path, &self.uri, "uri") };
+            if other.is_some() {
+                return Err(Error::bad_request(format!("`{wrong}` is not for a connection of kind `{}`", row.kind)));
+            }
+            return match given {
+                Some(uri) if is_libvirt && !self.is_account() => match is_uri(uri) {
+                    true => Ok((uri.clone(), None)),
+                    false => Err(Error::bad_request(format!("`uri` must be {URIS}"))),
+                },
                 _ if self.is_account() => Err(Error::bad_request(format!("a connection of kind `{}` has no account", row.kind))),
                 Some(path) if is_path(path) => Ok((path.clone(), None)),
                 Some(_) => Err(Error::bad_request("`path` must be the absolute path of a folder on the agent's host")),
                 None => Ok((row.path.clone(), None)),
             };
         };
-        if self.path.is_some() {
+        if self.path.is_some() || self.uri.is_some() {
             return Err(Error::bad_request(format!("`path` is not for a connection of kind `{}`; it has `host`", row.kind)));
         }
         if self.password.is_none() && (self.host.is_some() || self.username.is_some()) {

@@ -27,7 +27,7 @@ use crate::system::audit;
 #[serde(deny_unknown_fields)]
 #[schema(example = json!({"provider": "local", "name": "lab", "path": "/srv/vms"}))]
 pub struct Connect {
-    /// The kind: `local` or `vsphere`; `libvirt` is not built yet.
+    /// The kind: `local`, `libvirt` or `vsphere`.
     provider: String,
     /// Absent: the kind, with a number where that is taken.
     #[serde(default)]
@@ -54,10 +54,9 @@ pub struct Connect {
     /// Id or name of the agent; absent: the only one that is connected.
     #[serde(default)]
     agent: Option<String>,
-    // A field of a kind that is not built yet: read, so that the answer is "not built yet", and dropped.
-    #[serde(default, rename = "uri")]
-    #[schema(ignore)]
-    _uri: serde::de::IgnoredAny,
+    /// `libvirt`: `qemu:///system` on the agent's host, `qemu+ssh://USER@HOST/system` or `qemu+tls://HOST/system`; without parameters.
+    #[serde(default)]
+    uri: Option<String>,
 }
 
 /// Connects: asks the agent whether it can serve the connection (at a hypervisor by a real log-in), then keeps it.
@@ -113,21 +112,22 @@ fn place(wanted: &mut Connect) -> Result<(String, Option<(Settings, Secret)>), E
             let path = wanted.path.take().filter(|path| is_path(path));
             let path =
                 path.ok_or_else(|| Error::bad_request("provider `local` needs `path`, the absolute path of a folder on the agent's host"))?;
-            let others = [
-                ("host", wanted.host.is_some()),
-                ("username", wanted.username.is_some()),
-                ("password", wanted.password.is_some()),
-                ("insecure", wanted.insecure.is_some()),
-                ("fingerprint", wanted.fingerprint.is_some()),
-            ];
-            match others.iter().find(|(_, is_there)| *is_there) {
-                Some((field, _)) => foreign(field, "local"),
+            match wanted.account_field().or(wanted.uri.as_ref().map(|_| "uri")) {
+                Some(field) => foreign(field, "local"),
                 None => Ok((path, None)),
             }
         }
+        "libvirt" => {
+            let uri = wanted.uri.take().filter(|uri| is_uri(uri));
+            let uri = uri.ok_or_else(|| Error::bad_request(format!("provider `libvirt` needs `uri`, {URIS}")))?;
+            match wanted.account_field().or(wanted.path.as_ref().map(|_| "path")) {
+                Some(field) => foreign(field, "libvirt"),
+                None => Ok((uri, None)),
+            }
+        }
         "vsphere" => {
-            if wanted.path.is_some() {
-                return foreign("path", "vsphere");
+            if wanted.path.is_some() || wanted.uri.is_some() {
+                return foreign(if wanted.path.is_some() { "path" } else { "uri" }, "vsphere");
             }
             let needs = |field: &str, what: &str| Error::bad_request(format!("provider `vsphere` needs `{field}`, {what}"));
             let host = wanted.host.take().ok_or_else(|| needs("host", "HOST or HOST:PORT of a vCenter or ESXi"))?;
@@ -145,9 +145,32 @@ fn place(wanted: &mut Connect) -> Result<(String, Option<(Settings, Secret)>), E
         }
         other => {
             let shown: String = other.chars().take(40).collect();
-            Err(Error::not_built(format!("provider `{shown}`")).detail(serde_json::json!({ "built": ["local", "vsphere"] })))
+            Err(Error::not_built(format!("provider `{shown}`")).detail(serde_json::json!({ "built": ["local", "libvirt", "vsphere"] })))
         }
     }
+}
+
+impl Connect {
+    /// A field of an account that is there.
+    fn account_field(&self) -> Option<&'static str> {
+        let fields = [
+            ("host", self.host.is_some()),
+            ("username", self.username.is_some()),
+            ("password", self.password.is_some()),
+            ("insecure", self.insecure.is_some()),
+            ("fingerprint", self.fingerprint.is_some()),
+        ];
+        fields.into_iter().find(|(_, is_there)| *is_there).map(|(field, _)| field)
+    }
+}
+
+/// Which URIs are taken, for a message.
+pub(super) const URIS: &str =
+    "qemu:///system on the agent's host, qemu+ssh://USER@HOST/system or qemu+tls://HOST/system, without parameters";
+
+/// Whether a text can be the URI of a `libvirt` connection; its agent looks at it again.
+pub(super) fn is_uri(uri: &str) -> bool {
+    uri.contains("://") && uri.len() <= 300 && uri.bytes().all(|byte| byte.is_ascii_graphic())
 }
 
 /// Whether a text can be a folder of a `local` connection.

@@ -38,6 +38,9 @@ pub struct Connection {
     origin: String,
     /// `connected`, `away` (its agent is) or `error`.
     status: String,
+    /// `libvirt`: its URI.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    uri: Option<String>,
     /// `vsphere`: HOST[:PORT].
     #[serde(skip_serializing_if = "Option::is_none")]
     host: Option<String>,
@@ -63,6 +66,7 @@ impl From<connections::Model> for Connection {
     fn from(row: connections::Model) -> Self {
         let account = account::settings(&row);
         Self {
+            uri: (row.kind == "libvirt").then(|| row.path.clone()),
             host: account.as_ref().map(|_| row.path.clone()),
             username: account.as_ref().map(|account| account.username.clone()),
             insecure: account.as_ref().map(|account| account.insecure),

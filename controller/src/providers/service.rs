@@ -15,7 +15,7 @@ use crate::http::reply::Error;
 use crate::store::entities::{connections, vms};
 use crate::store::{self, Store};
 
-/// Kinds of the contract; `libvirt` is not built yet.
+/// Kinds of the contract.
 pub const KINDS: &[&str] = &["local", "libvirt", "vsphere"];
 
 /// How long an agent may take to look at a connection of a kind: a hypervisor that hangs is told within 30 s, a folder sooner.

@@ -1,0 +1,225 @@
+//! A domain's XML as every provider describes a VM.
+//!
+//! Owns: which element means what. Never: starts a process, opens a disk. A crash here costs one look.
+//! Source: libvirt, Domain XML format (formatdomain).
+
+use std::collections::HashMap;
+
+use roxmltree::{Document, Node, ParsingOptions};
+use shared::vm::{Disk, Nic, Vm};
+
+/// Most nodes of a domain's description: that of 64 disks has some thousand.
+const NODES: u32 = 100_000;
+
+/// What belongs to a domain beside its XML.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// In libvirt's words: `running`, `shut off`, `paused`, …
+    pub state: String,
+    /// Number of snapshots.
+    pub snapshots: u32,
+    /// Bytes by target device.
+    pub capacities: HashMap<String, u64>,
+}
+
+/// One domain, and what its disks need to be opened.
+#[derive(Clone, Debug)]
+pub struct Domain {
+    /// The VM.
+    pub vm: Vm,
+    /// By disk: the format that the XML declares.
+    pub formats: Vec<String>,
+}
+
+/// Reads a domain's XML.
+///
+/// # Errors
+/// When it is no XML of a domain with a UUID and a name.
+pub fn read(xml: &str, facts: &Facts) -> Result<Domain, String> {
+    let options = ParsingOptions { allow_dtd: false, nodes_limit: NODES, ..ParsingOptions::default() };
+    let document = Document::parse_with_options(xml, options).map_err(|e| format!("a domain's XML cannot be read: {e}"))?;
+    let root = document.root_element();
+    let (id, name) = (text(root, "uuid"), text(root, "name"));
+    if !root.has_tag_name("domain") || id.is_empty() || name.is_empty() {
+        return Err("that is no domain with a name and a UUID".to_owned());
+    }
+    let os = child(root, "os");
+    let guest = os_of(root);
+    let mut vm = Vm {
+        id: id.to_owned(),
+        name: name.to_owned(),
+        path: format!("/{name}"),
+        os: family(guest).to_owned(),
+        os_version: guest.rsplit_once("//").map_or(guest, |(_, rest)| rest).to_owned(),
+        cpu: text(root, "vcpu").parse().unwrap_or_default(),
+        memory_mb: child(root, "memory").map_or(0, mebibytes),
+        firmware: if os.is_some_and(is_uefi) { "uefi" } else { "bios" }.to_owned(),
+        power_state: power(&facts.state).to_owned(),
+        tools_status: tools(root).to_owned(),
+        snapshots: facts.snapshots,
+        ..Vm::default()
+    };
+    let (mut problems, mut formats) = (Vec::new(), Vec::new());
+    let devices = child(root, "devices");
+    let all = |name: &'static str| devices.into_iter().flat_map(move |devices| children(devices, name));
+    for device in all("disk").filter(|disk| matches!(disk.attribute("device"), None | Some("disk"))) {
+        let target = child(device, "target").and_then(|target| target.attribute("dev")).unwrap_or("a disk");
+        let source = child(device, "source").and_then(|source| source.attribute("file")).unwrap_or_default();
+        let format = child(device, "driver").and_then(|driver| driver.attribute("type")).unwrap_or("raw");
+        match device.attribute("type") {
+            Some("file") if source.is_empty() => problems.push(format!("{target} has no file")),
+            Some("file") => {}
+            other => problems.push(format!("{target} is of type {:?}; disks in files are read", other.unwrap_or("unknown"))),
+        }
+        if child(device, "encryption").is_some() || child(device, "source").is_some_and(|source| child(source, "encryption").is_some()) {
+            problems.push(format!("{target} is encrypted"));
+        }
+        if child(device, "shareable").is_some() {
+            problems.push(format!("{target} is shared with other domains"));
+        }
+        formats.push(format.to_owned());
+        vm.disks.push(Disk {
+            name: format!("disk-{}", vm.disks.len()),
+            source: source.to_owned(),
+            capacity: facts.capacities.get(target).copied().unwrap_or_default(),
+            format: format.to_owned(),
+            thin_provisioned: format != "raw",
+            bus: child(device, "target").and_then(|target| target.attribute("bus")).unwrap_or_default().to_owned(),
+        });
+    }
+    for device in all("interface") {
+        let source = child(device, "source");
+        let network = ["network", "bridge", "dev"].into_iter().find_map(|name| source.and_then(|source| source.attribute(name)));
+        vm.nics.push(Nic {
+            name: format!("nic-{}", vm.nics.len()),
+            model: child(device, "model").and_then(|model| model.attribute("type")).unwrap_or_default().to_owned(),
+            network: network.unwrap_or(device.attribute("type").unwrap_or_default()).to_owned(),
+            mac: child(device, "mac").and_then(|mac| mac.attribute("address")).unwrap_or_default().to_ascii_lowercase(),
+        });
+    }
+    if vm.disks.is_empty() {
+        problems.push("it has no disk".to_owned());
+    }
+    vm.problem = problems.join("; ");
+    Ok(Domain { vm, formats })
+}
+
+fn child<'a, 'input>(node: Node<'a, 'input>, name: &str) -> Option<Node<'a, 'input>> {
+    node.children().find(|child| child.is_element() && child.tag_name().name() == name)
+}
+
+fn children<'a, 'input>(node: Node<'a, 'input>, name: &'static str) -> impl Iterator<Item = Node<'a, 'input>> {
+    node.children().filter(move |child| child.is_element() && child.tag_name().name() == name)
+}
+
+fn text<'a>(node: Node<'a, '_>, name: &str) -> &'a str {
+    child(node, name).and_then(|child| child.text()).map(str::trim).unwrap_or_default()
+}
+
+/// A memory size in MiB; libvirt's default unit is KiB, and `KB` is 1000 bytes.
+fn mebibytes(node: Node) -> u64 {
+    let value: u64 = node.text().map(str::trim).unwrap_or_default().parse().unwrap_or_default();
+    let unit: u64 = match node.attribute("unit").unwrap_or("KiB") {
+        "b" | "bytes" => 1,
+        "KB" => 1000,
+        "MB" => 1_000_000,
+        "M" | "MiB" => 1 << 20,
+        "GB" => 1_000_000_000,
+        "G" | "GiB" => 1 << 30,
+        "TB" => 1_000_000_000_000,
+        "T" | "TiB" => 1 << 40,
+        _ => 1 << 10,
+    };
+    value.saturating_mul(unit) >> 20
+}
+
+fn is_uefi(os: Node) -> bool {
+    let loader = child(os, "loader");
+    os.attribute("firmware") == Some("efi") || loader.is_some_and(|loader| loader.attribute("type") == Some("pflash"))
+}
+
+/// The id that virt-install and virt-manager leave: `http://debian.org/debian/12`.
+fn os_of<'a>(root: Node<'a, '_>) -> &'a str {
+    let metadata = child(root, "metadata");
+    let os = metadata.into_iter().flat_map(|metadata| metadata.descendants()).find(|node| {
+        node.tag_name().name() == "os" && node.tag_name().namespace().is_some_and(|namespace| namespace.contains("libosinfo"))
+    });
+    os.and_then(|os| os.attribute("id")).unwrap_or_default()
+}
+
+fn family(id: &str) -> &'static str {
+    match id {
+        "" => "unknown",
+        id if id.contains("microsoft.com") => "windows",
+        id if ["bsd", "solaris", "haiku", "apple.com", "illumos", "msdos"].iter().any(|other| id.contains(other)) => "other",
+        _ => "linux",
+    }
+}
+
+/// A domain that exists in memory is on, unless nobody runs it.
+fn power(state: &str) -> &'static str {
+    match state {
+        "running" | "idle" | "in shutdown" | "blocked" => "poweredOn",
+        "paused" | "pmsuspended" => "suspended",
+        _ => "poweredOff",
+    }
+}
+
+/// Whether the guest's agent has its channel open.
+fn tools(root: Node) -> &'static str {
+    let targets = root.descendants().filter(|node| node.is_element() && node.tag_name().name() == "target");
+    let agent = targets.filter(|target| target.attribute("name") == Some("org.qemu.guest_agent.0")).find_map(|t| t.attribute("state"));
+    match agent {
+        Some("connected") => "running",
+        Some(_) => "notRunning",
+        None => "unknown",
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    const XML: &str = "<domain type='kvm' id='3'><name>web 01</name><uuid>6695eb01-f6a4-8304-79aa-97f2502e193f</uuid>\
+        <metadata><libosinfo:libosinfo xmlns:libosinfo='http://libosinfo.org/xmlns/libvirt/domain/1.0'>\
+        <libosinfo:os id='http://debian.org/debian/12'/></libosinfo:libosinfo></metadata>\
+        <memory unit='KiB'>2097152</memory><vcpu placement='static'>2</vcpu>\
+        <os firmware='efi'><type arch='x86_64'>hvm</type></os><devices>\
+        <disk type='file' device='cdrom'><target dev='sda'/></disk>\
+        <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/srv/a.qcow2'/><target dev='vda' bus='virtio'/></disk>\
+        <disk type='block' device='disk'><driver type='raw'/><source dev='/dev/sdb'/><target dev='vdb' bus='virtio'/></disk>\
+        <interface type='bridge'><mac address='52:54:00:AA:bb:cc'/><source bridge='br0'/><model type='virtio'/></interface>\
+        <interface type='user'><mac address='52:54:00:00:00:01'/></interface>\
+        <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0' state='connected'/></channel></devices></domain>";
+
+    #[test]
+    fn a_domain_is_described_as_a_vm() {
+        let facts = Facts { state: "running".into(), snapshots: 2, capacities: HashMap::from([("vda".into(), 5 << 30)]) };
+        let Domain { vm, formats } = read(XML, &facts).unwrap();
+        assert_eq!((vm.name.as_str(), vm.path.as_str(), vm.cpu, vm.memory_mb, vm.snapshots), ("web 01", "/web 01", 2, 2048, 2));
+        assert_eq!((vm.firmware.as_str(), vm.power_state.as_str(), vm.tools_status.as_str()), ("uefi", "poweredOn", "running"));
+        assert_eq!((vm.os.as_str(), vm.os_version.as_str()), ("linux", "debian.org/debian/12"));
+        assert_eq!((vm.disks.len(), vm.disks[0].capacity, vm.disks[0].source.as_str()), (2, 5 << 30, "/srv/a.qcow2"));
+        assert_eq!(formats, ["qcow2", "raw"]);
+        let nics: Vec<_> = vm.nics.iter().map(|nic| (nic.model.as_str(), nic.network.as_str(), nic.mac.as_str())).collect();
+        assert_eq!(nics, [("virtio", "br0", "52:54:00:aa:bb:cc"), ("", "user", "52:54:00:00:00:01")]);
+        assert!(vm.problem.contains("vdb") && vm.problem.contains("block"), "{}", vm.problem);
+    }
+
+    #[test]
+    fn what_is_no_domain_is_refused() {
+        for bad in
+            ["", "<domain/>", "<network><name>a</name><uuid>b</uuid></network>", "<!DOCTYPE a [<!ENTITY b 'c'>]><domain>&b;</domain>"]
+        {
+            assert!(read(bad, &Facts::default()).is_err(), "{bad}");
+        }
+        for (value, unit, mib) in
+            [("1", "GiB", 1024), ("2048", "KiB", 2), ("1048576", "b", 1), ("18446744073709551615", "TiB", u64::MAX >> 20)]
+        {
+            let xml = format!("<memory unit='{unit}'>{value}</memory>");
+            let document = Document::parse(&xml).unwrap();
+            assert_eq!(mebibytes(document.root_element()), mib, "{xml}");
+        }
+    }
+}

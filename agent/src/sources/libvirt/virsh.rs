@@ -1,0 +1,175 @@
+//! libvirt's client, asked for one connection.
+//!
+//! Owns: which URIs are taken, and how many questions go into one process. Never: passes on what a URI could make libvirt start; puts a name
+//! into a command line (domains are called by their UUID). A crash here costs one answer.
+//! Source: libvirt, virsh(1) and Connection URIs.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use super::domain::Facts;
+use crate::egress;
+use crate::exec::{self, Following, Tool};
+
+/// Longest time for a question.
+const TIME: Duration = Duration::from_secs(25);
+/// Most bytes of an answer.
+const MOST: usize = 64 << 20;
+/// Domains asked about in one process.
+const AT_ONCE: usize = 100;
+/// How long one process listens; one whose agent was killed ends by itself then.
+const LISTEN: Duration = Duration::from_secs(60);
+
+/// Where a libvirt is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Uri {
+    text: String,
+    /// Whether its disks' files are this host's.
+    pub is_here: bool,
+}
+
+impl Uri {
+    /// Takes a URI: `qemu:///system`, `qemu:///session`, `qemu+ssh://[USER@]HOST[:PORT]/system`, `qemu+tls://HOST[:PORT]/system`, and libvirt's
+    /// own `test:///default`. Parameters are refused: some of them start programs.
+    ///
+    /// # Errors
+    /// A sentence that says what would be taken.
+    pub fn parse(text: &str) -> Result<Self, String> {
+        let wrong = || {
+            let shown: String = text.chars().take(80).collect();
+            format!("{shown:?} is no libvirt URI that is taken: qemu:///system, qemu+ssh://USER@HOST/system or qemu+tls://HOST/system")
+        };
+        if matches!(text, "qemu:///system" | "qemu:///session" | "test:///default") {
+            return Ok(Self { text: text.to_owned(), is_here: text != "test:///default" });
+        }
+        let (transport, rest) = text.strip_prefix("qemu+").and_then(|rest| rest.split_once("://")).ok_or_else(wrong)?;
+        let (authority, path) = rest.split_once('/').ok_or_else(wrong)?;
+        if !matches!(transport, "ssh" | "tls") || !matches!(path, "system" | "session") {
+            return Err(wrong());
+        }
+        let (user, place) = authority.rsplit_once('@').map_or((None, authority), |(user, place)| (Some(user), place));
+        let (host, port) = place.split_once(':').map_or((place, None), |(host, port)| (host, Some(port)));
+        let is_word = |word: &str| {
+            let first = word.bytes().next().is_some_and(|byte| byte.is_ascii_alphanumeric());
+            first && word.len() <= 253 && word.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'.' | b'-' | b'_'))
+        };
+        let good = is_word(host) && user.is_none_or(is_word) && port.is_none_or(|port| port.parse::<u16>().is_ok_and(|port| port > 0));
+        if !good {
+            return Err(wrong());
+        }
+        if !egress::permits(host) {
+            return Err(format!("{host} may not be dialled: it is a link-local, metadata or unspecified address"));
+        }
+        // Nobody is there to type a password.
+        let text = if transport == "ssh" { format!("{text}?no_tty=1") } else { text.to_owned() };
+        Ok(Self { text, is_here: false })
+    }
+
+    /// Asks a question; answers what virsh says.
+    pub fn ask(&self, arguments: &[&str]) -> Result<String, exec::Error> {
+        let mut all = vec!["-q", "-c", self.text.as_str()];
+        all.extend_from_slice(arguments);
+        let said = exec::run(Tool::Virsh, &all, TIME, MOST)?;
+        Ok(String::from_utf8_lossy(&said).into_owned())
+    }
+
+    /// UUIDs of all domains.
+    pub fn domains(&self) -> Result<Vec<String>, exec::Error> {
+        let said = self.ask(&["list", "--all", "--uuid"])?;
+        Ok(said.lines().map(str::trim).filter(|line| is_uuid(line)).map(str::to_owned).collect())
+    }
+
+    /// XML and facts of domains; one that has gone meanwhile is not among them.
+    pub fn describe(&self, domains: &[String]) -> Result<Vec<(String, Facts)>, exec::Error> {
+        let mut described = Vec::with_capacity(domains.len());
+        for some in domains.chunks(AT_ONCE) {
+            // Parts are told apart by a word that nobody can have put into a description.
+            let mark = shared::ids::random_hex::<16>();
+            let about = |id: &String| {
+                ["dumpxml", "domstate", "snapshot-list --name", "domblkinfo --all"]
+                    .map(|what| format!("{what} {id}; echo {mark}; "))
+                    .concat()
+            };
+            let commands: String = some.iter().filter(|id| is_uuid(id)).map(about).collect();
+            // What fails for one domain is left out, and the rest is told all the same: the last word decides, which is `echo`.
+            let said = self.ask(&[&commands])?;
+            let parts: Vec<&str> = said.split(&mark).collect();
+            for of_one in parts.chunks_exact(4) {
+                if let [xml, state, snapshots, sizes] = of_one
+                    && !xml.trim().is_empty()
+                {
+                    described.push((xml.trim().to_owned(), facts(state, snapshots, sizes)));
+                }
+            }
+        }
+        Ok(described)
+    }
+
+    /// Listens to everything that happens; ends by itself after a while.
+    pub fn listen(&self) -> Result<Following, exec::Error> {
+        let seconds = LISTEN.as_secs().to_string();
+        Following::start(Tool::Virsh, &["-q", "-c", self.text.as_str(), "event", "--all", "--loop", "--timeout", seconds.as_str()])
+    }
+}
+
+/// Whether a text is a UUID and nothing else.
+pub fn is_uuid(text: &str) -> bool {
+    text.len() == 36
+        && text.bytes().enumerate().all(|(at, byte)| if matches!(at, 8 | 13 | 18 | 23) { byte == b'-' } else { byte.is_ascii_hexdigit() })
+}
+
+fn facts(state: &str, snapshots: &str, sizes: &str) -> Facts {
+    let lines = |text: &str| text.lines().filter(|line| !line.trim().is_empty()).count();
+    let size = |line: &str| {
+        // Target, capacity, allocation, physical.
+        let mut words = line.split_whitespace();
+        Some((words.next()?.to_owned(), words.next()?.parse().ok()?))
+    };
+    let capacities: HashMap<String, u64> = sizes.lines().filter_map(size).collect();
+    Facts { state: state.trim().to_owned(), snapshots: u32::try_from(lines(snapshots)).unwrap_or(u32::MAX), capacities }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_uri_starts_nothing_but_a_connection() {
+        for (good, here) in [
+            ("qemu:///system", true),
+            ("qemu+ssh://root@kvm-1.example.org/system", false),
+            ("qemu+ssh://kvm1:2222/system", false),
+            ("qemu+tls://10.0.0.5/system", false),
+        ] {
+            assert_eq!(Uri::parse(good).map(|uri| uri.is_here), Ok(here), "{good}");
+        }
+        for bad in [
+            "",
+            "qemu:///system?socket=/tmp/x",
+            "qemu+ext:///system?command=/bin/sh",
+            "qemu+ssh://host/system?command=/bin/sh",
+            "qemu+ssh://-oProxyCommand=x/system",
+            "qemu+ssh://a b/system",
+            "qemu+ssh://host/system#x",
+            "qemu+ssh://host/",
+            "qemu+ssh://host:0/system",
+            "qemu+ssh://host:99999/system",
+            "qemu+tcp://host/system",
+            "qemu+tls://169.254.169.254/system",
+            "xen:///",
+            "lxc:///",
+            "test:///etc/passwd",
+        ] {
+            assert!(Uri::parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn facts_are_what_virsh_says() {
+        let said = facts("\nshut off\n\n", "a\nb c\n\n", "\n vda  268435456 30000000 30000000\n vdb  - - -\n");
+        assert_eq!((said.state.as_str(), said.snapshots), ("shut off", 2));
+        assert_eq!(said.capacities, HashMap::from([("vda".to_owned(), 268_435_456)]));
+        assert!(is_uuid("6695eb01-f6a4-8304-79aa-97f2502e193f") && !is_uuid("6695eb01-f6a4-8304-79aa-97f2502e193;"));
+    }
+}

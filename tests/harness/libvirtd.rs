@@ -1,0 +1,99 @@
+//! A real libvirt: its daemons, started once for all tests of this binary, and the words to it.
+//!
+//! Owns: the daemons and the settings they need where nobody else runs them. Never: stands for the product.
+//! A crash here costs the tests of libvirt; the daemons end with the binary.
+
+use std::path::Path;
+use std::process::Command;
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use super::lab;
+use super::process::{Process, mortal, output, run};
+
+/// Where it is.
+pub const URI: &str = "qemu:///system";
+
+/// Held as long as the binary runs.
+static DAEMONS: OnceLock<Vec<Process>> = OnceLock::new();
+
+fn answers() -> bool {
+    output(Command::new("virsh").args(["-q", "-c", URI, "version"])).status.success()
+}
+
+/// Starts it, unless it is there.
+pub fn start() {
+    DAEMONS.get_or_init(|| {
+        if answers() {
+            return Vec::new();
+        }
+        settings();
+        let logs = lab().join("libvirt");
+        std::fs::create_dir_all(&logs).unwrap();
+        let daemon = |program: &str| {
+            let command = mortal(&Path::new("/usr/sbin").join(program));
+            Process::start(program, command, &logs.join(format!("{program}.log")))
+        };
+        let daemons = vec![daemon("virtlogd"), daemon("libvirtd")];
+        let began = Instant::now();
+        while !answers() {
+            assert!(began.elapsed() < Duration::from_secs(60), "libvirt does not answer:\n{}", daemons[1].tail());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        daemons
+    });
+}
+
+/// In a container nobody keeps guests apart: no labels, no owners, no control groups.
+fn settings() {
+    for folder in ["/run/libvirt", "/run/lock"] {
+        std::fs::create_dir_all(folder).unwrap();
+    }
+    let path = Path::new("/etc/libvirt/qemu.conf");
+    let text = std::fs::read_to_string(path).unwrap_or_default();
+    if !text.lines().any(|line| line.starts_with("security_driver")) {
+        let ours = "security_driver = \"none\"\nuser = \"root\"\ngroup = \"root\"\ndynamic_ownership = 0\nremember_owner = 0\ncgroup_controllers = []\n";
+        std::fs::write(path, format!("{text}{ours}")).unwrap();
+    }
+}
+
+/// Asks its client.
+pub fn virsh(arguments: &[&str]) -> String {
+    run(Command::new("virsh").args(["-q", "-c", URI]).args(arguments))
+}
+
+/// A domain that goes with its test.
+pub struct Domain {
+    /// Its name.
+    pub name: String,
+    /// Its UUID.
+    pub id: String,
+}
+
+impl Domain {
+    /// Defines one whose disk is this file, under TCG (KVM does not run guests everywhere).
+    pub fn define(name: &str, disk: &Path, format: &str) -> Self {
+        let name = format!("{name}-{}", shared::ids::random_hex::<4>());
+        let xml = format!(
+            "<domain type='qemu'><name>{name}</name><memory unit='MiB'>256</memory><vcpu>1</vcpu><os><type arch='x86_64'>hvm</type></os>\
+             <devices><disk type='file' device='disk'><driver name='qemu' type='{format}'/><source file='{}'/><target dev='vda' bus='virtio'/></disk>\
+             <interface type='user'><mac address='52:54:00:12:34:56'/><model type='virtio'/></interface><serial type='pty'/></devices></domain>",
+            disk.display()
+        );
+        let file = lab().join(format!("{name}.xml"));
+        std::fs::write(&file, xml).unwrap();
+        virsh(&["define", file.to_str().unwrap()]);
+        std::fs::remove_file(file).unwrap();
+        let id = virsh(&["domuuid", &name]).trim().to_owned();
+        Self { name, id }
+    }
+}
+
+impl Drop for Domain {
+    fn drop(&mut self) {
+        for act in [&["destroy", self.name.as_str()][..], &["undefine", self.name.as_str()]] {
+            // It may be off, or gone.
+            let _ = output(Command::new("virsh").args(["-q", "-c", URI]).args(act));
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! libvirt: a real daemon, real domains under TCG.
+//!
+//! Owns: the promises about this provider. Never: knows another hypervisor. A crash here costs the test.
+
+use std::time::Instant;
+
+use serde_json::{Value, json};
+
+use crate::harness::client::{Answer, file_of};
+use crate::harness::fleet::{Fleet, Plan};
+use crate::harness::images::{convert, guest, identical, link, pattern};
+use crate::harness::libvirtd::{self, Domain, URI, virsh};
+use crate::harness::{binary, seconds, wait_for};
+
+const MIB: u64 = 1 << 20;
+
+async fn connect(fleet: &Fleet, uri: &str) -> Answer {
+    fleet.client.post("/providers/connect", json!({"provider": "libvirt", "name": "kvm", "uri": uri})).await
+}
+
+async fn vm(fleet: &Fleet, name: &str) -> Option<Value> {
+    let list = fleet.client.get(&format!("/vms/list?provider=kvm&search={name}")).await.expect(200).body;
+    list["data"].as_array().unwrap().iter().find(|vm| vm["name"] == name).cloned()
+}
+
+/// Waits until the inventory says so by itself; answers after how long.
+async fn shows(fleet: &Fleet, name: &str, state: Option<&str>) -> u128 {
+    let began = Instant::now();
+    wait_for(&format!("{name} to show as {state:?}"), seconds(5), async || {
+        let seen = vm(fleet, name).await.map(|vm| vm["power_state"].as_str().unwrap().to_owned());
+        if seen.as_deref() == state { Ok(()) } else { Err(format!("{seen:?}")) }
+    })
+    .await;
+    began.elapsed().as_millis()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn domains_are_listed_as_they_change_and_exported_when_they_are_off() {
+    libvirtd::start();
+    let fleet = Fleet::start("libvirt", Plan::plain(), |_| {}).await;
+    let image = fleet.vms().join("guest.raw");
+    link(&guest().raw, &image);
+    let overlay = fleet.vms().join("guest.img");
+    convert(("raw", &image), ("qcow2", &overlay), &["-c"]);
+    // qcow2, whatever its name says.
+    let web = Domain::define("web", &overlay, "qcow2");
+
+    for (uri, status) in [
+        ("qemu+tls://127.0.0.1:1/system", 502),
+        ("qemu:///nowhere", 400),
+        ("qemu+ssh://169.254.169.254/system", 400),
+        ("qemu:///system?x=y", 400),
+    ] {
+        let answer = connect(&fleet, uri).await;
+        assert_eq!(answer.status, status, "{uri}: {}", answer.text);
+    }
+    let made = connect(&fleet, URI).await.expect(201).body;
+    assert_eq!((&made["status"], &made["uri"]), (&json!("connected"), &json!(URI)), "{made:#}");
+    let off = vm(&fleet, &web.name).await.unwrap_or_else(|| panic!("{} is not listed", web.name));
+    assert_eq!((&off["id"], &off["power_state"], &off["provider"]), (&json!(web.id), &json!("poweredOff"), &json!("libvirt")), "{off:#}");
+    assert_eq!((&off["disks"][0]["format"], &off["disks"][0]["size_bytes"]), (&json!("qcow2"), &json!(256 * MIB)), "{off:#}");
+    assert_eq!((&off["nics"][0]["mac"], &off["nics"][0]["network"]), (&json!("52:54:00:12:34:56"), &json!("user")), "{off:#}");
+    let capable = fleet.client.get("/providers/capabilities").await.expect(200).body;
+    let capable = capable["data"].as_array().unwrap().iter().find(|row| row["kind"] == "libvirt").unwrap().clone();
+    assert_eq!((&capable["export"], &capable["hot_export"], &capable["connections"]), (&json!(true), &json!(false), &json!(["kvm"])));
+
+    // It tells itself what happens at the host.
+    let other = Domain::define("other", &fleet.scratch.join("outside.raw"), "raw");
+    let defined = shows(&fleet, &other.name, Some("poweredOff")).await;
+    virsh(&["start", &web.name]);
+    let started = shows(&fleet, &web.name, Some("poweredOn")).await;
+    println!("a domain that was defined shows after {defined} ms, one that was started after {started} ms");
+
+    // What runs is not read behind its back.
+    let wish = |vm: &str, format: &str| json!({"type": "export", "provider": "kvm", "vm_name": vm, "format": format});
+    let refused = fleet.client.post("/jobs", wish(&web.name, "qcow2")).await.refused(422, "not_built");
+    assert!(refused.contains("shut"), "{refused}");
+    virsh(&["destroy", &web.name]);
+    shows(&fleet, &web.name, Some("poweredOff")).await;
+    for format in ["qcow2", "ova"] {
+        let id = fleet.client.create_job(wish(&web.name, format)).await;
+        let job = fleet.client.completed(&id, seconds(90)).await;
+        assert_eq!(job["result"]["verified"], true, "{job:#}");
+        if format == "qcow2" {
+            let file = file_of(&job, ".qcow2");
+            assert!(file.file_name().is_some_and(|name| name.to_string_lossy().starts_with(&web.name)), "{}", file.display());
+            identical(("qcow2", &overlay), ("qcow2", &file));
+        }
+    }
+
+    // A disk outside the roots is nobody's to read, whatever a domain's XML names.
+    pattern(&fleet.scratch.join("outside.raw"), MIB, &[(0, MIB)], 3);
+    let id = fleet.client.create_job(wish(&other.name, "raw")).await;
+    let job = fleet.client.ended(&id, seconds(30)).await;
+    assert_eq!((&job["status"], &job["error_code"]), (&json!("failed"), &json!("outside_roots")), "{job:#}");
+    assert!(job["error"].as_str().unwrap().contains("outside.raw"), "{job:#}");
+    let gone = other.name.clone();
+    drop(other);
+    shows(&fleet, &gone, None).await;
+    by_command(&fleet);
+    fleet.client.delete("/providers/kvm").await.expect(204);
+}
+
+fn by_command(fleet: &Fleet) {
+    let hypersdk = |arguments: &[&str]| {
+        let mut command = std::process::Command::new(binary("hypersdk"));
+        command.args(arguments).env("HYPERSDK_HOME", fleet.scratch.join("cli")).env("COLUMNS", "80");
+        command.env("HYPERSDK_PASSWORD", crate::harness::fleet::PASSWORD);
+        crate::harness::process::run(&mut command)
+    };
+    hypersdk(&["login", &fleet.endpoints.rest, "--username", "admin", "--fingerprint", &fleet.endpoints.fingerprint]);
+    let shown = hypersdk(&["providers", "connect", "libvirt", "--name", "cli", "--uri", URI]);
+    assert!(shown.contains("libvirt") && shown.contains(URI) && shown.lines().all(|line| line.chars().count() <= 80), "{shown}");
+    hypersdk(&["providers", "remove", "cli"]);
+}
