@@ -55,7 +55,9 @@ pub fn remove_export(agent: &Agent, wanted: &v1::RemoveExport) -> Result<Value, 
                 let message = format!("the restore point {over} lies over {job}, which therefore stays; remove the later one first");
                 return Err(Error::fatal(Code::Conflict, message));
             }
-            remove(&folder, job.as_str()).map_err(failed)?
+            let removed = agent.needed.unless_pinned(job.as_str(), || remove(&folder, job.as_str()));
+            let pinned = |by| Error::fatal(Code::Conflict, format!("{by} is building a restore point on {job}, which therefore stays"));
+            removed.map_err(pinned)?.map_err(failed)?
         }
         Err(e) if e.code() == Code::NotFound => false,
         Err(e) => return Err(refused(e)),

@@ -171,14 +171,14 @@ fn make(folder: &Dir, part_name: &str, name: &str, job: &pipeline::Job, listener
     let key = signing_key().map_err(|e| Error::new(Code::Internal, format!("the signing key: {e}")))?;
 
     if job.format == pipeline::Format::Ovf {
-        proof::write_manifests(&part, &key, &job.id, &job.vm.name, &outcome).map_err(part_error)?;
+        proof::write_manifests(&part, &key, (&job.id, &job.vm.name), &outcome, None).map_err(part_error)?;
         vault::rename_without_replacing(folder, part_name, name).map_err(part_error)?;
     } else {
         let written = std::mem::replace(&mut outcome.files[0].path, name.to_owned());
         for disk in &mut outcome.disks {
             name.clone_into(&mut disk.file);
         }
-        let manifests = proof::write_manifests(&part, &key, &job.id, &job.vm.name, &outcome).map_err(part_error)?;
+        let manifests = proof::write_manifests(&part, &key, (&job.id, &job.vm.name), &outcome, None).map_err(part_error)?;
         // A manifest of an earlier output of this name is replaced: that output is gone.
         for manifest in &manifests {
             part.rename(manifest, folder, manifest).map_err(part_error)?;

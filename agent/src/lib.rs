@@ -80,6 +80,7 @@ struct Agent {
     reaping: Mutex<()>,
     undoing: touched::Undoing,
     freezing: touched::Freezing,
+    needed: points::Needed,
     /// Connections by name: those of this host's settings and those that people made by REST.
     connections: Mutex<BTreeMap<String, v1::Connection>>,
     /// The inventory as it was sent last, to send only changes.
@@ -134,6 +135,7 @@ impl Agent {
             reaping: Mutex::default(),
             undoing: touched::Undoing::default(),
             freezing: touched::Freezing::default(),
+            needed: points::Needed::default(),
             connections: Mutex::new(own),
             sent: Mutex::default(),
             looking: Mutex::default(),

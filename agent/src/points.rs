@@ -9,9 +9,10 @@
 //! manifests say, never as an image's own header says.
 //! Never: leaves the folder that the points lie in, follows a name that is no job's, deletes one. A crash here costs nothing: it only reads.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Read};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use shared::error::Code;
@@ -86,6 +87,15 @@ pub struct Point {
     pub disks: Vec<PointDisk>,
 }
 
+impl Point {
+    /// BLAKE3 over what the next point goes by, hex: it stands in the signed manifests.
+    pub fn source_digest(&self) -> Option<String> {
+        let told: Vec<_> = self.disks.iter().map(|disk| (&disk.name, &disk.key, &disk.file, disk.capacity, &disk.change_id)).collect();
+        let whole = (&self.job, &self.created_at, &self.connection, &self.vm.id, self.vm.snapshots, &self.parent, self.layers, told);
+        serde_json::to_vec(&whole).ok().map(|bytes| blake3::hash(&bytes).to_hex().to_string())
+    }
+}
+
 /// A disk of a point, opened with all that lies beneath it.
 pub struct Standing {
     /// The whole disk.
@@ -140,6 +150,39 @@ pub fn over(points: &Dir, job: &str) -> io::Result<Vec<String>> {
     Ok(all(points)?.into_iter().filter(|point| point.parent.as_deref() == Some(job)).map(|point| point.job).collect())
 }
 
+/// Points that a running job builds on.
+#[derive(Default)]
+pub struct Needed {
+    /// Jobs that need a point, by point.
+    by_point: Mutex<BTreeMap<String, BTreeSet<String>>>,
+}
+
+impl Needed {
+    /// `job` builds on `point`.
+    pub fn pin(&self, point: &str, job: &str) {
+        let mut by_point = self.by_point.lock().unwrap_or_else(PoisonError::into_inner);
+        by_point.entry(point.to_owned()).or_default().insert(job.to_owned());
+    }
+
+    /// `job` needs nothing any more.
+    pub fn release(&self, job: &str) {
+        let mut by_point = self.by_point.lock().unwrap_or_else(PoisonError::into_inner);
+        by_point.retain(|_, jobs| {
+            jobs.remove(job);
+            !jobs.is_empty()
+        });
+    }
+
+    /// Does `act` to a point, unless a job needs it: then its id. Nobody begins to need it meanwhile.
+    pub fn unless_pinned<T>(&self, point: &str, act: impl FnOnce() -> T) -> Result<T, String> {
+        let by_point = self.by_point.lock().unwrap_or_else(PoisonError::into_inner);
+        match by_point.get(point).and_then(BTreeSet::first) {
+            Some(job) => Err(job.clone()),
+            None => Ok(act()),
+        }
+    }
+}
+
 /// A signed manifest of a point, and what it says of one file.
 struct Told {
     folder: Dir,
@@ -161,6 +204,15 @@ fn manifest(points: &Dir, job: &str, file: &str, signer: Option<&str>) -> Result
     let (manifest, signed) = Signed::open(&bytes, signer).map_err(|e| bad(format!("{name}: {e}")))?;
     let entry = manifest.disks.iter().find(|disk| disk.file == file && disk.member.is_none()).cloned();
     let entry = entry.ok_or_else(|| bad(format!("{name} does not name a disk in {file}")))?;
+    // The document is not signed, the manifest is: what the one says of a disk must be the other's word.
+    if let Some(point) = read(&folder).map_err(|e| bad(e.to_string()))? {
+        let described = point.disks.iter().find(|disk| disk.file == file);
+        if described.is_none_or(|disk| disk.name != entry.name || disk.capacity != entry.capacity)
+            || point.source_digest() != manifest.source
+        {
+            return Err(bad(format!("{FILE} is not the one that {name} was signed with")));
+        }
+    }
     Ok(Told { folder, manifest, signer: signed.public_key, entry })
 }
 

@@ -77,8 +77,14 @@ pub fn damage(report: &Report) -> Vec<String> {
     damage
 }
 
-/// Writes the manifests into the part folder; durable when it returns. Answers their names.
-pub fn write_manifests(folder: &Dir, key: &SigningKey, job: &str, vm: &str, outcome: &Outcome) -> io::Result<Vec<String>> {
+/// Writes the manifests into the part folder; durable when it returns. Answers their names. `source`: see [`Manifest::source`].
+pub fn write_manifests(
+    folder: &Dir,
+    key: &SigningKey,
+    (job, vm): (&str, &str),
+    outcome: &Outcome,
+    source: Option<String>,
+) -> io::Result<Vec<String>> {
     let mut names = Vec::new();
     for group in groups(outcome) {
         let manifest = Manifest {
@@ -97,6 +103,7 @@ pub fn write_manifests(folder: &Dir, key: &SigningKey, job: &str, vm: &str, outc
                 .collect(),
             files: group.files,
             receipt: outcome.receipt.clone(),
+            source: source.clone(),
         };
         let signed = key.sign(&manifest).map_err(io::Error::other)?;
         let name = manifest_name(&group.name);

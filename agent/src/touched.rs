@@ -44,11 +44,28 @@ pub struct Pen<'a> {
 }
 
 impl<'a> Pen<'a> {
-    /// For an attempt at a VM of a connection.
-    pub fn new(agent: &'a Agent, held: &'a crate::held::Assignment, connection: &v1::Connection, vm: &str) -> Self {
+    /// For an attempt at a VM of a connection. What an earlier one has left and could not be undone yet stays noted.
+    ///
+    /// # Errors
+    /// When what is noted cannot be read.
+    pub fn new(agent: &'a Agent, held: &'a crate::held::Assignment, connection: &v1::Connection, vm: &str) -> io::Result<Self> {
         let connection = (connection.name.clone(), connection.kind.clone(), connection.path.clone());
-        let touched = Touched { connection, vm: vm.to_owned(), ..Touched::default() };
-        Self { agent, held, touched: Mutex::new(touched) }
+        let noted = match vault::read_optional(agent.ledger.dir(), &file(&held.job))? {
+            Some(bytes) => serde_json::from_slice(&bytes).map_err(io::Error::other)?,
+            None => Touched::default(),
+        };
+        let touched = Touched { connection, vm: vm.to_owned(), ..noted };
+        Ok(Self { agent, held, touched: Mutex::new(touched) })
+    }
+
+    /// Waits until no other job has the VM frozen, or is about to: a removal of a snapshot must not meet the making of the next, nor a
+    /// restore point begin over one that another is about to be laid over.
+    pub fn take_vm(&self) -> io::Result<()> {
+        let vm = {
+            let touched = self.touched.lock().unwrap_or_else(PoisonError::into_inner);
+            format!("{} {}", touched.connection.0, touched.vm)
+        };
+        self.agent.freezing.take(&vm, self.held)
     }
 
     fn note(&self, change: impl FnOnce(&mut Touched)) -> io::Result<()> {
@@ -64,10 +81,8 @@ impl crate::sources::Touch for Pen<'_> {
         &self.held.job
     }
 
-    /// Waits until no other job has the VM frozen: a removal of a snapshot must not meet the making of the next.
     fn snapshot(&self, name: &str) -> io::Result<()> {
-        let vm = { self.touched.lock().unwrap_or_else(PoisonError::into_inner).clone() };
-        self.agent.freezing.take(&format!("{} {}", vm.connection.0, vm.vm), self.held)?;
+        self.take_vm()?;
         self.note(|touched| touched.snapshots.push(name.to_owned()))
     }
 
@@ -132,13 +147,17 @@ impl Drop for Turn<'_> {
     }
 }
 
-/// A restore point relies on what was switched on: it stays.
-pub fn keep_tracking(agent: &Agent, job: &str) -> io::Result<()> {
+/// Whether what was switched on stays, because a restore point relies on it; answers whether it was otherwise before.
+pub fn keep_tracking(agent: &Agent, job: &str, keep: bool) -> io::Result<bool> {
     let _turn = agent.undoing.wait(job);
-    let Some(bytes) = vault::read_optional(agent.ledger.dir(), &file(job))? else { return Ok(()) };
+    let Some(bytes) = vault::read_optional(agent.ledger.dir(), &file(job))? else { return Ok(false) };
     let noted: Touched = serde_json::from_slice(&bytes).map_err(io::Error::other)?;
-    let json = serde_json::to_vec(&Touched { tracking: false, ..noted }).map_err(io::Error::other)?;
-    vault::write_whole(agent.ledger.dir(), &file(job), &json)
+    if noted.tracking != keep {
+        return Ok(false);
+    }
+    let json = serde_json::to_vec(&Touched { tracking: !keep, ..noted }).map_err(io::Error::other)?;
+    vault::write_whole(agent.ledger.dir(), &file(job), &json)?;
+    Ok(true)
 }
 
 /// VMs that a job has frozen, or is about to.

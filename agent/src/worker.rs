@@ -89,8 +89,7 @@ pub fn run(agent: &Agent, held: &Assignment, replaced: Option<Arc<Assignment>>, 
         (End::Failed(_), Some(stop)) => End::Stopped(stop),
         (end, _) => end,
     };
-    touched::undo(agent, &held.job);
-    agent.freezing.give_back(&held.job);
+    give_back(agent, &held.job);
     use v1::finished::Outcome;
     let outcome = match end {
         End::Completed(result) => Outcome::Completed(result),
@@ -109,6 +108,13 @@ pub fn run(agent: &Agent, held: &Assignment, replaced: Option<Arc<Assignment>>, 
         }
     };
     agent.table.end(held, outcome);
+}
+
+/// What an attempt had to itself is others' again, however it ended.
+fn give_back(agent: &Agent, job: &str) {
+    touched::undo(agent, job);
+    agent.freezing.give_back(job);
+    agent.needed.release(job);
 }
 
 fn discard_logged(agent: &Agent, job: &str) {
@@ -180,11 +186,14 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
     let entry = Entry { job: held.job.clone(), epoch: held.epoch, destination, created };
     agent.ledger.write(&entry).map_err(|e| Failure::io("the ledger", &e))?;
 
-    let (mut vm, disks, backup) = match kind {
-        Some(JobType::Backup) => backup::open(agent, held, assign, &folder, options.full == Some(true))?,
+    let (mut vm, disks, backup, roots) = match kind {
+        Some(JobType::Backup) => {
+            let (vm, disks, backup) = backup::open(agent, held, assign, &folder, options.full == Some(true))?;
+            (vm, disks, backup, Vec::new())
+        }
         _ => {
-            let (vm, disks) = open_source(agent, held, assign, options.include_snapshots == Some(true))?;
-            (vm, disks.into_iter().map(source_disk).collect(), None)
+            let (vm, disks, roots) = open_source(agent, held, assign, options.include_snapshots == Some(true))?;
+            (vm, disks.into_iter().map(source_disk).collect(), None, roots)
         }
     };
     if let Some(import) = &import {
@@ -207,25 +216,36 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
     };
     let outcome = copy(agent, held, &folder, &job)?;
 
+    check_roots(&roots, &outcome)?;
+
     let part = folder.open_dir(part_name(&held.job)).map_err(|e| Failure::io("the part folder", &e))?;
-    let manifests =
-        proof::write_manifests(&part, &agent.signing, &held.job, &job.vm.name, &outcome).map_err(|e| Failure::io("the manifest", &e))?;
+    let source = match &backup {
+        Some(backup) => backup.write(&part, &outcome).map_err(|e| Failure::io("the restore point", &e))?,
+        None => None,
+    };
+    let manifests = proof::write_manifests(&part, &agent.signing, (&held.job, &job.vm.name), &outcome, source)
+        .map_err(|e| Failure::io("the manifest", &e))?;
     let mut result = proof::result_json(&published, &manifests, &agent.signing, &outcome);
     if let Some(import) = &import {
         import.mark(&part).map_err(|e| Failure::io("the part folder", &e))?;
         result = import.describe(&result, &agent.config.images_connection);
     }
     if let Some(backup) = &backup {
-        backup.write(&part, &outcome).map_err(|e| Failure::io("the restore point", &e))?;
         result = backup.describe(&result, &published);
     }
     vault::write_whole(agent.ledger.dir(), &result_name(&held.job), result.as_bytes()).map_err(|e| Failure::io("the result", &e))?;
 
     commit(agent, held, || {
-        if backup.is_some() {
-            touched::keep_tracking(agent, &held.job).map_err(|e| Failure::io("the ledger", &e))?;
+        let Some(backup) = &backup else { return publish(agent, held, &folder, &job, name) };
+        backup.check_parent(&folder)?;
+        // Behind the grant nobody cancels it: a crash here is followed by the publication.
+        let ledger = |e| Failure::io("the ledger", &e);
+        let was_switched = touched::keep_tracking(agent, &held.job, true).map_err(ledger)?;
+        let published = publish(agent, held, &folder, &job, name);
+        if was_switched && published.is_err() {
+            touched::keep_tracking(agent, &held.job, false).map_err(ledger)?;
         }
-        publish(agent, held, &folder, &job, name)
+        published
     })?;
     if import.is_some() {
         agent.catalogue.notify_one();
@@ -343,29 +363,47 @@ pub fn source_disk(opened: Opened) -> SourceDisk {
     SourceDisk { name, snapshot, identity, disk, base: None }
 }
 
+/// A VM, its disks, and the root digests that these must have, where somebody has signed them.
+type OpenedSource = (shared::vm::Vm, Vec<Opened>, Vec<String>);
+
+/// What was read is what a restore point was signed as: what is read wrong and written so is no restore.
+fn check_roots(roots: &[String], outcome: &pipeline::Outcome) -> Result<(), Failure> {
+    for (disk, root) in outcome.disks.iter().zip(roots) {
+        if hex::encode(disk.root) != *root {
+            let message =
+                format!("verification failed: {} is not what the restore point's manifest says; a verify job names the block", disk.name);
+            return Err(Failure::fatal(Code::VerificationFailed, message));
+        }
+    }
+    Ok(())
+}
+
 /// The disks to copy: those of a VM, or those in a file.
-fn open_source(agent: &Agent, held: &Assignment, assign: &v1::Assign, with_snapshots: bool) -> Result<(shared::vm::Vm, Vec<Opened>), End> {
+fn open_source(agent: &Agent, held: &Assignment, assign: &v1::Assign, with_snapshots: bool) -> Result<OpenedSource, End> {
     if assign.source.is_empty() {
         let source = source_of(agent, assign)?;
         let connection = assign.connection.clone().unwrap_or_default();
-        let pen = touched::Pen::new(agent, held, &connection, &assign.vm_id);
+        let pen = touched::Pen::new(agent, held, &connection, &assign.vm_id).map_err(|e| Failure::io("the ledger", &e))?;
         let (vm, mut disks) = source.open_for(&assign.vm_id, &pen).map_err(Failure::from)?;
         if with_snapshots {
             disks.extend(source.open_snapshots(&assign.vm_id).map_err(Failure::from)?);
         }
-        return Ok((vm, disks));
+        return Ok((vm, disks, Vec::new()));
     }
     if let Some(found) = point_of(agent, assign)? {
         let line = format!("{} is a restore point of {}: it is read with what lies beneath it", found.named, found.point.created_at);
         agent.table.log(held, "info", "preparing", line);
-        return Ok(points::open(&found.points, &found.point).map_err(Failure::from)?);
+        let (vm, disks) = points::open(&found.points, &found.point).map_err(Failure::from)?;
+        // Their identity is their root digest.
+        let roots = disks.iter().map(|disk| disk.identity.clone()).collect();
+        return Ok((vm, disks, roots));
     }
     let source = find_source(agent, held, assign)?;
     let (vm, mut disks) = source.open(Depth::Digests).map_err(Failure::from)?;
     if with_snapshots {
         disks.extend(source.open_snapshots().map_err(Failure::from)?);
     }
-    Ok((vm, disks))
+    Ok((vm, disks, Vec::new()))
 }
 
 /// The restore point that a job reads, where its source is one.
@@ -506,6 +544,7 @@ pub fn start(agent: &Arc<Agent>, held: Arc<Assignment>, replaced: Option<Arc<Ass
             // A panic is our defect and this job's failure, never the agent's end.
             let run = std::panic::AssertUnwindSafe(|| run(&agent, &held, replaced, &assign));
             if std::panic::catch_unwind(run).is_err() {
+                give_back(&agent, &held.job);
                 let message = "the agent's worker panicked; its log has the place".to_owned();
                 let failure = v1::Failure { code: Code::Internal.word().to_owned(), message, retryable: true };
                 agent.table.end(&held, v1::finished::Outcome::Failed(failure));

@@ -90,6 +90,16 @@ fn newest(points: Vec<Value>, vm: &str) -> Result<Value, Failure> {
             output::clean(vm)
         )));
     }
+    let mut paths: Vec<String> = points.iter().map(|point| output::text(&point["result"]["restore_point"], "vm_path")).collect();
+    paths.sort();
+    paths.dedup();
+    if paths.len() > 1 {
+        let paths = paths.join(", ");
+        return Err(Failure::usage(format!(
+            "several VMs are called {}: {paths}; name a restore point, `hypersdk restore --list` has them",
+            output::clean(vm)
+        )));
+    }
     let at = |point: &Value| point.pointer("/result/restore_point/created_at").and_then(Value::as_str).map(str::to_owned);
     points.into_iter().max_by_key(at).ok_or_else(|| {
         Failure::failed(format!("there is no restore point of {}; `hypersdk restore --list` lists what there is", output::clean(vm)))

@@ -172,6 +172,9 @@ pub struct Manifest {
     pub files: Vec<FileEntry>,
     /// How it was proven.
     pub receipt: Receipt,
+    /// Of a restore point: digest of what `restore-point.json` says of its source, hex.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
 }
 
 /// The document on disk: the manifest as a string (so that what was signed is what is read), the signer's key and the signature.
@@ -281,6 +284,7 @@ mod tests {
             disks: vec![DiskEntry::new("disk-0", "web.raw", None, 64 << 20, &blocks)],
             files: vec![],
             receipt: Receipt { read_back: "cache_dropped".into(), blocks_verified: 1, bytes_verified: 5 },
+            source: None,
         };
         (key, manifest)
     }

@@ -37,6 +37,8 @@ pub struct Since {
     pub capacity: u64,
     /// What the source called the state that it was in.
     pub change_id: Option<String>,
+    /// Whether the VM had snapshots then, to one of which it may have been reverted since.
+    pub had_snapshots: bool,
 }
 
 /// What a source knows of the areas of a disk.

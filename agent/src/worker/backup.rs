@@ -17,6 +17,7 @@ use std::sync::atomic::Ordering;
 
 use proto::v1;
 use serde_json::{Value, json};
+use shared::error::Code;
 use shared::manifest;
 use shared::vault::{self, Dir};
 use shared::vm::Vm;
@@ -33,6 +34,8 @@ use crate::{Agent, touched};
 /// A restore point in the making.
 pub(super) struct Backup {
     point: Point,
+    /// Files and root digests of the point before.
+    roots: Option<Vec<(String, String)>>,
     /// By disk: how many bytes came from the source.
     moved: Vec<Moved>,
     /// Bytes that the source said have changed; none where it did not say so of every disk.
@@ -46,12 +49,19 @@ pub(super) type Opened = (Vm, Vec<SourceDisk>, Option<Backup>);
 pub(super) fn open(agent: &Agent, held: &Assignment, assign: &v1::Assign, folder: &Dir, full: bool) -> Result<Opened, End> {
     let log = |level: &str, text: String| agent.table.log(held, level, "preparing", text);
     let connection = assign.connection.clone().unwrap_or_default();
+    let pen = touched::Pen::new(agent, held, &connection, &assign.vm_id).map_err(|e| Failure::io("the ledger", &e))?;
+    // Before anything is looked at: what another job at this VM is about to publish or to undo decides all of it.
+    pen.take_vm().map_err(|e| Failure::io("waiting for the VM", &e))?;
     let before = if full { None } else { newest(agent, folder, &connection.name, &assign.vm_id, &log)? };
-    let since: Vec<Since> = before.iter().flat_map(|before| before.disks.iter().map(|(disk, _)| since(disk))).collect();
+    let had_snapshots = before.as_ref().is_some_and(|before| before.point.vm.snapshots > 0);
+    let since: Vec<Since> = before.iter().flat_map(|before| before.disks.iter().map(|(disk, _)| since(disk, had_snapshots))).collect();
+    if let Some(before) = &before {
+        // Nobody removes what this one is going to lie over.
+        agent.needed.pin(&before.point.job, &held.job);
+    }
     let source = source_of(agent, assign)?;
-    let pen = touched::Pen::new(agent, held, &connection, &assign.vm_id);
-    let created_at = shared::clock::rfc3339(shared::clock::now());
     let (vm, frozen) = source.open_frozen(&assign.vm_id, &since, &pen).map_err(Failure::from)?;
+    let created_at = shared::clock::rfc3339(shared::clock::now());
 
     let layers = before.as_ref().map_or(0, |before| before.point.layers + 1);
     let whole = layers > points::MOST_LAYERS;
@@ -59,6 +69,8 @@ pub(super) fn open(agent: &Agent, held: &Assignment, assign: &v1::Assign, folder
     let (mut disks, mut described, mut moved, mut changed) = (Vec::new(), Vec::new(), Vec::new(), Some(0u64));
     for frozen in frozen {
         let under = before.as_ref().and_then(|before| before.disk(&frozen));
+        // All of it is read anyway: then it is complete in itself.
+        let under = under.filter(|_| !whole || matches!(frozen.areas, Areas::Changed(_)));
         described.push((frozen.opened.name.clone(), frozen.key.clone(), frozen.change_id.clone(), frozen.opened.disk.capacity()));
         moved.push(frozen.moved.clone());
         let (kind, sentence) = choice(under.is_some(), whole, &frozen.areas);
@@ -76,6 +88,8 @@ pub(super) fn open(agent: &Agent, held: &Assignment, assign: &v1::Assign, folder
     let kind = kinds.into_iter().reduce(worst).unwrap_or(Kind::Full);
     let is_layer = disks.iter().any(|disk| disk.base.as_ref().is_some_and(|base| base.over.is_some()));
     let file = |(name, key, change_id, capacity)| PointDisk { name, key, file: String::new(), capacity, change_id };
+    let roots =
+        before.as_ref().map(|before| before.disks.iter().map(|(disk, standing)| (disk.file.clone(), standing.root.clone())).collect());
     let point = Point {
         version: points::VERSION,
         job: held.job.clone(),
@@ -87,11 +101,11 @@ pub(super) fn open(agent: &Agent, held: &Assignment, assign: &v1::Assign, folder
         layers: if is_layer { layers } else { 0 },
         disks: described.into_iter().map(file).collect(),
     };
-    Ok((vm, disks, Some(Backup { point, moved, changed })))
+    Ok((vm, disks, Some(Backup { point, roots, moved, changed })))
 }
 
-fn since(disk: &PointDisk) -> Since {
-    Since { key: disk.key.clone(), capacity: disk.capacity, change_id: disk.change_id.clone() }
+fn since(disk: &PointDisk, had_snapshots: bool) -> Since {
+    Since { key: disk.key.clone(), capacity: disk.capacity, change_id: disk.change_id.clone(), had_snapshots }
 }
 
 /// An earlier point with its disks open.
@@ -182,23 +196,38 @@ fn lay(frozen: Frozen, under: Option<&(PointDisk, points::Standing)>, kind: Kind
 }
 
 impl Backup {
-    /// Writes the document into the part folder; durable when it returns.
-    pub(super) fn write(&self, part: &Dir, outcome: &Outcome) -> io::Result<()> {
+    /// Writes the document into the part folder; durable when it returns. Answers its digest for the manifests.
+    pub(super) fn write(&self, part: &Dir, outcome: &Outcome) -> io::Result<Option<String>> {
         let mut point = self.point.clone();
         for (disk, made) in point.disks.iter_mut().zip(&outcome.disks) {
             disk.file.clone_from(&made.file);
         }
+        let digest = point.source_digest();
         let json = serde_json::to_vec_pretty(&point).map_err(io::Error::other)?;
         vault::write_whole(part, points::FILE, &json)?;
-        vault::sync_dir(part)
+        vault::sync_dir(part)?;
+        Ok(digest)
+    }
+
+    /// Whether what this point lies over is still what it was.
+    pub(super) fn check_parent(&self, folder: &Dir) -> Result<(), Failure> {
+        let (Some(parent), Some(roots)) = (&self.point.parent, &self.roots) else { return Ok(()) };
+        for (file, root) in roots {
+            if let Err(e) = points::open_disk(folder, parent, file, Some(root), None) {
+                let message = format!("what this restore point lies over is not there any more: {}", e.message);
+                return Err(Failure { code: Code::Conflict, message, retryable: true });
+            }
+        }
+        Ok(())
     }
 
     /// The result with what the point is.
     pub(super) fn describe(&self, result: &str, published: &Path) -> String {
         let mut result: Value = serde_json::from_str(result).unwrap_or_default();
         let moved: u64 = self.moved.iter().map(|moved| moved.load(Ordering::Relaxed)).sum();
-        let Point { created_at, kind, parent, layers, .. } = &self.point;
+        let Point { created_at, kind, parent, layers, vm, .. } = &self.point;
         result["restore_point"] = json!({
+            "vm_id": vm.id, "vm_path": vm.path,
             "created_at": created_at, "kind": kind, "parent": parent, "layers": layers, "path": published.display().to_string(),
             "bytes_changed": self.changed, "bytes_moved": moved,
         });

@@ -224,5 +224,6 @@ pub(super) fn manifest(outcome: &Outcome) -> Manifest {
         disks: outcome.disks.iter().map(|d| DiskEntry::new(&d.name, &d.file, d.member.clone(), d.capacity, &d.blocks)).collect(),
         files: outcome.files.clone(),
         receipt: outcome.receipt.clone(),
+        source: None,
     }
 }

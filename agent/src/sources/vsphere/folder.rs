@@ -294,7 +294,10 @@ impl Chunked {
             let Some(chunk) = self.chunk(wanted, end) else { break };
             slots.entry(wanted).or_insert_with(|| self.begin(chunk));
         }
-        while slots.len() > KEPT {
+        // Small areas are many; their bytes are what counts.
+        let held =
+            |slots: &BTreeMap<u64, Arc<Slot>>| slots.keys().filter_map(|kept| self.chunk(*kept, end)).map(|chunk| chunk.len).sum::<u64>();
+        while slots.len() > KEPT && held(&slots) > KEPT as u64 * CHUNK {
             let Some(far) = slots.keys().copied().max_by_key(|kept| kept.abs_diff(number)) else { break };
             slots.remove(&far);
         }

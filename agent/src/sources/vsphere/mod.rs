@@ -202,8 +202,19 @@ impl Vsphere {
     ) -> Result<Areas, Error> {
         let before = since.iter().find(|since| since.key == frozen.key.to_string() && since.capacity == disk.capacity);
         let id = match before {
+            // On what was switched on over snapshots, or grew, all that holds data is not surely told.
+            None if !was_tracked && found.vm.snapshots > 0 => {
+                return Ok(Areas::Unknown("changed block tracking was switched on while the VM has snapshots".to_owned()));
+            }
+            None if since.iter().any(|since| since.key == frozen.key.to_string()) => {
+                return Ok(Areas::Unknown("the disk has another size than before".to_owned()));
+            }
             None if frozen.change_id.is_none() => return Ok(Areas::Unknown("the server does not track its changes".to_owned())),
             None => "*",
+            Some(before) if before.had_snapshots => {
+                let reason = "the VM had snapshots then, and may have been reverted to one since".to_owned();
+                return Ok(Areas::Unknown(reason));
+            }
             // What was written meanwhile is in nobody's book.
             Some(_) if !was_tracked => return Ok(Areas::Unknown("changed block tracking was off since".to_owned())),
             Some(before) => match changed::obstacle(before.change_id.as_deref(), frozen.change_id.as_deref()) {
@@ -356,9 +367,9 @@ impl Source for Vsphere {
         let (name, made) = self.freeze(&found, touch)?;
         touch.log(format!("{} is frozen by the temporary snapshot {name}", found.vm.path));
         // What was there before the snapshot may have changed in between.
-        let snapshots = found.vm.snapshots;
         let mut found = self.exportable(vm_id)?;
-        found.vm.snapshots = snapshots;
+        // Ours is not one of the VM's.
+        found.vm.snapshots = found.vm.snapshots.saturating_sub(1);
         let disks = self.runtime.block_on(changed::disks(&self.client, &made)).map_err(|e| self.told(&e))?;
         let mut parts = Vec::with_capacity(found.vm.disks.len());
         for (disk, key) in found.vm.disks.iter().zip(&found.keys) {
@@ -383,6 +394,10 @@ impl Source for Vsphere {
             Err(e) => {
                 touch.log(format!("{} is read by a lease, whole, because ranges are not given: {}", found.vm.path, e.message));
                 let moved: Vec<Moved> = parts.iter().map(|(.., moved)| moved.clone()).collect();
+                // A stream cannot be read here and there: it is read through.
+                for (_, _, areas, _) in &mut parts {
+                    *areas = Areas::Unknown("a lease gives all of it, one after the other".to_owned());
+                }
                 self.by_lease(&found, "ExportSnapshot", &made, &moved, touch)?
             }
         };
@@ -406,7 +421,15 @@ impl Source for Vsphere {
             self.runtime.block_on(snapshot::remove(&self.client, &touched.vm, name)).map_err(|e| self.told(&e))?;
         }
         if touched.tracking {
-            self.runtime.block_on(changed::track(&self.client, &touched.vm, false)).map_err(|e| self.told(&e))?;
+            let off = async {
+                match changed::is_tracking(&self.client, &touched.vm).await {
+                    Ok(true) => changed::track(&self.client, &touched.vm, false).await,
+                    // It never was on, or the VM is gone.
+                    Ok(false) | Err(CallError::Fault(wire::Fault::ManagedObjectNotFound)) => Ok(()),
+                    Err(e) => Err(e),
+                }
+            };
+            self.runtime.block_on(off).map_err(|e| self.told(&e))?;
         }
         Ok(())
     }
