@@ -18,6 +18,9 @@ pub const VSPHERE_STREAMS: usize = budget::STREAMS;
 /// Name of the root that imports go to, and of the connection over it where nobody gave it another.
 pub const IMAGES: &str = "images";
 
+/// Where libvirt's packages let QEMU write.
+pub const LIBVIRT_DIR: &str = "/var/lib/libvirt/qemu";
+
 /// Everything an agent needs to know.
 #[derive(Clone)]
 pub struct Config {
@@ -43,6 +46,8 @@ pub struct Config {
     pub roots: BTreeMap<String, PathBuf>,
     /// Streams that a vCenter or ESXi gives this agent at a time, 1 to 48.
     pub vsphere_streams: usize,
+    /// Where QEMU may make the sockets and scratch files of a running domain's export, and this agent may open them.
+    pub libvirt_dir: PathBuf,
 }
 
 #[derive(Default, Deserialize)]
@@ -59,6 +64,7 @@ struct File {
     local_root: Option<PathBuf>,
     roots: BTreeMap<String, PathBuf>,
     vsphere_streams: Option<usize>,
+    libvirt_dir: Option<PathBuf>,
 }
 
 /// What the command line said.
@@ -103,6 +109,7 @@ impl Config {
         }
         Ok(Self {
             vsphere_streams,
+            libvirt_dir: path("LIBVIRT_DIR").or(file.libvirt_dir).unwrap_or_else(|| PathBuf::from(LIBVIRT_DIR)),
             controller,
             token: overrides.token.or_else(|| env("TOKEN").or(file.token).map(Secret::new)),
             token_file: path("TOKEN_FILE").or(file.token_file),
@@ -131,6 +138,7 @@ impl Config {
             local_root: None,
             roots: BTreeMap::new(),
             vsphere_streams: budget::STREAMS,
+            libvirt_dir: base.join("libvirt"),
         }
     }
 }

@@ -18,7 +18,6 @@ use shared::secret::Secret;
 use crate::Agent;
 use crate::egress::Trust;
 use crate::exec::Next;
-use crate::sources::libvirt::Libvirt;
 use crate::sources::vsphere::budget::Budget;
 use crate::sources::vsphere::{Client, Listener, Settings, Vsphere};
 use crate::sources::{Error, Source};
@@ -209,7 +208,7 @@ fn listen_to_libvirt(agent: &Arc<Agent>, name: &str) {
     loop {
         let connection = agent.connections.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned();
         let Some(connection) = connection.filter(|connection| connection.kind == LIBVIRT) else { return };
-        let listening = Libvirt::new(&connection.path, &agent.vault).ok().and_then(|libvirt| libvirt.uri().listen().ok());
+        let listening = agent.libvirt(&connection.path).ok().and_then(|libvirt| libvirt.uri().listen().ok());
         if !std::mem::take(&mut is_first) {
             is_stale(agent, name);
         }

@@ -47,7 +47,7 @@ use crate::config::Config;
 pub use crate::identity::Error;
 use crate::identity::{Home, Identity};
 use crate::sources::Source;
-use crate::sources::libvirt::Libvirt;
+use crate::sources::libvirt::{self, Libvirt};
 use crate::sources::local::Local;
 
 /// What the engine writes, as the API spells it.
@@ -230,7 +230,7 @@ impl Agent {
         match connection.kind.as_str() {
             "local" => {}
             hypervisors::VSPHERE => return hypervisors::source(self, connection),
-            hypervisors::LIBVIRT => return Ok(Arc::new(Libvirt::new(&connection.path, &self.vault)?)),
+            hypervisors::LIBVIRT => return Ok(Arc::new(self.libvirt(&connection.path)?)),
             kind => {
                 let message = format!("provider {kind:?} is not built yet; `local`, `libvirt` and `vsphere` are");
                 return Err(sources::Error::fatal(Code::NotBuilt, message));
@@ -245,6 +245,14 @@ impl Agent {
             sources::Error::fatal(Code::Unprocessable, format!("{} is not a folder that can be read: {e}", connection.path))
         })?;
         Ok(Arc::new(Local::new(dir)))
+    }
+
+    /// The libvirt of a URI.
+    fn libvirt(&self, uri: &str) -> Result<Libvirt, sources::Error> {
+        let failed = |e: std::io::Error| sources::Error::fatal(Code::Internal, format!("the agent's own folder: {e}"));
+        let notes = self.home.dir.open_dir("jobs").map_err(failed)?;
+        let folders = libvirt::Folders { qemu: self.config.libvirt_dir.clone(), notes, notes_path: self.config.data_dir.join("jobs") };
+        Libvirt::new(uri, &self.vault, folders)
     }
 
     /// Sends the inventory of one connection, or of all; unless `always`, only where it changed. In the background.

@@ -32,6 +32,8 @@ pub struct Touched {
     pub snapshots: Vec<String>,
     /// Ids of leases.
     pub leases: Vec<String>,
+    /// Names of checkpoints that no restore point needs.
+    pub checkpoints: Vec<String>,
     /// The tracking of changes was or will be switched on, and no restore point needs it yet.
     pub tracking: bool,
 }
@@ -88,6 +90,10 @@ impl crate::sources::Touch for Pen<'_> {
 
     fn lease(&self, id: &str) -> io::Result<()> {
         self.note(|touched| touched.leases.push(id.to_owned()))
+    }
+
+    fn checkpoint(&self, name: &str) -> io::Result<()> {
+        self.note(|touched| touched.checkpoints.push(name.to_owned()))
     }
 
     fn tracking(&self) -> io::Result<()> {
@@ -147,17 +153,26 @@ impl Drop for Turn<'_> {
     }
 }
 
-/// Whether what was switched on stays, because a restore point relies on it; answers whether it was otherwise before.
-pub fn keep_tracking(agent: &Agent, job: &str, keep: bool) -> io::Result<bool> {
+/// A restore point is about to be published and relies on what was switched on and on the checkpoints that are `needed`: these stay. Those of
+/// the point before are `obsolete` now. Answers what was noted before, for [`restore_note`].
+pub fn keep_tracking(agent: &Agent, job: &str, needed: &BTreeSet<String>, obsolete: &BTreeSet<String>) -> io::Result<Option<Touched>> {
     let _turn = agent.undoing.wait(job);
-    let Some(bytes) = vault::read_optional(agent.ledger.dir(), &file(job))? else { return Ok(false) };
+    let Some(bytes) = vault::read_optional(agent.ledger.dir(), &file(job))? else { return Ok(None) };
     let noted: Touched = serde_json::from_slice(&bytes).map_err(io::Error::other)?;
-    if noted.tracking != keep {
-        return Ok(false);
-    }
-    let json = serde_json::to_vec(&Touched { tracking: !keep, ..noted }).map_err(io::Error::other)?;
-    vault::write_whole(agent.ledger.dir(), &file(job), &json)?;
-    Ok(true)
+    let checkpoints = noted.checkpoints.iter().chain(obsolete).filter(|name| !needed.contains(*name)).cloned().collect();
+    write(agent, job, &Touched { tracking: false, checkpoints, ..noted.clone() })?;
+    Ok(Some(noted))
+}
+
+/// The publication failed: what was noted before is noted again.
+pub fn restore_note(agent: &Agent, job: &str, noted: &Touched) -> io::Result<()> {
+    let _turn = agent.undoing.wait(job);
+    write(agent, job, noted)
+}
+
+fn write(agent: &Agent, job: &str, touched: &Touched) -> io::Result<()> {
+    let json = serde_json::to_vec(touched).map_err(io::Error::other)?;
+    vault::write_whole(agent.ledger.dir(), &file(job), &json)
 }
 
 /// VMs that a job has frozen, or is about to.

@@ -240,10 +240,10 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
         backup.check_parent(&folder)?;
         // Behind the grant nobody cancels it: a crash here is followed by the publication.
         let ledger = |e| Failure::io("the ledger", &e);
-        let was_switched = touched::keep_tracking(agent, &held.job, true).map_err(ledger)?;
+        let noted = touched::keep_tracking(agent, &held.job, &backup.needed, &backup.obsolete).map_err(ledger)?;
         let published = publish(agent, held, &folder, &job, name);
-        if was_switched && published.is_err() {
-            touched::keep_tracking(agent, &held.job, false).map_err(ledger)?;
+        if let (Some(noted), Err(_)) = (&noted, &published) {
+            touched::restore_note(agent, &held.job, noted).map_err(ledger)?;
         }
         published
     })?;

@@ -73,12 +73,24 @@ pub struct Domain {
 impl Domain {
     /// Defines one whose disk is this file, under TCG (KVM does not run guests everywhere).
     pub fn define(name: &str, disk: &Path, format: &str) -> Self {
+        Self::with_disks(name, &[(disk, format)])
+    }
+
+    /// The same with several disks, `vda`, `vdb`, …
+    pub fn with_disks(name: &str, disks: &[(&Path, &str)]) -> Self {
         let name = format!("{name}-{}", shared::ids::random_hex::<4>());
+        let disk = |(letter, (disk, format)): (char, &(&Path, &str))| {
+            let file = disk.display();
+            format!(
+                "<disk type='file' device='disk'><driver name='qemu' type='{format}'/><source file='{file}'/><target dev='vd{letter}' bus='virtio'/>\
+                 <alias name='ua-{letter}'/></disk>"
+            )
+        };
+        let disks: String = ('a'..='z').zip(disks).map(disk).collect();
         let xml = format!(
             "<domain type='qemu'><name>{name}</name><memory unit='MiB'>256</memory><vcpu>1</vcpu><os><type arch='x86_64'>hvm</type></os>\
-             <devices><disk type='file' device='disk'><driver name='qemu' type='{format}'/><source file='{}'/><target dev='vda' bus='virtio'/></disk>\
-             <interface type='user'><mac address='52:54:00:12:34:56'/><model type='virtio'/></interface><serial type='pty'/></devices></domain>",
-            disk.display()
+             <devices>{disks}<interface type='user'><mac address='52:54:00:12:34:56'/><model type='virtio'/></interface><serial type='pty'/>\
+             </devices></domain>"
         );
         let file = lab().join(format!("{name}.xml"));
         std::fs::write(&file, xml).unwrap();
@@ -89,9 +101,29 @@ impl Domain {
     }
 }
 
+impl Domain {
+    /// Writes to a disk as the guest would: through QEMU's block layer, which tracks it.
+    pub fn write(&self, letter: char, offset: u64, length: u64, byte: u8) {
+        for command in [format!("write -P {byte} {offset} {length}"), "flush".to_owned()] {
+            let order = format!("qemu-io -d /machine/peripheral/ua-{letter}/virtio-backend \"{command}\"");
+            let said = virsh(&["qemu-monitor-command", "--hmp", &self.name, &order]);
+            assert!(!said.to_ascii_lowercase().contains("error"), "{order}: {said}");
+        }
+    }
+
+    /// What QEMU holds of a backup job, files that one has left, and checkpoints.
+    pub fn left(&self) -> (bool, Vec<String>, usize) {
+        let job = output(Command::new("virsh").args(["-q", "-c", URI, "backup-dumpxml", &self.name])).status.success();
+        let files = std::fs::read_dir("/var/lib/libvirt/qemu").unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        let files = files.filter(|name| name.starts_with("hypersdk-")).collect();
+        let checkpoints = virsh(&["checkpoint-list", &self.name, "--name"]).lines().filter(|line| !line.trim().is_empty()).count();
+        (job, files, checkpoints)
+    }
+}
+
 impl Drop for Domain {
     fn drop(&mut self) {
-        for act in [&["destroy", self.name.as_str()][..], &["undefine", self.name.as_str()]] {
+        for act in [&["destroy", self.name.as_str()][..], &["undefine", self.name.as_str(), "--checkpoints-metadata"]] {
             // It may be off, or gone.
             let _ = output(Command::new("virsh").args(["-q", "-c", URI]).args(act));
         }

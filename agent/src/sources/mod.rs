@@ -13,7 +13,7 @@ use std::sync::Arc;
 use shared::error::Code;
 use shared::vm::{Snapshot, Vm};
 
-use crate::formats::{Disk, Extent};
+use crate::formats::{Disk, Extent, FormatError, Scratch};
 use crate::touched::Touched;
 
 /// One disk of a VM, opened.
@@ -114,6 +114,9 @@ pub trait Touch {
     /// A lease of this id was given. Durable when it returns.
     fn lease(&self, id: &str) -> std::io::Result<()>;
 
+    /// A checkpoint of this name is about to be made. Durable when it returns.
+    fn checkpoint(&self, name: &str) -> std::io::Result<()>;
+
     /// The tracking of changes is about to be switched on. Durable when it returns.
     fn tracking(&self) -> std::io::Result<()>;
 
@@ -166,4 +169,39 @@ pub trait Source: Send + Sync {
 
     /// The snapshots of the VM's disks, disk by disk, the oldest first.
     fn open_snapshots(&self, vm_id: &str) -> Result<Vec<Opened>, Error>;
+}
+
+/// A disk that is only looked at.
+struct Unread {
+    format: &'static str,
+    capacity: u64,
+}
+
+impl Unread {
+    fn new(format: &'static str, capacity: u64) -> Self {
+        Self { format, capacity }
+    }
+}
+
+impl Disk for Unread {
+    fn format(&self) -> &'static str {
+        self.format
+    }
+
+    fn capacity(&self) -> u64 {
+        self.capacity
+    }
+
+    fn knows_holes(&self) -> bool {
+        false
+    }
+
+    fn extents(&self, from: u64, to: u64) -> Result<Vec<Extent>, FormatError> {
+        let end = to.min(self.capacity);
+        Ok(if from < end { vec![Extent { offset: from, len: end - from }] } else { Vec::new() })
+    }
+
+    fn read_at(&self, _: u64, _: &mut [u8], _: &mut Scratch) -> Result<(), FormatError> {
+        Err(FormatError::Unsupported("a disk that was only looked at is not read".to_owned()))
+    }
 }

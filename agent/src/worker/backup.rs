@@ -10,6 +10,7 @@
 //! Owns: that choice, and what the point says of itself. Never: takes the source's word for less than it said: an identifier that was lost,
 //! reset or went back makes a comparing pass. A crash here costs the attempt: the next one freezes the VM anew.
 
+use std::collections::BTreeSet;
 use std::io;
 use std::path::Path;
 use std::sync::Arc;
@@ -34,6 +35,10 @@ use crate::{Agent, touched};
 /// A restore point in the making.
 pub(super) struct Backup {
     point: Point,
+    /// What the source calls the states of this point: the next one begins there.
+    pub(super) needed: BTreeSet<String>,
+    /// What it called those of the point before, which nobody needs once this one is published.
+    pub(super) obsolete: BTreeSet<String>,
     /// Files and root digests of the point before.
     roots: Option<Vec<(String, String)>>,
     /// By disk: how many bytes came from the source.
@@ -55,6 +60,7 @@ pub(super) fn open(agent: &Agent, held: &Assignment, assign: &v1::Assign, folder
     let before = if full { None } else { newest(agent, folder, &connection.name, &assign.vm_id, &log)? };
     let had_snapshots = before.as_ref().is_some_and(|before| before.point.vm.snapshots > 0);
     let since: Vec<Since> = before.iter().flat_map(|before| before.disks.iter().map(|(disk, _)| since(disk, had_snapshots))).collect();
+    let earlier: BTreeSet<String> = since.iter().filter_map(|since| since.change_id.clone()).collect();
     if let Some(before) = &before {
         // Nobody removes what this one is going to lie over.
         agent.needed.pin(&before.point.job, &held.job);
@@ -101,7 +107,9 @@ pub(super) fn open(agent: &Agent, held: &Assignment, assign: &v1::Assign, folder
         layers: if is_layer { layers } else { 0 },
         disks: described.into_iter().map(file).collect(),
     };
-    Ok((vm, disks, Some(Backup { point, roots, moved, changed })))
+    let needed: BTreeSet<String> = point.disks.iter().filter_map(|disk| disk.change_id.clone()).collect();
+    let obsolete = earlier.difference(&needed).cloned().collect();
+    Ok((vm, disks, Some(Backup { point, needed, obsolete, roots, moved, changed })))
 }
 
 fn since(disk: &PointDisk, had_snapshots: bool) -> Since {

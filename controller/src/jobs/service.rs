@@ -132,7 +132,7 @@ async fn export(app: &App, caller: &str, kind: JobType, wanted: Create) -> Resul
     let provider = required("provider", wanted.provider, "a connection's name or kind; GET /providers lists them")?;
     let vm_name = required("vm_name", wanted.vm_name, "a VM's name, path or id; GET /vms/list lists them")?;
     let connection = providers::service::resolve(&app.store, &provider).await?;
-    if is_backup && connection.kind != "vsphere" {
+    if is_backup && connection.kind == "local" {
         return Err(Error::not_built(format!("{kind} from `{}`", connection.kind)));
     }
     let found = vms::service::resolve(&app.store, &connection, &vm_name).await?;
@@ -145,7 +145,7 @@ async fn export(app: &App, caller: &str, kind: JobType, wanted: Create) -> Resul
     if connection.kind == "vsphere" {
         check_vsphere(&found.vm, &options)?;
     } else if connection.kind == "libvirt" {
-        check_libvirt(&found.vm, &options)?;
+        check_libvirt(&connection.path, &found.vm, &options)?;
     } else if options.power_off == Some(true) {
         notes.push("power_off does nothing here: a VM of a local connection is a folder of images and does not run".to_owned());
     }
@@ -200,16 +200,15 @@ fn check_vsphere(vm: &Vm, options: &Options) -> Result<(), Error> {
 }
 
 /// The same of libvirt.
-fn check_libvirt(vm: &Vm, options: &Options) -> Result<(), Error> {
+fn check_libvirt(uri: &str, vm: &Vm, options: &Options) -> Result<(), Error> {
     if options.include_snapshots == Some(true) && vm.snapshots > 0 {
         return Err(Error::not_built(format!("include_snapshots of `{}`: of a domain the present state is exported", clip(&vm.path))));
     }
     if options.power_off == Some(true) {
         return Err(Error::not_built("power_off at libvirt"));
     }
-    if vm.power_state != "poweredOff" {
-        let message = format!("export of `{}` while it is {}: shut the domain down first", clip(&vm.name), vm.power_state);
-        return Err(Error::not_built(message));
+    if !uri.starts_with("qemu:///") {
+        return Err(Error::not_built("reading the disks of another host: run an agent there and connect qemu:///system"));
     }
     Ok(())
 }

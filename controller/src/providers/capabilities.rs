@@ -125,11 +125,8 @@ async fn vsphere(app: &App, connections: Vec<String>) -> Result<Capability, Erro
 async fn libvirt(app: &App, connections: Vec<String>) -> Result<Capability, Error> {
     let agents = app.connected_agents().await?;
     let available = !agents.is_empty();
-    let mut missing = vec![
-        "hot_export, changed_blocks: running domains are not read yet; shut the domain down".to_owned(),
-        "deploy: POST /vms/deploy is not built yet".to_owned(),
-        "export of a remote host's domains: run an agent there".to_owned(),
-    ];
+    let mut missing =
+        vec!["deploy: POST /vms/deploy is not built yet".to_owned(), "export of a remote host's domains: run an agent there".to_owned()];
     if !available {
         missing.insert(0, "list, export: no agent is connected; POST /agents/tokens gives a join token for one".to_owned());
     } else if connections.is_empty() {
@@ -142,8 +139,8 @@ async fn libvirt(app: &App, connections: Vec<String>) -> Result<Capability, Erro
         available,
         list: usable,
         export: usable,
-        hot_export: false,
-        changed_blocks: false,
+        hot_export: usable,
+        changed_blocks: usable,
         deploy: false,
         formats: if available { Format::ALL.to_vec() } else { Vec::new() },
         agents: agents.into_iter().map(|agent| agent.name).collect(),

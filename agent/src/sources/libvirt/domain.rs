@@ -29,6 +29,10 @@ pub struct Domain {
     pub vm: Vm,
     /// By disk: the format that the XML declares.
     pub formats: Vec<String>,
+    /// By disk: the target device, by which libvirt calls it.
+    pub targets: Vec<String>,
+    /// Target devices of drives that are no disks of the VM: CD-ROMs, floppies.
+    pub others: Vec<String>,
 }
 
 /// Reads a domain's XML.
@@ -59,10 +63,13 @@ pub fn read(xml: &str, facts: &Facts) -> Result<Domain, String> {
         snapshots: facts.snapshots,
         ..Vm::default()
     };
-    let (mut problems, mut formats) = (Vec::new(), Vec::new());
+    let (mut problems, mut formats, mut targets) = (Vec::new(), Vec::new(), Vec::new());
     let devices = child(root, "devices");
     let all = |name: &'static str| devices.into_iter().flat_map(move |devices| children(devices, name));
-    for device in all("disk").filter(|disk| matches!(disk.attribute("device"), None | Some("disk"))) {
+    let is_disk = |disk: &Node| matches!(disk.attribute("device"), None | Some("disk"));
+    let target_of = |disk: Node| child(disk, "target").and_then(|target| target.attribute("dev")).map(str::to_owned);
+    let others = all("disk").filter(|disk| !is_disk(disk)).filter_map(target_of).collect();
+    for device in all("disk").filter(is_disk) {
         let target = child(device, "target").and_then(|target| target.attribute("dev")).unwrap_or("a disk");
         let source = child(device, "source").and_then(|source| source.attribute("file")).unwrap_or_default();
         let format = child(device, "driver").and_then(|driver| driver.attribute("type")).unwrap_or("raw");
@@ -78,6 +85,7 @@ pub fn read(xml: &str, facts: &Facts) -> Result<Domain, String> {
             problems.push(format!("{target} is shared with other domains"));
         }
         formats.push(format.to_owned());
+        targets.push(target.to_owned());
         vm.disks.push(Disk {
             name: format!("disk-{}", vm.disks.len()),
             source: source.to_owned(),
@@ -101,7 +109,7 @@ pub fn read(xml: &str, facts: &Facts) -> Result<Domain, String> {
         problems.push("it has no disk".to_owned());
     }
     vm.problem = problems.join("; ");
-    Ok(Domain { vm, formats })
+    Ok(Domain { vm, formats, targets, others })
 }
 
 fn child<'a, 'input>(node: Node<'a, 'input>, name: &str) -> Option<Node<'a, 'input>> {
@@ -196,12 +204,13 @@ mod tests {
     #[test]
     fn a_domain_is_described_as_a_vm() {
         let facts = Facts { state: "running".into(), snapshots: 2, capacities: HashMap::from([("vda".into(), 5 << 30)]) };
-        let Domain { vm, formats } = read(XML, &facts).unwrap();
+        let Domain { vm, formats, targets, others } = read(XML, &facts).unwrap();
         assert_eq!((vm.name.as_str(), vm.path.as_str(), vm.cpu, vm.memory_mb, vm.snapshots), ("web 01", "/web 01", 2, 2048, 2));
         assert_eq!((vm.firmware.as_str(), vm.power_state.as_str(), vm.tools_status.as_str()), ("uefi", "poweredOn", "running"));
         assert_eq!((vm.os.as_str(), vm.os_version.as_str()), ("linux", "debian.org/debian/12"));
         assert_eq!((vm.disks.len(), vm.disks[0].capacity, vm.disks[0].source.as_str()), (2, 5 << 30, "/srv/a.qcow2"));
         assert_eq!(formats, ["qcow2", "raw"]);
+        assert_eq!((targets, others), (vec!["vda".to_owned(), "vdb".to_owned()], vec!["sda".to_owned()]));
         let nics: Vec<_> = vm.nics.iter().map(|nic| (nic.model.as_str(), nic.network.as_str(), nic.mac.as_str())).collect();
         assert_eq!(nics, [("virtio", "br0", "52:54:00:aa:bb:cc"), ("", "user", "52:54:00:00:00:01")]);
         assert!(vm.problem.contains("vdb") && vm.problem.contains("block"), "{}", vm.problem);

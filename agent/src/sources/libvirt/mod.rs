@@ -1,29 +1,59 @@
 //! The provider `libvirt`: the domains of a QEMU/KVM host, through its client.
 //!
 //! ```text
-//! virsh (processes) ◄─ domain (XML) ◄─ here ─► local (the files of a domain that is off)
+//! virsh (processes) ◄─ domain (XML) ◄─ here ─► local (the files of a domain that is off), hot ─► nbd (the disks of one that runs)
 //! ```
-//! Owns: what a connection of this kind can do: list, listen, switch, and read the disks of a domain that is off, where their files lie in a
-//! root of this host. Never: opens a file outside the roots, whatever a domain's XML names; guesses a disk's format.
-//! A crash here costs nothing: it only reads, and what listens ends by itself.
+//! Owns: what a connection of this kind can do, and by which way a domain's disks are read:
+//!
+//! | the domain | way |
+//! |---|---|
+//! | off | its files, where they lie in a root of this host |
+//! | on or paused | a pull-mode backup job over NBD: as they were when it began, while the guest goes on |
+//!
+//! Never: opens a file outside the roots, whatever a domain's XML names; guesses a disk's format; stops a guest.
+//! A crash here leaves a backup job that the ledger names; what listens ends by itself.
 
 mod domain;
+mod hot;
+mod nbd;
 pub mod virsh;
 
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
 use shared::error::Code;
-use shared::vault::Vault;
+use shared::vault::{Dir, Root, Vault};
 use shared::vm::Vm;
 
 use self::domain::Domain;
+use self::hot::{Failed, Place, Wanted};
+use self::nbd::Exported;
 use self::virsh::Uri;
 use super::local::Local;
-use super::{Error, Opened, Source};
+use super::{Areas, Error, Frozen, Moved, Opened, Since, Source, Touch};
 use crate::exec;
+use crate::formats::{Disk, Extent, FormatError, Scratch};
+use crate::touched::Touched;
+
+/// The power state of a domain that nobody writes to.
+const OFF: &str = "poweredOff";
+
+/// Folders that a running domain's export needs.
+pub struct Folders {
+    /// Where QEMU may make sockets and scratch files.
+    pub qemu: PathBuf,
+    /// A folder of the agent's own, for descriptions that virsh reads.
+    pub notes: Dir,
+    /// Its path.
+    pub notes_path: PathBuf,
+}
 
 /// A connection.
 pub struct Libvirt {
     uri: Uri,
     vault: Vault,
+    folders: Folders,
 }
 
 impl Libvirt {
@@ -31,9 +61,9 @@ impl Libvirt {
     ///
     /// # Errors
     /// When the URI is none that is taken.
-    pub fn new(uri: &str, vault: &Vault) -> Result<Self, Error> {
+    pub fn new(uri: &str, vault: &Vault, folders: Folders) -> Result<Self, Error> {
         let uri = Uri::parse(uri).map_err(|message| Error::fatal(Code::BadRequest, message))?;
-        Ok(Self { uri, vault: vault.clone() })
+        Ok(Self { uri, vault: vault.clone(), folders })
     }
 
     /// Where it is.
@@ -60,21 +90,26 @@ impl Libvirt {
         if !self.uri.is_here {
             return refused(Code::NotBuilt, "disks of another host are not read yet; run an agent there".to_owned());
         }
-        if found.vm.power_state != "poweredOff" {
-            return refused(Code::NotBuilt, format!("it is {}, and running domains are not read yet; shut it down", found.vm.power_state));
-        }
         Ok(found)
+    }
+
+    /// A domain that is off, with its files.
+    fn cold(&self, found: Domain) -> Result<(Vm, Vec<Opened>), Error> {
+        let disks = self.disks(&found)?;
+        let mut vm = found.vm;
+        for (disk, opened) in vm.disks.iter_mut().zip(&disks) {
+            disk.capacity = opened.disk.capacity();
+        }
+        Ok((vm, disks))
     }
 
     fn disks(&self, found: &Domain) -> Result<Vec<Opened>, Error> {
         let mut opened = Vec::with_capacity(found.vm.disks.len());
         for (disk, format) in found.vm.disks.iter().zip(&found.formats) {
-            let outside = |e: shared::vault::Error| {
+            let outside = |_: shared::vault::Error| {
                 let roots = self.vault.roots().map(|root| root.path.display().to_string()).collect::<Vec<_>>().join(", ");
-                let message = format!(
-                    "{} of {} lies in {}, which is outside the roots of this agent ({roots}): {e}",
-                    disk.name, found.vm.name, disk.source
-                );
+                let message =
+                    format!("{} of {} is {}, which lies outside the roots of this agent: {roots}", disk.name, found.vm.name, disk.source);
                 Error::fatal(Code::OutsideRoots, message)
             };
             let place = self.vault.locate(&disk.source).map_err(outside)?;
@@ -84,6 +119,66 @@ impl Libvirt {
         }
         Ok(opened)
     }
+}
+
+impl Libvirt {
+    /// The folder that QEMU writes into, opened.
+    fn qemu_folder(&self) -> Result<Root, Error> {
+        let path = &self.folders.qemu;
+        Root::open("libvirt", path, false).map_err(|e| {
+            let message = format!("{}: {e}; a running domain is read through sockets there (setting libvirt_dir)", path.display());
+            Error::fatal(Code::Unprocessable, message)
+        })
+    }
+
+    /// Begins a backup job of a running domain. Where the checkpoints do not serve, once more without them: then nobody knows what changed.
+    /// Answers its name, what it was begun with, and why it was begun otherwise.
+    fn begin(&self, found: &Domain, mut wanted: Wanted, touch: &dyn Touch) -> Result<(String, Wanted, Option<String>), Error> {
+        let folder = self.qemu_folder()?;
+        let name = format!("{}{}-{}", hot::OURS, touch.job(), shared::ids::random_hex::<4>());
+        touch.snapshot(&name).map_err(ledger)?;
+        if let Some(checkpoint) = &wanted.checkpoint {
+            touch.checkpoint(checkpoint).map_err(ledger)?;
+        }
+        let place = Place { folder: &folder.path, notes: (&self.folders.notes, &self.folders.notes_path) };
+        let mut reason = None;
+        loop {
+            match hot::begin(&self.uri, found, &wanted, &place, &name) {
+                Ok(()) => return Ok((name, wanted, reason)),
+                Err(Failed::Notes(e)) => return Err(Error::fatal(Code::Internal, format!("the agent's own folder: {e}"))),
+                Err(Failed::Tool(exec::Error::Failed(words))) if wanted.since.iter().any(Option::is_some) => {
+                    reason = Some(format!("libvirt does not say what changed: {words}"));
+                    wanted.since = Vec::new();
+                }
+                Err(Failed::Tool(exec::Error::Failed(words))) if wanted.checkpoint.is_some() => {
+                    reason = Some(format!("no checkpoint can be made: {words}"));
+                    wanted.checkpoint = None;
+                }
+                Err(Failed::Tool(e)) => return Err(told(e)),
+            }
+        }
+    }
+
+    /// The disks of a job that runs.
+    fn exports(&self, found: &Domain, name: &str, wanted: &Wanted, touch: &dyn Touch) -> Result<Vec<(Exported, Moved)>, Error> {
+        let socket = hot::socket(&self.qemu_folder()?.path, name);
+        let stopping = touch.stopping();
+        let stop = || stopping.load(Ordering::Acquire) != 0;
+        let mut exports = Vec::with_capacity(found.targets.len());
+        for (n, target) in found.targets.iter().enumerate() {
+            let moved = Moved::default();
+            let bitmap = wanted.since.get(n).is_some_and(Option::is_some).then(|| hot::bitmap(target));
+            let opened = Exported::open(&socket, target, bitmap.as_deref(), moved.clone(), &stop);
+            let failed =
+                |e: std::io::Error| Error { code: Code::BadGateway, message: format!("{}: {target}: {e}", found.vm.name), retryable: true };
+            exports.push((opened.map_err(failed)?, moved));
+        }
+        Ok(exports)
+    }
+}
+
+fn ledger(e: std::io::Error) -> Error {
+    Error { code: Code::Internal, message: format!("the ledger cannot be written: {e}"), retryable: true }
 }
 
 /// What a tool said, for whoever asked.
@@ -110,21 +205,138 @@ impl Source for Libvirt {
         Ok(vms)
     }
 
+    /// A domain that runs is not touched for a look: its disks are measured as libvirt tells.
     fn look(&self, vm_id: &str) -> Result<(Vm, Vec<Opened>), Error> {
-        self.open(vm_id)
+        let found = self.exportable(vm_id)?;
+        if found.vm.power_state == OFF {
+            return self.open(vm_id);
+        }
+        let unread = |disk: &shared::vm::Disk| Opened {
+            name: disk.name.clone(),
+            snapshot: None,
+            disk: Arc::new(super::Unread::new("nbd", disk.capacity)),
+            identity: String::new(),
+        };
+        let disks = found.vm.disks.iter().map(unread).collect();
+        Ok((found.vm, disks))
     }
 
     fn open(&self, vm_id: &str) -> Result<(Vm, Vec<Opened>), Error> {
         let found = self.exportable(vm_id)?;
-        let disks = self.disks(&found)?;
-        let mut vm = found.vm;
-        for (disk, opened) in vm.disks.iter_mut().zip(&disks) {
-            disk.capacity = opened.disk.capacity();
+        if found.vm.power_state != OFF {
+            let message = format!("{} is {}: only a job reads it", found.vm.name, found.vm.power_state);
+            return Err(Error::fatal(Code::Unprocessable, message));
         }
-        Ok((vm, disks))
+        self.cold(found)
+    }
+
+    fn open_for(&self, vm_id: &str, touch: &dyn Touch) -> Result<(Vm, Vec<Opened>), Error> {
+        let found = self.exportable(vm_id)?;
+        if found.vm.power_state == OFF {
+            return self.cold(found);
+        }
+        let (name, wanted, _) = self.begin(&found, Wanted::default(), touch)?;
+        touch.log(format!("{} is {}: it is read through the backup job {name}", found.vm.name, found.vm.power_state));
+        let exports = self.exports(&found, &name, &wanted, touch)?;
+        let opened = found.vm.disks.iter().zip(exports).map(|(disk, (export, _))| Opened {
+            name: disk.name.clone(),
+            snapshot: None,
+            // Another job is another content.
+            identity: format!("{name}:{}", disk.source),
+            disk: Arc::new(export),
+        });
+        let opened = opened.collect();
+        Ok((found.vm, opened))
+    }
+
+    fn open_frozen(&self, vm_id: &str, since: &[Since], touch: &dyn Touch) -> Result<(Vm, Vec<Frozen>), Error> {
+        let found = self.exportable(vm_id)?;
+        if found.vm.power_state == OFF {
+            touch.log(format!("{} is off: its files are read", found.vm.name));
+            let targets = found.targets.clone();
+            let (vm, opened) = self.cold(found)?;
+            let frozen = opened.into_iter().zip(targets).map(|(opened, key)| {
+                let moved = Moved::default();
+                let disk = Arc::new(Counted { disk: opened.disk, moved: moved.clone() });
+                let areas = Areas::Unknown("a domain that is off does not say what changed".to_owned());
+                Frozen { opened: Opened { disk, ..opened }, key, change_id: None, areas, moved }
+            });
+            return Ok((vm, frozen.collect()));
+        }
+        let standing = hot::checkpoints(&self.uri, vm_id).map_err(told)?;
+        // Those of points that are no more, or that lay over what a domain that was off could not forget.
+        let is_needed = |name: &String| since.iter().any(|since| since.change_id.as_ref() == Some(name));
+        for stale in standing.iter().filter(|name| name.starts_with(hot::OURS) && !is_needed(name)) {
+            touch.checkpoint(stale).map_err(ledger)?;
+        }
+        let since_of = |(target, format): (&String, &String)| {
+            let before = since.iter().find(|since| since.key == *target && hot::bears_bitmap(format))?;
+            before.change_id.clone().filter(|checkpoint| standing.contains(checkpoint))
+        };
+        let bearers = found.formats.iter().any(|format| hot::bears_bitmap(format));
+        let checkpoint = bearers.then(|| format!("{}{}-{}", hot::OURS, touch.job(), shared::ids::random_hex::<4>()));
+        let wanted = Wanted { since: found.targets.iter().zip(&found.formats).map(since_of).collect(), checkpoint };
+        let (name, begun, reason) = self.begin(&found, wanted, touch)?;
+        touch.log(format!("{} is {}: it is read through the backup job {name}", found.vm.name, found.vm.power_state));
+        let exports = self.exports(&found, &name, &begun, touch)?;
+        let mut frozen = Vec::with_capacity(exports.len());
+        for (n, (export, moved)) in exports.into_iter().enumerate() {
+            let (disk, target, format) = (&found.vm.disks[n], &found.targets[n], &found.formats[n]);
+            let is_known = since.iter().any(|since| since.key == *target);
+            let areas = match (export.dirty(), is_known) {
+                (Some(dirty), _) => Areas::Changed(dirty.to_vec()),
+                (None, false) => Areas::Allocated(export.data().to_vec()),
+                (None, true) => Areas::Unknown(reason.clone().unwrap_or_else(|| "there is no checkpoint of the point before".to_owned())),
+            };
+            let opened =
+                Opened { name: disk.name.clone(), snapshot: None, identity: format!("{name}:{}", disk.source), disk: Arc::new(export) };
+            let change_id = begun.checkpoint.clone().filter(|_| hot::bears_bitmap(format));
+            frozen.push(Frozen { opened, key: target.clone(), change_id, areas, moved });
+        }
+        Ok((found.vm, frozen))
+    }
+
+    fn undo(&self, touched: &Touched) -> Result<(), Error> {
+        let folder = Root::open("libvirt", &self.folders.qemu, false).ok();
+        for name in &touched.snapshots {
+            hot::end(&self.uri, &touched.vm, folder.as_ref().map(Root::dir), name).map_err(told)?;
+        }
+        for checkpoint in &touched.checkpoints {
+            hot::forget(&self.uri, &touched.vm, checkpoint).map_err(told)?;
+        }
+        Ok(())
     }
 
     fn open_snapshots(&self, _: &str) -> Result<Vec<Opened>, Error> {
         Err(Error::fatal(Code::NotBuilt, "snapshots of a domain are not exported yet"))
+    }
+}
+
+/// A disk whose reads are counted.
+struct Counted {
+    disk: Arc<dyn Disk>,
+    moved: Moved,
+}
+
+impl Disk for Counted {
+    fn format(&self) -> &'static str {
+        self.disk.format()
+    }
+
+    fn subformat(&self) -> &str {
+        self.disk.subformat()
+    }
+
+    fn capacity(&self) -> u64 {
+        self.disk.capacity()
+    }
+
+    fn extents(&self, from: u64, to: u64) -> Result<Vec<Extent>, FormatError> {
+        self.disk.extents(from, to)
+    }
+
+    fn read_at(&self, offset: u64, buf: &mut [u8], scratch: &mut Scratch) -> Result<(), FormatError> {
+        self.moved.fetch_add(buf.len() as u64, Ordering::Relaxed);
+        self.disk.read_at(offset, buf, scratch)
     }
 }

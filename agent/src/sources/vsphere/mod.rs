@@ -37,8 +37,8 @@ use self::folder::{DatastorePath, Flat, Remote};
 use self::inventory::Found;
 use self::nfc::{Lease, Streamed};
 use self::wire::MoRef;
-use super::{Areas, Error, Frozen, Moved, Opened, Since, Source, Stopping, Touch};
-use crate::formats::{Disk, Extent, FormatError, Scratch, vmdk};
+use super::{Areas, Error, Frozen, Moved, Opened, Since, Source, Stopping, Touch, Unread};
+use crate::formats::{Extent, vmdk};
 use crate::touched::Touched;
 
 /// The power state of a VM that nobody writes to.
@@ -237,32 +237,6 @@ fn ledger(e: &std::io::Error) -> Error {
     Error { code: Code::Internal, message: format!("the ledger cannot be written: {e}"), retryable: true }
 }
 
-/// A disk that is only looked at.
-struct Unread(u64);
-
-impl Disk for Unread {
-    fn format(&self) -> &'static str {
-        "vmdk"
-    }
-
-    fn capacity(&self) -> u64 {
-        self.0
-    }
-
-    fn knows_holes(&self) -> bool {
-        false
-    }
-
-    fn extents(&self, from: u64, to: u64) -> Result<Vec<Extent>, FormatError> {
-        let end = to.min(self.0);
-        Ok(if from < end { vec![Extent { offset: from, len: end - from }] } else { Vec::new() })
-    }
-
-    fn read_at(&self, _: u64, _: &mut [u8], _: &mut Scratch) -> Result<(), FormatError> {
-        Err(FormatError::Unsupported("a disk that was only looked at is not read".to_owned()))
-    }
-}
-
 /// Properties whose change makes an inventory look again.
 const WATCHED: &[&str] = &["name", "parent", "runtime.powerState", "config.changeVersion", "guest.toolsRunningStatus", "snapshot"];
 
@@ -317,7 +291,7 @@ impl Source for Vsphere {
         let unread = |disk: &shared::vm::Disk| Opened {
             name: disk.name.clone(),
             snapshot: None,
-            disk: Arc::new(Unread(disk.capacity)),
+            disk: Arc::new(Unread::new("vmdk", disk.capacity)),
             identity: found.change_version.clone(),
         };
         let disks = found.vm.disks.iter().map(unread).collect();
