@@ -11,25 +11,30 @@
 mod backup;
 mod catalogue;
 mod verify;
+mod watcher;
+mod wishes;
 
 use std::io;
 use std::sync::Arc;
 
 use proto::v1;
 use shared::error::Code;
-use shared::options::{Algorithm, Format, JobType, Options};
+use shared::options::{JobType, Options};
 use shared::progress::Progress;
 use shared::vault::{self, Dir};
 
-use crate::formats::{Compression, FormatError, Method, deflate};
+use crate::formats::FormatError;
 use crate::held::{Assignment, Grant, Stop};
 use crate::journal::{Journal, Record};
 use crate::ledger::{Entry, Ledger};
-use crate::pipeline::{self, PartDir, Snapshot, SourceDisk, Stage, Watch};
+use crate::pipeline::{self, PartDir, SourceDisk};
 use crate::sources::file::FileSource;
 use crate::sources::local::Depth;
 use crate::sources::{self, Opened, Source};
 use crate::{Agent, points, proof, pull, touched};
+
+use self::watcher::Watcher;
+pub use self::wishes::{compression, declared_word, output_format};
 
 /// Data bytes between two checkpoints. A crash costs what is open, what waits or is being sealed and what is in the pipeline's slots: all
 /// together stay below the 64 MiB that are promised, however slow the disk syncs.
@@ -436,104 +441,6 @@ fn find_source(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<
 fn source_of(agent: &Agent, assign: &v1::Assign) -> Result<Arc<dyn Source>, Failure> {
     let Some(connection) = &assign.connection else { return Err(Failure::fatal(Code::Internal, "the assignment names no connection")) };
     Ok(agent.source(connection)?)
-}
-
-/// The pipeline's format for the API's word.
-pub fn output_format(word: &str) -> Result<pipeline::Format, Failure> {
-    match Format::from_word(word) {
-        Some(Format::Raw) => Ok(pipeline::Format::Raw),
-        Some(Format::Qcow2) => Ok(pipeline::Format::Qcow2),
-        Some(Format::Vhdx) => Ok(pipeline::Format::Vhdx),
-        Some(Format::Vhd) => Ok(pipeline::Format::Vhd),
-        Some(Format::Vdi) => Ok(pipeline::Format::Vdi),
-        Some(Format::Vmdk) => Ok(pipeline::Format::Vmdk),
-        Some(Format::Ovf) => Ok(pipeline::Format::Ovf),
-        Some(Format::Ova) => Ok(pipeline::Format::Ova),
-        _ => Err(Failure::fatal(Code::NotBuilt, format!("the output format {word:?} is not built yet"))),
-    }
-}
-
-/// The format that a file's name declares, as the API spells it; empty where it declares none.
-pub fn declared_word(name: &str) -> &'static str {
-    Format::of_name(name).map_or("", Format::word)
-}
-
-/// What the options mean for a format. VMDK is always deflate; raw never compresses; the fast level is the default.
-pub fn compression(format: pipeline::Format, options: &Options) -> Option<Compression> {
-    let narrow = options.narrow_window == Some(true);
-    let asked = options.compress == Some(true) || options.compression.is_some() || options.level.is_some() || narrow;
-    let method = match (format, options.compression) {
-        (pipeline::Format::Raw | pipeline::Format::Vhdx | pipeline::Format::Vhd | pipeline::Format::Vdi, _) => return None,
-        (pipeline::Format::Qcow2, _) if !asked || options.compress == Some(false) => return None,
-        (pipeline::Format::Qcow2, Some(Algorithm::Zstd)) => Method::Zstd,
-        _ => Method::Deflate,
-    };
-    let fast = if method == Method::Zstd { 1 } else { deflate::FAST };
-    Some(Compression { method, level: options.level.unwrap_or(fast), narrow })
-}
-
-/// The pipeline's ear and hand: counters to the table, stops from it, and the space check once the data is counted.
-struct Watcher<'a> {
-    agent: &'a Agent,
-    held: &'a Assignment,
-    folder: &'a Dir,
-    job: &'a pipeline::Job,
-    /// Set once the data is counted: the sentence when there is too little space.
-    checked: std::sync::OnceLock<Option<String>>,
-}
-
-impl Watcher<'_> {
-    /// Space that the rest needs for certain. What compresses cannot be known beforehand; a full disk on the way is an error of its own.
-    fn lack_of_space(&self, snapshot: &Snapshot) -> Option<String> {
-        let compresses = self.job.compression.is_some()
-            || matches!(self.job.format, pipeline::Format::Vmdk | pipeline::Format::Ovf | pipeline::Format::Ova);
-        let left = snapshot.data_bytes.saturating_sub(snapshot.durable);
-        // Where holes are not known, data is a guess from above.
-        let is_guess = self.job.disks.iter().any(|source| !source.disk.knows_holes());
-        let needed = if compresses || is_guess { 0 } else { left };
-        let (free, _) = vault::space(self.folder).ok()?;
-        let sentence =
-            || format!("no space at the destination: {} MiB are needed and {} MiB are free", needed.div_ceil(1 << 20), free >> 20);
-        (needed > free).then(sentence)
-    }
-}
-
-impl Watch for Watcher<'_> {
-    fn progress(&self, snapshot: &Snapshot) {
-        if snapshot.data_bytes > 0 && snapshot.stage != Stage::Preparing {
-            self.checked.get_or_init(|| self.lack_of_space(snapshot));
-        }
-        let progress = Progress {
-            data: snapshot.data_bytes,
-            read: snapshot.read,
-            durable: snapshot.durable,
-            verified: snapshot.verified,
-            resumed: snapshot.resumed,
-        };
-        self.agent.table.progress(self.held, stage_word(snapshot.stage), progress);
-    }
-
-    fn log(&self, level: tracing::Level, stage: Stage, text: &str) {
-        self.agent.table.log(self.held, &level.to_string().to_ascii_lowercase(), stage_word(stage), text.to_owned());
-    }
-
-    fn stop(&self) -> Option<pipeline::Stop> {
-        if self.checked.get().is_some_and(Option::is_some) {
-            return Some(pipeline::Stop::Cancel);
-        }
-        self.held.stop().map(|stop| match stop {
-            Stop::Park => pipeline::Stop::Park,
-            Stop::Discard => pipeline::Stop::Cancel,
-        })
-    }
-}
-
-fn stage_word(stage: Stage) -> &'static str {
-    match stage {
-        Stage::Preparing => "preparing",
-        Stage::Copying => "copying",
-        Stage::Verifying => "verifying",
-    }
 }
 
 /// Starts the assignment on a thread of its own.

@@ -394,7 +394,7 @@ mod tests {
         let disk = Exported::open(&socket, "vda", None, moved.clone(), &|| false).unwrap();
         assert_eq!(disk.capacity(), capacity as u64);
         let data: u64 = disk.data().iter().map(|area| area.len).sum();
-        assert!(data >= 4 << 20 && data < 5 << 20, "{:?}", disk.data());
+        assert!((4 << 20..5 << 20).contains(&data), "{:?}", disk.data());
         let mut read = vec![0u8; capacity];
         disk.read_at(0, &mut read, &mut Scratch::default()).unwrap();
         assert!(read == bytes && moved.load(Ordering::Relaxed) == capacity as u64);
