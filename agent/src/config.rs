@@ -48,6 +48,8 @@ pub struct Config {
     pub vsphere_streams: usize,
     /// Where QEMU may make the sockets and scratch files of a running domain's export, and this agent may open them.
     pub libvirt_dir: PathBuf,
+    /// How deployed domains run: `kvm`, `tcg`, or `auto`: KVM where a virtual CPU really starts.
+    pub libvirt_accel: String,
 }
 
 #[derive(Default, Deserialize)]
@@ -65,6 +67,7 @@ struct File {
     roots: BTreeMap<String, PathBuf>,
     vsphere_streams: Option<usize>,
     libvirt_dir: Option<PathBuf>,
+    libvirt_accel: Option<String>,
 }
 
 /// What the command line said.
@@ -107,8 +110,13 @@ impl Config {
         if !(1..=budget::MOST).contains(&vsphere_streams) {
             return Err(format!("vsphere_streams must be 1 to {}, not {vsphere_streams}", budget::MOST));
         }
+        let libvirt_accel = env("LIBVIRT_ACCEL").or(file.libvirt_accel).unwrap_or_else(|| "auto".to_owned());
+        if !matches!(libvirt_accel.as_str(), "auto" | "kvm" | "tcg") {
+            return Err(format!("libvirt_accel must be auto, kvm or tcg, not {libvirt_accel:?}"));
+        }
         Ok(Self {
             vsphere_streams,
+            libvirt_accel,
             libvirt_dir: path("LIBVIRT_DIR").or(file.libvirt_dir).unwrap_or_else(|| PathBuf::from(LIBVIRT_DIR)),
             controller,
             token: overrides.token.or_else(|| env("TOKEN").or(file.token).map(Secret::new)),
@@ -139,6 +147,7 @@ impl Config {
             roots: BTreeMap::new(),
             vsphere_streams: budget::STREAMS,
             libvirt_dir: base.join("libvirt"),
+            libvirt_accel: "tcg".to_owned(),
         }
     }
 }

@@ -27,12 +27,15 @@ const LINE: u64 = 64 << 10;
 pub enum Tool {
     /// libvirt's client.
     Virsh,
+    /// The emulator, to see whether a virtual CPU runs.
+    Qemu,
 }
 
 impl Tool {
     fn name(self) -> &'static str {
         match self {
             Self::Virsh => "virsh",
+            Self::Qemu => "qemu-system-x86_64",
         }
     }
 
@@ -40,6 +43,7 @@ impl Tool {
     fn package(self) -> &'static str {
         match self {
             Self::Virsh => "libvirt-clients",
+            Self::Qemu => "qemu-system-x86",
         }
     }
 }
@@ -106,6 +110,14 @@ pub fn run<S: AsRef<OsStr>>(tool: Tool, arguments: &[S], time: Duration, most: u
         return Err(Error::TooMuch(tool.name(), most));
     }
     if status.success() { Ok(said) } else { Err(Error::Failed(words(tool, &complaint, status))) }
+}
+
+/// Runs a tool to its end for its exit code alone; none where a signal ended it.
+pub fn status<S: AsRef<OsStr>>(tool: Tool, arguments: &[S], time: Duration) -> Result<Option<i32>, Error> {
+    let mut command = command(tool, arguments);
+    command.stdout(Stdio::null()).stderr(Stdio::null());
+    let mut child = Reaped(spawn(tool, command)?);
+    Ok(child.wait(tool, time)?.code())
 }
 
 /// All that comes, up to `most` bytes; what is beyond is read away, so that the process is not held up.

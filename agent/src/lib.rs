@@ -11,6 +11,7 @@
 mod browse;
 pub mod config;
 pub mod convert;
+mod deploy;
 mod digests;
 mod egress;
 mod exec;

@@ -16,6 +16,7 @@ use proto::v1::fleet_client::FleetClient;
 use proto::v1::{self, agent_message};
 use shared::error::Code;
 use shared::lease;
+use shared::options::Action;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, MissedTickBehavior, interval, sleep, timeout};
 use tokio_stream::StreamExt;
@@ -328,6 +329,8 @@ fn answer(agent: &Arc<Agent>, browse: v1::Browse, tell: &mpsc::Sender<v1::AgentM
             Some(Question::Inspect(asked)) => inspect::inspect(&agent, &asked),
             Some(Question::List(list)) => browse::list(&agent.vault, &list),
             Some(Question::Stat(path)) => browse::stat(&agent.vault, &path),
+            Some(Question::Power(wanted)) => power(&agent, &wanted),
+            Some(Question::Deploy(wanted)) => crate::deploy::deploy(&agent, &wanted),
             Some(Question::RemoveExport(wanted)) => browse::remove_export(&agent, &wanted),
             Some(Question::Digests(question)) => {
                 let answered = crate::digests::answer(&agent, &question, &stop);
@@ -346,6 +349,13 @@ fn answer(agent: &Arc<Agent>, browse: v1::Browse, tell: &mpsc::Sender<v1::AgentM
         // A closed stream: the asker has its time-out.
         let _ = tell.blocking_send(message(agent_message::Kind::BrowseReply(reply)));
     });
+}
+
+fn power(agent: &Agent, wanted: &v1::Power) -> Result<serde_json::Value, crate::sources::Error> {
+    let action = Action::from_word(&wanted.action).zip(wanted.connection.as_ref());
+    let (action, connection) = action.ok_or_else(|| crate::sources::Error::fatal(Code::BadRequest, "how to switch which VM?"))?;
+    let state = agent.source(connection)?.power(&wanted.vm_id, action)?;
+    Ok(serde_json::json!({ "power_state": state }))
 }
 
 fn hello(agent: &Agent) -> v1::Hello {

@@ -32,10 +32,35 @@ pub struct Touched {
     pub snapshots: Vec<String>,
     /// Ids of leases.
     pub leases: Vec<String>,
+    /// UUIDs of domains that are being made.
+    pub domains: Vec<String>,
     /// Names of checkpoints that no restore point needs.
     pub checkpoints: Vec<String>,
     /// The tracking of changes was or will be switched on, and no restore point needs it yet.
     pub tracking: bool,
+}
+
+/// Does something about a domain that is noted before and forgotten afterwards, where that leaves nothing behind; what it leaves the reaper
+/// removes. `note` is the note's name.
+pub fn while_noted<T>(
+    agent: &Agent,
+    note: &str,
+    connection: &v1::Connection,
+    domain: &str,
+    act: impl FnOnce() -> Result<T, crate::sources::Error>,
+) -> Result<Result<T, crate::sources::Error>, crate::sources::Error> {
+    let failed = |e: io::Error| crate::sources::Error::fatal(shared::error::Code::Internal, format!("the ledger cannot be written: {e}"));
+    // As long as this turn lasts the reaper keeps away.
+    let _turn = agent.undoing.wait(note);
+    let connection = (connection.name.clone(), connection.kind.clone(), connection.path.clone());
+    write(agent, note, &Touched { connection, vm: domain.to_owned(), domains: vec![domain.to_owned()], ..Touched::default() })
+        .map_err(failed)?;
+    let done = act();
+    match &done {
+        Ok(_) => agent.ledger.dir().remove_file(file(note)).and_then(|()| vault::sync_dir(agent.ledger.dir())).map_err(failed)?,
+        Err(_) => undo_noted(agent, note),
+    }
+    Ok(done)
 }
 
 /// The pen of one attempt.

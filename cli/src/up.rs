@@ -124,6 +124,7 @@ async fn with_agent(running: &controller::Running, host: IpAddr, data_dir: &Path
         local_root: vms,
         roots: Default::default(),
         vsphere_streams: agent::config::VSPHERE_STREAMS,
+        libvirt_accel: std::env::var("HYPERSDK_LIBVIRT_ACCEL").unwrap_or_else(|_| "auto".to_owned()),
         libvirt_dir: std::env::var_os("HYPERSDK_LIBVIRT_DIR").map_or_else(|| agent::config::LIBVIRT_DIR.into(), Into::into),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("agent").build();

@@ -5,6 +5,7 @@
 //! A crash here costs nothing: what has state lives in the controller's store or the agent's journal.
 
 pub mod clock;
+pub mod deploy;
 pub mod error;
 pub mod folder;
 pub mod ids;

@@ -43,6 +43,20 @@ words! {
 }
 
 words! {
+    /// How a VM is switched.
+    Action {
+        /// On.
+        Start = "start",
+        /// Off, by asking the guest.
+        Shutdown = "shutdown",
+        /// Off, at once.
+        Stop = "stop",
+        /// Off and on, at once.
+        Reset = "reset",
+    }
+}
+
+words! {
     /// Output formats.
     Format {
         /// One tar: OVF, disks as streamOptimized VMDK, `.mf` (DSP0243).

@@ -11,6 +11,7 @@ pub mod vsphere;
 use std::sync::Arc;
 
 use shared::error::Code;
+use shared::options::Action;
 use shared::vm::{Snapshot, Vm};
 
 use crate::formats::{Disk, Extent, FormatError, Scratch};
@@ -148,6 +149,12 @@ pub trait Source: Send + Sync {
     fn open_frozen(&self, vm_id: &str, since: &[Since], touch: &dyn Touch) -> Result<(Vm, Vec<Frozen>), Error> {
         let _ = (vm_id, since, touch);
         Err(Error::fatal(Code::NotBuilt, "backups of this kind of provider are not built yet"))
+    }
+
+    /// Switches a VM. Answers its power state right afterwards; a guest that was asked to shut down takes its time.
+    fn power(&self, vm_id: &str, action: Action) -> Result<String, Error> {
+        let _ = vm_id;
+        Err(Error::fatal(Code::Unprocessable, format!("{action} is for VMs of a hypervisor; these are disk images")))
     }
 
     /// Undoes what was touched; what is gone already is undone.

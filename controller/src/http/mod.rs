@@ -73,9 +73,9 @@ fn table(at: &mut dyn FnMut(&str, Vec<Operation>)) {
     at("/vms/list", vec![get(vms::routes::list)]);
     at("/vms/browse", vec![post(vms::routes::browse)]);
     at("/vms/compare", vec![post(vms::compare::routes::compare)]);
-    at("/vms/deploy", vec![post(unbuilt::deploy)]);
+    at("/vms/deploy", vec![post(vms::deploy::deploy)]);
     at("/vms/{provider}/{id}", vec![get(vms::routes::get)]);
-    at("/vms/{provider}/{id}/power", vec![post(unbuilt::power)]);
+    at("/vms/{provider}/{id}/power", vec![post(vms::power::switch)]);
     at("/vms/{provider}/{id}/snapshots", vec![get(unbuilt::snapshots), post(unbuilt::snapshot)]);
     at("/vms/{provider}/{id}/snapshots/{snapshot}", vec![delete(unbuilt::snapshot_remove)]);
 

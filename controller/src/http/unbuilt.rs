@@ -5,8 +5,6 @@
 //!
 //! | operation | what it waits for |
 //! |---|---|
-//! | `POST /vms/deploy` | libvirt |
-//! | `POST /vms/{provider}/{id}/power` | vSphere, libvirt |
 //! | `GET`, `POST /vms/{provider}/{id}/snapshots`, `DELETE …/{snapshot}` | vSphere, libvirt |
 
 use actix_web::HttpRequest;
@@ -34,10 +32,6 @@ macro_rules! unbuilt {
     };
 }
 unbuilt! {
-    /// Deploys a converted VM. Not built yet.
-    deploy: post "/vms/deploy", ();
-    /// Starts, shuts down, stops or resets a VM. Not built yet.
-    power: post "/vms/{provider}/{id}/power", ("provider", "id");
     /// Takes a snapshot. Not built yet.
     snapshot: post "/vms/{provider}/{id}/snapshots", ("provider", "id");
     /// Removes a snapshot. Not built yet.

@@ -71,7 +71,7 @@ async fn local(app: &App, connections: Vec<String>) -> Result<Capability, Error>
     let formats = Format::ALL.iter().copied();
     let mut missing = vec![
         "hot_export, changed_blocks: a folder of images has no running VM".to_owned(),
-        "deploy: POST /vms/deploy is not built yet".to_owned(),
+        "deploy: nothing runs in a folder; connect libvirt".to_owned(),
     ];
     if !available {
         missing.insert(0, "list, export: no agent is connected; POST /agents/tokens gives a join token for one".to_owned());
@@ -126,7 +126,7 @@ async fn libvirt(app: &App, connections: Vec<String>) -> Result<Capability, Erro
     let agents = app.connected_agents().await?;
     let available = !agents.is_empty();
     let mut missing =
-        vec!["deploy: POST /vms/deploy is not built yet".to_owned(), "export of a remote host's domains: run an agent there".to_owned()];
+        vec!["export of a remote host's domains, and deploying there: run an agent on it and connect qemu:///system".to_owned()];
     if !available {
         missing.insert(0, "list, export: no agent is connected; POST /agents/tokens gives a join token for one".to_owned());
     } else if connections.is_empty() {
@@ -141,7 +141,7 @@ async fn libvirt(app: &App, connections: Vec<String>) -> Result<Capability, Erro
         export: usable,
         hot_export: usable,
         changed_blocks: usable,
-        deploy: false,
+        deploy: usable,
         formats: if available { Format::ALL.to_vec() } else { Vec::new() },
         agents: agents.into_iter().map(|agent| agent.name).collect(),
         connections,

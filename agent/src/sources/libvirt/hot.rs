@@ -157,6 +157,12 @@ pub fn forget(uri: &Uri, domain: &str, checkpoint: &str) -> Result<(), exec::Err
     unless_gone(uri.ask(&["checkpoint-delete", domain, checkpoint])).map(drop)
 }
 
+/// Removes a domain with its firmware's variables, never its disks.
+pub fn remove(uri: &Uri, domain: &str) -> Result<(), exec::Error> {
+    unless_gone(uri.ask(&["destroy", domain]))?;
+    unless_gone(uri.ask(&["undefine", domain, "--nvram"])).map(drop)
+}
+
 /// The domain's checkpoints.
 pub fn checkpoints(uri: &Uri, domain: &str) -> Result<Vec<String>, exec::Error> {
     let said = unless_gone(uri.ask(&["checkpoint-list", domain, "--name"]))?.unwrap_or_default();

@@ -23,6 +23,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use shared::error::Code;
+use shared::options::Action;
 use shared::vault::{Dir, Root, Vault};
 use shared::vm::Vm;
 
@@ -177,6 +178,11 @@ impl Libvirt {
     }
 }
 
+/// Removes a domain that is being made, never its disks; one that is not there is removed.
+pub fn remove_domain(uri: &Uri, domain: &str) -> Result<(), Error> {
+    hot::remove(uri, domain).map_err(told)
+}
+
 fn ledger(e: std::io::Error) -> Error {
     Error { code: Code::Internal, message: format!("the ledger cannot be written: {e}"), retryable: true }
 }
@@ -296,10 +302,30 @@ impl Source for Libvirt {
         Ok((found.vm, frozen))
     }
 
+    fn power(&self, vm_id: &str, action: Action) -> Result<String, Error> {
+        let found = self.found(vm_id)?;
+        let command = match action {
+            Action::Start => "start",
+            Action::Shutdown => "shutdown",
+            Action::Stop => "destroy",
+            Action::Reset => "reset",
+        };
+        let is_off = found.vm.power_state == OFF;
+        if is_off != (action == Action::Start) {
+            let message = format!("{} is {}: {action} is not for that", found.vm.name, found.vm.power_state);
+            return Err(Error::fatal(Code::Conflict, message));
+        }
+        self.uri.ask(&[command, vm_id]).map_err(told)?;
+        Ok(self.found(vm_id)?.vm.power_state)
+    }
+
     fn undo(&self, touched: &Touched) -> Result<(), Error> {
         let folder = Root::open("libvirt", &self.folders.qemu, false).ok();
         for name in &touched.snapshots {
             hot::end(&self.uri, &touched.vm, folder.as_ref().map(Root::dir), name).map_err(told)?;
+        }
+        for domain in &touched.domains {
+            remove_domain(&self.uri, domain)?;
         }
         for checkpoint in &touched.checkpoints {
             hot::forget(&self.uri, &touched.vm, checkpoint).map_err(told)?;

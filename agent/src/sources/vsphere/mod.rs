@@ -21,6 +21,7 @@ mod collect;
 mod folder;
 mod inventory;
 mod nfc;
+mod power;
 mod snapshot;
 mod wire;
 
@@ -28,6 +29,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use shared::error::Code;
+use shared::options::Action;
 use shared::vm::Vm;
 use tokio::runtime::Handle;
 
@@ -43,6 +45,8 @@ use crate::touched::Touched;
 
 /// The power state of a VM that nobody writes to.
 const OFF: &str = "poweredOff";
+/// That of one that runs.
+const ON: &str = "poweredOn";
 
 /// Largest descriptor of a disk, bytes.
 const DESCRIPTOR: u64 = 1 << 20;
@@ -385,6 +389,18 @@ impl Source for Vsphere {
         };
         let frozen = opened.into_iter().zip(parts).map(whole).collect();
         Ok((found.vm, frozen))
+    }
+
+    fn power(&self, vm_id: &str, action: Action) -> Result<String, Error> {
+        let found = self.found(vm_id)?;
+        let is_off = found.vm.power_state == OFF;
+        let may = if action == Action::Start { found.vm.power_state != ON } else { !is_off };
+        if !may {
+            let message = format!("{} is {}: {action} is not for that", found.vm.path, found.vm.power_state);
+            return Err(Error::fatal(Code::Conflict, message));
+        }
+        self.runtime.block_on(power::switch(&self.client, vm_id, action)).map_err(|e| self.told(&e))?;
+        Ok(self.found(vm_id)?.vm.power_state)
     }
 
     fn undo(&self, touched: &Touched) -> Result<(), Error> {

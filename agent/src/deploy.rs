@@ -1,0 +1,251 @@
+//! `POST /vms/deploy`: a VM made of disks that lie on this host.
+//!
+//! ```text
+//! wish ─► refuse what would not fit ─► noted ─► define ─► autostart ─► start ─► forgotten          anything fails, or a crash: undefined
+//! ```
+//! Owns: that order, the refusals, and that a failure leaves no domain. Never: copies, changes or removes a disk; takes a name that exists.
+//! A crash here leaves a domain that the ledger names; the reaper removes it, never its disks.
+
+mod xml;
+
+use std::path::PathBuf;
+
+use proto::v1;
+use serde_json::{Value, json};
+use shared::deploy::Wish;
+use shared::error::Code;
+use shared::vault;
+
+use crate::exec::{self, Tool};
+use crate::sources::Error;
+use crate::sources::libvirt::virsh::Uri;
+use crate::sources::local::{Depth, Local};
+use crate::{Agent, hypervisors, touched};
+
+/// One disk of a wish, found.
+struct Found {
+    /// On this host.
+    path: PathBuf,
+    format: &'static str,
+}
+
+fn refused(message: impl Into<String>) -> Error {
+    Error::fatal(Code::Unprocessable, message)
+}
+
+fn told(e: exec::Error) -> Error {
+    match e {
+        exec::Error::Failed(words) => refused(format!("libvirt: {words}")),
+        e => Error { code: Code::BadGateway, message: e.to_string(), retryable: true },
+    }
+}
+
+/// Makes the VM. Answers what the API answers.
+pub fn deploy(agent: &Agent, asked: &v1::Deploy) -> Result<Value, Error> {
+    let wish: Wish = serde_json::from_str(&asked.wish_json).map_err(|e| Error::fatal(Code::BadRequest, e.to_string()))?;
+    if let Some(flaw) = wish.flaw() {
+        return Err(Error::fatal(Code::BadRequest, flaw));
+    }
+    let connection = asked.connection.clone().unwrap_or_default();
+    if connection.kind != hypervisors::LIBVIRT {
+        return Err(Error::fatal(Code::NotBuilt, format!("deploying to {:?} is not built yet; `libvirt` is", connection.kind)));
+    }
+    let uri = Uri::parse(&connection.path).map_err(|message| Error::fatal(Code::BadRequest, message))?;
+    if !uri.is_here {
+        return Err(Error::fatal(Code::NotBuilt, "deploying to another host is not built yet: run an agent there"));
+    }
+    let disks = disks(agent, &wish)?;
+    fits(agent, &uri, &connection, &wish, &disks)?;
+    let accelerator = accelerator(agent);
+    let uuid = uuid();
+    let mac = wish.mac.as_ref().map_or_else(new_mac, |mac| mac.to_ascii_lowercase());
+    let files: Vec<(&std::path::Path, &str)> = disks.iter().map(|disk| (disk.path.as_path(), disk.format)).collect();
+    let description = xml::domain(&wish, &uuid, &mac, &files, accelerator);
+
+    let note = format!("deploy-{uuid}");
+    let made = touched::while_noted(agent, &note, &connection, &uuid, || make(agent, &uri, &note, &uuid, &description, &wish))?;
+    made?;
+    let display = uri.ask(&["vncdisplay", &uuid]).ok();
+    let display = display.and_then(|text| text.trim().rsplit_once(':')?.1.parse::<u32>().ok());
+    Ok(json!({
+        "name": wish.name,
+        "uuid": uuid,
+        "status": if wish.start { "running" } else { "stopped" },
+        "target": connection.name,
+        "cpu": wish.cpu,
+        "memory_mb": wish.memory_mb,
+        "disk_path": disks.first().map(|disk| disk.path.display().to_string()),
+        "disks": disks.iter().map(|disk| disk.path.display().to_string()).collect::<Vec<_>>(),
+        "network": wish.network.as_deref().or(wish.bridge.is_none().then_some("default")),
+        "bridge": wish.bridge,
+        "mac": mac,
+        "autostart": wish.autostart,
+        "firmware": wish.firmware.as_deref().unwrap_or("bios"),
+        "accelerator": accelerator,
+        "created_at": shared::clock::rfc3339(shared::clock::now()),
+        "vnc_port": display.map(|display| 5900 + display),
+    }))
+}
+
+/// Defines and starts it; what fails is taken back.
+fn make(agent: &Agent, uri: &Uri, note: &str, uuid: &str, description: &str, wish: &Wish) -> Result<(), Error> {
+    let failed = |e: std::io::Error| Error::fatal(Code::Internal, format!("the agent's own folder: {e}"));
+    let file = format!("{note}.xml");
+    vault::write_whole(agent.ledger.dir(), &file, description.as_bytes()).map_err(failed)?;
+    let path = agent.config.data_dir.join("jobs").join(&file).display().to_string();
+    let defined = uri.ask(&["define", &path]);
+    // virsh has read it.
+    let _ = agent.ledger.dir().remove_file(&file);
+    defined.map_err(told)?;
+    let rest = || {
+        if wish.autostart {
+            uri.ask(&["autostart", uuid])?;
+        }
+        if wish.start {
+            uri.ask(&["start", uuid])?;
+        }
+        Ok(())
+    };
+    rest().map_err(|e| {
+        // What cannot be taken back now is noted, and the reaper comes back to it.
+        match crate::sources::libvirt::remove_domain(uri, uuid) {
+            Ok(()) => told(e),
+            Err(left) => Error { message: format!("{}; the domain is not gone yet: {}", told(e).message, left.message), ..left },
+        }
+    })
+}
+
+/// The disks, each opened once: damaged images and those that lie over others are refused before a hypervisor sees them.
+fn disks(agent: &Agent, wish: &Wish) -> Result<Vec<Found>, Error> {
+    let find = |path: &String| {
+        let place = agent.vault.locate(path).map_err(|e| Error::fatal(Code::OutsideRoots, e.to_string()))?;
+        let named = place.named();
+        let format = match place.below.extension().and_then(|ending| ending.to_str()).map(str::to_ascii_lowercase).as_deref() {
+            Some("qcow2" | "qcow") => "qcow2",
+            Some("raw" | "dd" | "img") => "raw",
+            _ => return Err(refused(format!("{named} is neither .qcow2 nor .raw; convert it first (POST /jobs, type convert)"))),
+        };
+        let (Some(name), Some(parent)) = (place.below.file_name().and_then(|name| name.to_str()), place.below.parent()) else {
+            return Err(refused(format!("{named} is a folder; name a disk in it")));
+        };
+        let root = place.root.dir();
+        let folder = if parent.as_os_str().is_empty() { root.try_clone() } else { root.open_dir(parent) };
+        let missing = |e: std::io::Error| Error::fatal(Code::NotFound, format!("there is no file {named}: {e}"));
+        let folder = folder.map_err(missing)?;
+        if !folder.metadata(name).map_err(missing)?.is_file() {
+            return Err(refused(format!("{named} is not a regular file")));
+        }
+        Local::new(folder).open_file(name, Depth::Structure)?;
+        Ok(Found { path: place.absolute(), format })
+    };
+    let disks = std::iter::once(&wish.disk_path).chain(&wish.disks).map(find).collect::<Result<Vec<_>, _>>()?;
+    for (n, disk) in disks.iter().enumerate() {
+        if disks[..n].iter().any(|other| other.path == disk.path) {
+            return Err(refused(format!("{} is named twice", disk.path.display())));
+        }
+    }
+    Ok(disks)
+}
+
+/// Whether the host can bear it: the name is free, nobody has the disks, there are as many CPUs, as much memory, and the network.
+fn fits(agent: &Agent, uri: &Uri, connection: &v1::Connection, wish: &Wish, disks: &[Found]) -> Result<(), Error> {
+    let vms = agent.source(connection)?.inventory()?;
+    if vms.iter().any(|vm| vm.name == wish.name) {
+        return Err(Error::fatal(Code::Conflict, format!("a domain `{}` exists already", wish.name)));
+    }
+    let path = |disk: &Found| disk.path.display().to_string();
+    let taken = disks
+        .iter()
+        .find_map(|disk| vms.iter().find(|vm| vm.disks.iter().any(|other| other.source == path(disk))).map(|vm| (path(disk), vm)));
+    if let Some((path, vm)) = taken {
+        return Err(Error::fatal(Code::Conflict, format!("{path} is a disk of the domain `{}`", vm.name)));
+    }
+    if let Some(mac) = &wish.mac
+        && let Some(vm) = vms.iter().find(|vm| vm.nics.iter().any(|nic| nic.mac.eq_ignore_ascii_case(mac)))
+    {
+        return Err(Error::fatal(Code::Conflict, format!("{mac} is the address of the domain `{}`", vm.name)));
+    }
+    let host = uri.ask(&["nodeinfo"]).map_err(told)?;
+    let number = |name: &str| host.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse::<u64>().ok());
+    let (cpus, kib) = (number("CPU(s):").unwrap_or(u64::MAX), number("Memory size:").unwrap_or(u64::MAX));
+    if u64::from(wish.cpu) > cpus {
+        return Err(refused(format!("the host has {cpus} CPUs, {} are asked for", wish.cpu)));
+    }
+    if wish.memory_mb > kib >> 10 {
+        return Err(refused(format!("the host has {} MiB of memory, {} are asked for", kib >> 10, wish.memory_mb)));
+    }
+    let network = match (&wish.network, &wish.bridge) {
+        (Some(name), _) => name.as_str(),
+        (None, Some(_)) => return Ok(()),
+        (None, None) => "default",
+    };
+    if network == xml::USER {
+        return Ok(());
+    }
+    let networks = uri.ask(&["net-list", "--all", "--name"]).map_err(told)?;
+    let known: Vec<&str> = networks.lines().map(str::trim).filter(|name| !name.is_empty()).collect();
+    if !known.contains(&network) {
+        let all = known.iter().map(|name| format!("`{name}`")).chain(["`user`".to_owned()]).collect::<Vec<_>>().join(", ");
+        return Err(refused(format!("there is no network `{network}`; there are: {all}")));
+    }
+    let active = uri.ask(&["net-list", "--name"]).map_err(told)?;
+    if wish.start && !active.lines().any(|name| name.trim() == network) {
+        return Err(refused(format!("the network `{network}` is not active: virsh net-start {network}")));
+    }
+    Ok(())
+}
+
+/// `kvm` where a virtual CPU really runs, else `tcg`.
+fn accelerator(agent: &Agent) -> &'static str {
+    match agent.config.libvirt_accel.as_str() {
+        "tcg" => "tcg",
+        "kvm" => "kvm",
+        _ if runs_a_cpu(agent) => "kvm",
+        _ => "tcg",
+    }
+}
+
+/// Starts QEMU with KVM and a firmware of a few bytes, which says through the debug port that it was executed. The device's file alone says
+/// nothing: it may be there and no guest runs.
+fn runs_a_cpu(agent: &Agent) -> bool {
+    const ROM: usize = 64 << 10;
+    let mut rom = vec![0xff; ROM];
+    // The reset vector: mov al, 0x10; out 0xf4, al; hlt.
+    rom[ROM - 16..ROM - 11].copy_from_slice(&[0xb0, 0x10, 0xe6, 0xf4, 0xf4]);
+    let name = format!("cpu-{}.rom", shared::ids::random_hex::<4>());
+    if vault::write_whole(agent.ledger.dir(), &name, &rom).is_err() {
+        return false;
+    }
+    let path = agent.config.data_dir.join("jobs").join(&name).display().to_string();
+    let arguments = [
+        "-accel",
+        "kvm",
+        "-machine",
+        "pc",
+        "-nodefaults",
+        "-display",
+        "none",
+        "-m",
+        "16",
+        "-bios",
+        path.as_str(),
+        "-device",
+        "isa-debug-exit,iobase=0xf4,iosize=4",
+    ];
+    let ended = exec::status(Tool::Qemu, &arguments, std::time::Duration::from_secs(10));
+    let _ = agent.ledger.dir().remove_file(&name);
+    // (0x10 << 1) | 1
+    ended.is_ok_and(|status| status == Some(0x21))
+}
+
+fn uuid() -> String {
+    let hex = shared::ids::random_hex::<16>();
+    // Version 4, variant 1 (RFC 4122).
+    format!("{}-{}-4{}-a{}-{}", &hex[..8], &hex[8..12], &hex[13..16], &hex[17..20], &hex[20..32])
+}
+
+fn new_mac() -> String {
+    let hex = shared::ids::random_hex::<3>();
+    // QEMU's own prefix.
+    format!("52:54:00:{}:{}:{}", &hex[..2], &hex[2..4], &hex[4..6])
+}

@@ -1,0 +1,142 @@
+//! What a VM is to become at a hypervisor: `POST /vms/deploy`, and a step of a migration.
+//!
+//! Owns: the wish as the API takes it and the agent gets it, and what is sane about it. Never: knows a hypervisor. A crash here costs nothing.
+
+use serde::{Deserialize, Serialize};
+
+/// A wish. What is absent is chosen by the hypervisor's agent.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Wish {
+    /// Name of the VM; one that exists is refused.
+    pub name: String,
+    /// The first disk: `ROOT/…` or absolute, inside a root of the agent.
+    pub disk_path: String,
+    /// Further disks, in order.
+    #[serde(default)]
+    pub disks: Vec<String>,
+    /// Virtual CPUs.
+    pub cpu: u32,
+    /// Memory in MiB.
+    pub memory_mb: u64,
+    /// A libvirt network's name, or `user`.
+    #[serde(default)]
+    pub network: Option<String>,
+    /// A bridge of the host.
+    #[serde(default)]
+    pub bridge: Option<String>,
+    /// MAC address; absent: a new one.
+    #[serde(default)]
+    pub mac: Option<String>,
+    /// `bios` or `uefi`.
+    #[serde(default)]
+    pub firmware: Option<String>,
+    /// `virtio`, `scsi`, `sata` or `ide`.
+    #[serde(default)]
+    pub disk_bus: Option<String>,
+    /// The network card's model: `virtio`, `e1000`, `e1000e`, `rtl8139`, `vmxnet3`.
+    #[serde(default)]
+    pub nic_model: Option<String>,
+    /// Whether it starts with its host.
+    #[serde(default)]
+    pub autostart: bool,
+    /// Whether it is started now.
+    #[serde(default = "yes")]
+    pub start: bool,
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// Firmwares.
+pub const FIRMWARES: &[&str] = &["bios", "uefi"];
+/// Buses of disks.
+pub const BUSES: &[&str] = &["virtio", "scsi", "sata", "ide"];
+/// Models of network cards.
+pub const CARDS: &[&str] = &["virtio", "e1000", "e1000e", "rtl8139", "vmxnet3"];
+/// Least memory, MiB: less starts nothing that has a disk.
+pub const LEAST_MEMORY: u64 = 16;
+
+impl Wish {
+    /// What is wrong with it whoever it is for, in a sentence that says what would be right.
+    pub fn flaw(&self) -> Option<String> {
+        let word = |field: &str, value: &Option<String>, known: &[&str]| {
+            let value = value.as_deref()?;
+            (!known.contains(&value)).then(|| format!("`{field}` is {}: {value:?} is none of them", known.join(", ")))
+        };
+        let flaws = [
+            (!is_name(&self.name))
+                .then(|| "`name` must be 1 to 80 letters, digits, blanks, `.`, `_`, `+`, `-`, and begin with a letter or digit".to_owned()),
+            (self.disk_path.is_empty() || self.disks.iter().any(String::is_empty)).then(|| "a disk's path is empty".to_owned()),
+            (self.disks.len() > 16).then(|| format!("{} further disks; at most 16 are taken", self.disks.len())),
+            (!(1..=512).contains(&self.cpu)).then(|| format!("`cpu` must be 1 to 512, not {}", self.cpu)),
+            (self.memory_mb < LEAST_MEMORY || self.memory_mb > 16 << 20)
+                .then(|| format!("`memory_mb` must be {LEAST_MEMORY} to {}, not {}", 16 << 20, self.memory_mb)),
+            (self.network.is_some() && self.bridge.is_some())
+                .then(|| "`network` and `bridge` exclude each other; give one of them".to_owned()),
+            self.network
+                .as_deref()
+                .is_some_and(|name| !is_name(name))
+                .then(|| "`network` is a libvirt network's name, or `user`".to_owned()),
+            self.bridge
+                .as_deref()
+                .is_some_and(|name| !is_interface(name))
+                .then(|| "`bridge` is the name of a bridge of the host".to_owned()),
+            self.mac
+                .as_deref()
+                .is_some_and(|mac| !is_mac(mac))
+                .then(|| "`mac` is six pairs of hex digits with colons, of one host (the first pair even)".to_owned()),
+            word("firmware", &self.firmware, FIRMWARES),
+            word("disk_bus", &self.disk_bus, BUSES),
+            word("nic_model", &self.nic_model, CARDS),
+        ];
+        flaws.into_iter().flatten().next()
+    }
+}
+
+fn is_name(name: &str) -> bool {
+    let inner = name.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, ' ' | '.' | '_' | '+' | '-'));
+    inner && (1..=80).contains(&name.len()) && name.starts_with(|c: char| c.is_ascii_alphanumeric()) && name.trim() == name
+}
+
+fn is_interface(name: &str) -> bool {
+    (1..=15).contains(&name.len())
+        && name.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'_' | b'-'))
+        && !name.starts_with('-')
+}
+
+/// Whether a text is the address of one card: six pairs of hex digits, the lowest bit of the first not set.
+pub fn is_mac(text: &str) -> bool {
+    let pairs: Vec<&str> = text.split(':').collect();
+    let good = pairs.len() == 6 && pairs.iter().all(|pair| pair.len() == 2 && pair.bytes().all(|b| b.is_ascii_hexdigit()));
+    good && u8::from_str_radix(pairs[0], 16).is_ok_and(|first| first & 1 == 0)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wish_is_sane_or_says_what_would_be() {
+        let page = r#"{"name": "web-server-01", "disk_path": "/var/lib/libvirt/images/web-server-01.qcow2", "cpu": 4, "memory_mb": 8192, "network": "default", "autostart": true}"#;
+        let wish: Wish = serde_json::from_str(page).unwrap();
+        assert!(wish.flaw().is_none() && wish.start && wish.autostart);
+        let flawed = |change: &dyn Fn(&mut Wish)| {
+            let mut wish = wish.clone();
+            change(&mut wish);
+            wish.flaw().unwrap_or_default()
+        };
+        assert!(flawed(&|wish| wish.name = "a<b".into()).contains("`name`"));
+        assert!(flawed(&|wish| wish.name = "-rf".into()).contains("`name`"));
+        assert!(flawed(&|wish| wish.cpu = 0).contains("`cpu`"));
+        assert!(flawed(&|wish| wish.memory_mb = 1).contains("16"));
+        assert!(flawed(&|wish| wish.bridge = Some("br0".into())).contains("exclude"));
+        assert!(flawed(&|wish| wish.mac = Some("53:54:00:00:00:01".into())).contains("`mac`"));
+        assert!(flawed(&|wish| wish.mac = Some("52:54:00:00:00".into())).contains("`mac`"));
+        assert!(flawed(&|wish| wish.firmware = Some("efi".into())).contains("uefi"));
+        assert!(flawed(&|wish| wish.disk_bus = Some("nvme".into())).contains("virtio"));
+        assert!(flawed(&|wish| wish.disks = vec![String::new()]).contains("empty"));
+    }
+}
