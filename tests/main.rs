@@ -16,6 +16,7 @@ mod boot;
 mod carbon;
 mod cli;
 mod contract;
+mod deploy;
 mod files;
 mod identity;
 mod jobs;

@@ -2,7 +2,7 @@
 //!
 //! Owns: how a tool is started (arguments as a list, never through a shell; a fixed search path and no other environment; no input), how
 //! long it may take and how much it may say. Never: starts what is not in [`Tool`], keeps a process beyond its time or its caller.
-//! A crash here leaves a process that ends when it next writes, or by itself: whoever follows one asks for it with an end.
+//! A crash here ends what was started: the kernel sees to it.
 
 use std::ffi::OsStr;
 use std::io::{self, BufRead, BufReader, Read};
@@ -75,8 +75,15 @@ pub enum Error {
 
 #[allow(clippy::disallowed_methods)]
 fn command<S: AsRef<OsStr>>(tool: Tool, arguments: &[S]) -> Command {
-    let mut command = Command::new(tool.name());
-    command.args(arguments).env_clear().env("PATH", PATH).env("LC_ALL", "C.UTF-8").stdin(Stdio::null());
+    // It dies with the thread that started it, and so with the agent, however that ends.
+    let mut command = Command::new("setpriv");
+    command
+        .args(["--pdeathsig", "KILL", "--", tool.name()])
+        .args(arguments)
+        .env_clear()
+        .env("PATH", PATH)
+        .env("LC_ALL", "C.UTF-8")
+        .stdin(Stdio::null());
     // Keys and known hosts of a remote libvirt.
     if let Some(home) = std::env::var_os("HOME") {
         command.env("HOME", home);
@@ -86,7 +93,7 @@ fn command<S: AsRef<OsStr>>(tool: Tool, arguments: &[S]) -> Command {
 
 fn spawn(tool: Tool, mut command: Command) -> Result<Child, Error> {
     command.spawn().map_err(|e| match e.kind() {
-        io::ErrorKind::NotFound => Error::Missing { tool: tool.name(), package: tool.package() },
+        io::ErrorKind::NotFound => Error::Missing { tool: "setpriv", package: "util-linux" },
         _ => Error::System(tool.name(), e),
     })
 }
@@ -109,7 +116,12 @@ pub fn run<S: AsRef<OsStr>>(tool: Tool, arguments: &[S], time: Duration, most: u
     if said.len() > most {
         return Err(Error::TooMuch(tool.name(), most));
     }
-    if status.success() { Ok(said) } else { Err(Error::Failed(words(tool, &complaint, status))) }
+    match status.code() {
+        Some(0) => Ok(said),
+        // What setpriv answers where there is no such program.
+        Some(127) => Err(Error::Missing { tool: tool.name(), package: tool.package() }),
+        _ => Err(Error::Failed(words(tool, &complaint, status))),
+    }
 }
 
 /// Runs a tool to its end for its exit code alone; none where a signal ended it.

@@ -208,7 +208,7 @@ fn listen_to_libvirt(agent: &Arc<Agent>, name: &str) {
     loop {
         let connection = agent.connections.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned();
         let Some(connection) = connection.filter(|connection| connection.kind == LIBVIRT) else { return };
-        let listening = agent.libvirt(&connection.path).ok().and_then(|libvirt| libvirt.uri().listen().ok());
+        let listening = agent.libvirt(&connection).ok().and_then(|libvirt| libvirt.uri().listen().ok());
         if !std::mem::take(&mut is_first) {
             is_stale(agent, name);
         }
@@ -222,7 +222,9 @@ fn listen_to_libvirt(agent: &Arc<Agent>, name: &str) {
         let began = Instant::now();
         loop {
             let is_served = || agent.connections.lock().unwrap_or_else(PoisonError::into_inner).get(name) == Some(&connection);
-            if agent.hypervisors.leaving.load(Ordering::Acquire) || !is_served() {
+            // One that cannot even connect does not end by itself.
+            let is_overdue = began.elapsed() > crate::sources::libvirt::virsh::LISTEN + PAUSE * 5;
+            if agent.hypervisors.leaving.load(Ordering::Acquire) || !is_served() || is_overdue {
                 break;
             }
             match listening.next(CALM) {

@@ -231,7 +231,7 @@ impl Agent {
         match connection.kind.as_str() {
             "local" => {}
             hypervisors::VSPHERE => return hypervisors::source(self, connection),
-            hypervisors::LIBVIRT => return Ok(Arc::new(self.libvirt(&connection.path)?)),
+            hypervisors::LIBVIRT => return Ok(Arc::new(self.libvirt(connection)?)),
             kind => {
                 let message = format!("provider {kind:?} is not built yet; `local`, `libvirt` and `vsphere` are");
                 return Err(sources::Error::fatal(Code::NotBuilt, message));
@@ -249,11 +249,13 @@ impl Agent {
     }
 
     /// The libvirt of a URI.
-    fn libvirt(&self, uri: &str) -> Result<Libvirt, sources::Error> {
+    fn libvirt(&self, connection: &v1::Connection) -> Result<Libvirt, sources::Error> {
         let failed = |e: std::io::Error| sources::Error::fatal(Code::Internal, format!("the agent's own folder: {e}"));
         let notes = self.home.dir.open_dir("jobs").map_err(failed)?;
         let folders = libvirt::Folders { qemu: self.config.libvirt_dir.clone(), notes, notes_path: self.config.data_dir.join("jobs") };
-        Libvirt::new(uri, &self.vault, folders)
+        // Others may have restore points of the same domains.
+        let owner = blake3::hash(format!("{}\n{}", self.signing.public_hex(), connection.name).as_bytes());
+        Libvirt::new(&connection.path, &self.vault, folders, &owner.to_hex()[..8])
     }
 
     /// Sends the inventory of one connection, or of all; unless `always`, only where it changed. In the background.

@@ -32,6 +32,8 @@ pub struct Touched {
     pub snapshots: Vec<String>,
     /// Ids of leases.
     pub leases: Vec<String>,
+    /// When a backup job was asked for that nobody has answered yet, milliseconds since 1970.
+    pub asked_at: Option<i64>,
     /// UUIDs of domains that are being made.
     pub domains: Vec<String>,
     /// Names of checkpoints that no restore point needs.
@@ -87,7 +89,7 @@ impl<'a> Pen<'a> {
 
     /// Waits until no other job has the VM frozen, or is about to: a removal of a snapshot must not meet the making of the next, nor a
     /// restore point begin over one that another is about to be laid over.
-    pub fn take_vm(&self) -> io::Result<()> {
+    pub fn wait_for_vm(&self) -> io::Result<()> {
         let vm = {
             let touched = self.touched.lock().unwrap_or_else(PoisonError::into_inner);
             format!("{} {}", touched.connection.0, touched.vm)
@@ -108,8 +110,17 @@ impl crate::sources::Touch for Pen<'_> {
         &self.held.job
     }
 
+    fn take_vm(&self) -> io::Result<()> {
+        self.wait_for_vm()
+    }
+
+    fn asking(&self, is_open: bool) -> io::Result<()> {
+        let now = is_open.then(|| shared::clock::now().timestamp_millis());
+        self.note(|touched| touched.asked_at = now)
+    }
+
     fn snapshot(&self, name: &str) -> io::Result<()> {
-        self.take_vm()?;
+        self.wait_for_vm()?;
         self.note(|touched| touched.snapshots.push(name.to_owned()))
     }
 
@@ -184,7 +195,10 @@ pub fn keep_tracking(agent: &Agent, job: &str, needed: &BTreeSet<String>, obsole
     let _turn = agent.undoing.wait(job);
     let Some(bytes) = vault::read_optional(agent.ledger.dir(), &file(job))? else { return Ok(None) };
     let noted: Touched = serde_json::from_slice(&bytes).map_err(io::Error::other)?;
-    let checkpoints = noted.checkpoints.iter().chain(obsolete).filter(|name| !needed.contains(*name)).cloned().collect();
+    // A checkpoint's name is the first word of what a restore point calls its state.
+    let name = |id: &String| id.split(' ').next().map(str::to_owned).unwrap_or_default();
+    let needed: BTreeSet<String> = needed.iter().map(name).collect();
+    let checkpoints = noted.checkpoints.iter().chain(obsolete).filter(|id| !needed.contains(&name(id))).cloned().collect();
     write(agent, job, &Touched { tracking: false, checkpoints, ..noted.clone() })?;
     Ok(Some(noted))
 }

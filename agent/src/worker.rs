@@ -222,6 +222,10 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
     let outcome = copy(agent, held, &folder, &job)?;
 
     check_roots(&roots, &outcome)?;
+    if assign.source.is_empty() {
+        let identities: Vec<String> = job.disks.iter().map(|disk| disk.identity.clone()).collect();
+        source_of(agent, assign)?.confirm(&assign.vm_id, &identities).map_err(Failure::from)?;
+    }
 
     let part = folder.open_dir(part_name(&held.job)).map_err(|e| Failure::io("the part folder", &e))?;
     let source = match &backup {

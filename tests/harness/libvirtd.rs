@@ -3,9 +3,10 @@
 //! Owns: the daemons and the settings they need where nobody else runs them. Never: stands for the product.
 //! A crash here costs the tests of libvirt; the daemons end with the binary.
 
+use std::io::Read;
 use std::path::Path;
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use super::lab;
@@ -111,6 +112,29 @@ impl Domain {
         }
     }
 
+    /// kill -9 of its QEMU.
+    pub fn kill_qemu(&self) {
+        let pid = std::fs::read_to_string(format!("/run/libvirt/qemu/{}.pid", self.name)).unwrap();
+        run(Command::new("kill").args(["-9", pid.trim()]));
+    }
+
+    /// What it has said on its serial console since somebody began to listen.
+    pub fn console(&self) -> Console {
+        let xml = virsh(&["dumpxml", &self.name]);
+        let path =
+            xml.split("<serial type='pty'>").nth(1).and_then(|rest| rest.split("path='").nth(1)).and_then(|rest| rest.split('\'').next());
+        let file = std::fs::File::open(path.expect("a serial console")).unwrap();
+        let said = Arc::new(Mutex::new(String::new()));
+        let heard = said.clone();
+        std::thread::spawn(move || {
+            let (mut file, mut buf) = (file, [0u8; 4096]);
+            while let Ok(count @ 1..) = file.read(&mut buf) {
+                heard.lock().unwrap().push_str(&String::from_utf8_lossy(&buf[..count]));
+            }
+        });
+        Console(said)
+    }
+
     /// What QEMU holds of a backup job, files that one has left, and checkpoints.
     pub fn left(&self) -> (bool, Vec<String>, usize) {
         let job = output(Command::new("virsh").args(["-q", "-c", URI, "backup-dumpxml", &self.name])).status.success();
@@ -118,6 +142,23 @@ impl Domain {
         let files = files.filter(|name| name.starts_with("hypersdk-")).collect();
         let checkpoints = virsh(&["checkpoint-list", &self.name, "--name"]).lines().filter(|line| !line.trim().is_empty()).count();
         (job, files, checkpoints)
+    }
+}
+
+/// A serial console that is listened to.
+pub struct Console(Arc<Mutex<String>>);
+
+impl Console {
+    /// All that came so far.
+    pub fn said(&self) -> String {
+        self.0.lock().unwrap().clone()
+    }
+}
+
+impl Domain {
+    /// One that somebody else has made, which goes with its test.
+    pub fn adopt(name: &str, id: &str) -> Self {
+        Self { name: name.to_owned(), id: id.to_owned() }
     }
 }
 

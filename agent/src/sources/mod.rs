@@ -109,8 +109,14 @@ pub trait Touch {
     /// The job.
     fn job(&self) -> &str;
 
+    /// Waits until no other job has the VM frozen, or is about to.
+    fn take_vm(&self) -> std::io::Result<()>;
+
     /// A snapshot of this name is about to be made. Durable when it returns.
     fn snapshot(&self, name: &str) -> std::io::Result<()>;
+
+    /// The snapshot, a backup job, is about to be asked for: as long as there is no answer, one that is not there may still come.
+    fn asking(&self, is_open: bool) -> std::io::Result<()>;
 
     /// A lease of this id was given. Durable when it returns.
     fn lease(&self, id: &str) -> std::io::Result<()>;
@@ -155,6 +161,12 @@ pub trait Source: Send + Sync {
     fn power(&self, vm_id: &str, action: Action) -> Result<String, Error> {
         let _ = vm_id;
         Err(Error::fatal(Code::Unprocessable, format!("{action} is for VMs of a hypervisor; these are disk images")))
+    }
+
+    /// Whether disks that were read without being frozen are still what they were when they were opened.
+    fn confirm(&self, vm_id: &str, identities: &[String]) -> Result<(), Error> {
+        let _ = (vm_id, identities);
+        Ok(())
     }
 
     /// Undoes what was touched; what is gone already is undone.

@@ -56,7 +56,7 @@ pub(super) fn open(agent: &Agent, held: &Assignment, assign: &v1::Assign, folder
     let connection = assign.connection.clone().unwrap_or_default();
     let pen = touched::Pen::new(agent, held, &connection, &assign.vm_id).map_err(|e| Failure::io("the ledger", &e))?;
     // Before anything is looked at: what another job at this VM is about to publish or to undo decides all of it.
-    pen.take_vm().map_err(|e| Failure::io("waiting for the VM", &e))?;
+    pen.wait_for_vm().map_err(|e| Failure::io("waiting for the VM", &e))?;
     let before = if full { None } else { newest(agent, folder, &connection.name, &assign.vm_id, &log)? };
     let had_snapshots = before.as_ref().is_some_and(|before| before.point.vm.snapshots > 0);
     let since: Vec<Since> = before.iter().flat_map(|before| before.disks.iter().map(|(disk, _)| since(disk, had_snapshots))).collect();

@@ -33,6 +33,10 @@ pub struct Domain {
     pub targets: Vec<String>,
     /// Target devices of drives that are no disks of the VM: CD-ROMs, floppies.
     pub others: Vec<String>,
+    /// Its number, as long as it exists in memory.
+    pub number: Option<u32>,
+    /// Whether nobody can be writing to its files: libvirt says `shut off`, and it has no number.
+    pub is_off: bool,
 }
 
 /// Reads a domain's XML.
@@ -66,7 +70,8 @@ pub fn read(xml: &str, facts: &Facts) -> Result<Domain, String> {
     let (mut problems, mut formats, mut targets) = (Vec::new(), Vec::new(), Vec::new());
     let devices = child(root, "devices");
     let all = |name: &'static str| devices.into_iter().flat_map(move |devices| children(devices, name));
-    let is_disk = |disk: &Node| matches!(disk.attribute("device"), None | Some("disk"));
+    // A LUN that is passed through is a disk, too, of a type that is not read.
+    let is_disk = |disk: &Node| !matches!(disk.attribute("device"), Some("cdrom" | "floppy"));
     let target_of = |disk: Node| child(disk, "target").and_then(|target| target.attribute("dev")).map(str::to_owned);
     let others = all("disk").filter(|disk| !is_disk(disk)).filter_map(target_of).collect();
     for device in all("disk").filter(is_disk) {
@@ -109,7 +114,9 @@ pub fn read(xml: &str, facts: &Facts) -> Result<Domain, String> {
         problems.push("it has no disk".to_owned());
     }
     vm.problem = problems.join("; ");
-    Ok(Domain { vm, formats, targets, others })
+    let number = root.attribute("id").and_then(|id| id.parse().ok());
+    let is_off = facts.state == "shut off" && number.is_none();
+    Ok(Domain { vm, formats, targets, others, number, is_off })
 }
 
 fn child<'a, 'input>(node: Node<'a, 'input>, name: &str) -> Option<Node<'a, 'input>> {
@@ -204,12 +211,13 @@ mod tests {
     #[test]
     fn a_domain_is_described_as_a_vm() {
         let facts = Facts { state: "running".into(), snapshots: 2, capacities: HashMap::from([("vda".into(), 5 << 30)]) };
-        let Domain { vm, formats, targets, others } = read(XML, &facts).unwrap();
+        let Domain { vm, formats, targets, others, number, is_off } = read(XML, &facts).unwrap();
         assert_eq!((vm.name.as_str(), vm.path.as_str(), vm.cpu, vm.memory_mb, vm.snapshots), ("web 01", "/web 01", 2, 2048, 2));
         assert_eq!((vm.firmware.as_str(), vm.power_state.as_str(), vm.tools_status.as_str()), ("uefi", "poweredOn", "running"));
         assert_eq!((vm.os.as_str(), vm.os_version.as_str()), ("linux", "debian.org/debian/12"));
         assert_eq!((vm.disks.len(), vm.disks[0].capacity, vm.disks[0].source.as_str()), (2, 5 << 30, "/srv/a.qcow2"));
         assert_eq!(formats, ["qcow2", "raw"]);
+        assert_eq!((number, is_off), (Some(3), false));
         assert_eq!((targets, others), (vec!["vda".to_owned(), "vdb".to_owned()], vec!["sda".to_owned()]));
         let nics: Vec<_> = vm.nics.iter().map(|nic| (nic.model.as_str(), nic.network.as_str(), nic.mac.as_str())).collect();
         assert_eq!(nics, [("virtio", "br0", "52:54:00:aa:bb:cc"), ("", "user", "52:54:00:00:00:01")]);

@@ -46,9 +46,23 @@ pub fn bitmap(target: &str) -> String {
     format!("since-{target}")
 }
 
-/// The socket of the job of this name.
-pub fn socket(folder: &Path, name: &str) -> PathBuf {
-    folder.join(format!("{name}.sock"))
+/// The checkpoint's name in a change id, which holds the image's path behind it.
+pub fn checkpoint_of(change_id: &str) -> &str {
+    change_id.split_once(' ').map_or(change_id, |(name, _)| name)
+}
+
+/// The socket of the job of this name: in the domain's own folder, where the confinement of its QEMU lets it make one, else beside the
+/// scratch files.
+pub fn socket(folder: &Path, domain: &Domain, name: &str) -> PathBuf {
+    let own = domain.number.map(|number| format!("domain-{number}-{}", domain.vm.name.chars().take(20).collect::<String>()));
+    let own = own.map(|own| folder.join(own)).filter(|own| own.is_dir());
+    own.unwrap_or_else(|| folder.to_owned()).join(format!("{name}.sock"))
+}
+
+/// Whether these words speak of checkpoints: then the job may begin without them.
+pub fn is_about_checkpoints(words: &str) -> bool {
+    let words = words.to_ascii_lowercase();
+    ["checkpoint", "bitmap", "incremental"].iter().any(|word| words.contains(word))
 }
 
 fn quoted(text: &str) -> String {
@@ -70,7 +84,7 @@ fn backup_xml(domain: &Domain, wanted: &Wanted, folder: &Path, name: &str) -> St
     };
     let disks: String = domain.targets.iter().enumerate().map(disk).collect();
     let others: String = domain.others.iter().map(|target| format!("<disk name='{}' backup='no'/>", quoted(target))).collect();
-    let socket = path(&socket(folder, name));
+    let socket = path(&socket(folder, domain, name));
     format!("<domainbackup mode='pull'><server transport='unix' socket='{socket}'/><disks>{disks}{others}</disks></domainbackup>")
 }
 
@@ -122,6 +136,8 @@ fn says_gone(words: &str) -> bool {
         "no domain with matching",
         "no domain checkpoint",
         "domain checkpoint not found",
+        // Its bitmap cannot be removed now; the next backup of the running domain does.
+        "inactive domain",
     ]
     .iter()
     .any(|gone| words.contains(gone))
@@ -135,13 +151,14 @@ fn unless_gone(said: Result<String, exec::Error>) -> Result<Option<String>, exec
     }
 }
 
-/// Ends the job of this name, where it still runs, and removes what a killed QEMU left of it.
-pub fn end(uri: &Uri, domain: &str, folder: Option<&Dir>, name: &str) -> Result<(), exec::Error> {
+/// Ends the job of this name, where it runs, and removes what a killed QEMU left of it. Answers whether it was there.
+pub fn end(uri: &Uri, domain: &str, folder: Option<&Dir>, name: &str) -> Result<bool, exec::Error> {
     let running = unless_gone(uri.ask(&["backup-dumpxml", domain]))?;
-    if running.is_some_and(|xml| xml.contains(&format!("{name}.sock"))) {
+    let is_there = running.is_some_and(|xml| xml.contains(&format!("{name}.sock")));
+    if is_there {
         unless_gone(uri.ask(&["domjobabort", domain]))?;
     }
-    let Some(folder) = folder else { return Ok(()) };
+    let Some(folder) = folder else { return Ok(is_there) };
     for entry in folder.entries().into_iter().flatten().flatten() {
         let Ok(file) = entry.file_name().into_string() else { continue };
         if file.strip_prefix(name).is_some_and(|rest| rest.starts_with('.')) {
@@ -149,12 +166,18 @@ pub fn end(uri: &Uri, domain: &str, folder: Option<&Dir>, name: &str) -> Result<
             let _ = folder.remove_file(&file);
         }
     }
-    Ok(())
+    Ok(is_there)
 }
 
 /// Removes a checkpoint, where it still is. Of a domain that is off it cannot be removed: the next backup of the running domain does.
 pub fn forget(uri: &Uri, domain: &str, checkpoint: &str) -> Result<(), exec::Error> {
-    unless_gone(uri.ask(&["checkpoint-delete", domain, checkpoint])).map(drop)
+    match unless_gone(uri.ask(&["checkpoint-delete", domain, checkpoint])) {
+        // A QEMU that was killed has never written the bitmap: only libvirt remembers it.
+        Err(exec::Error::Failed(words)) if words.contains("not found in backing chain") => {
+            unless_gone(uri.ask(&["checkpoint-delete", domain, checkpoint, "--metadata"])).map(drop)
+        }
+        other => other.map(drop),
+    }
 }
 
 /// Removes a domain with its firmware's variables, never its disks.
@@ -182,6 +205,8 @@ mod tests {
             formats: vec!["qcow2".into(), "raw".into()],
             targets: vec!["vda".into(), "v'b".into()],
             others: vec!["sda".into()],
+            number: None,
+            is_off: false,
         };
         let wanted = Wanted { since: vec![Some("hypersdk-job-1".into()), None], checkpoint: None };
         let xml = backup_xml(&domain, &wanted, Path::new("/run/q"), "n");

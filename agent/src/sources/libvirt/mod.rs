@@ -37,8 +37,10 @@ use crate::exec;
 use crate::formats::{Disk, Extent, FormatError, Scratch};
 use crate::touched::Touched;
 
-/// The power state of a domain that nobody writes to.
-const OFF: &str = "poweredOff";
+/// Bytes that are to be free, beside a twentieth of the disks, for what a guest writes over while it is read.
+const SCRATCH: u64 = 256 << 20;
+/// For how long a job that nobody has answered may still begin, milliseconds: libvirt waits 30 s for a busy domain.
+const UNANSWERED: i64 = 90_000;
 
 /// Folders that a running domain's export needs.
 pub struct Folders {
@@ -55,6 +57,8 @@ pub struct Libvirt {
     uri: Uri,
     vault: Vault,
     folders: Folders,
+    /// How everything of this agent's connection is called there.
+    ours: String,
 }
 
 impl Libvirt {
@@ -62,9 +66,9 @@ impl Libvirt {
     ///
     /// # Errors
     /// When the URI is none that is taken.
-    pub fn new(uri: &str, vault: &Vault, folders: Folders) -> Result<Self, Error> {
+    pub fn new(uri: &str, vault: &Vault, folders: Folders, owner: &str) -> Result<Self, Error> {
         let uri = Uri::parse(uri).map_err(|message| Error::fatal(Code::BadRequest, message))?;
-        Ok(Self { uri, vault: vault.clone(), folders })
+        Ok(Self { uri, vault: vault.clone(), folders, ours: format!("{}{owner}-", hot::OURS) })
     }
 
     /// Where it is.
@@ -87,6 +91,10 @@ impl Libvirt {
         let refused = |code, message: String| Err(Error::fatal(code, format!("{} cannot be exported: {message}", found.vm.name)));
         if !found.vm.problem.is_empty() {
             return refused(Code::Unprocessable, found.vm.problem.clone());
+        }
+        if !found.is_off && found.number.is_none() {
+            let message = format!("{} is {:?}, which is neither on nor surely off", found.vm.name, found.vm.power_state);
+            return Err(Error { code: Code::BadGateway, message, retryable: true });
         }
         if !self.uri.is_here {
             return refused(Code::NotBuilt, "disks of another host are not read yet; run an agent there".to_owned());
@@ -136,22 +144,40 @@ impl Libvirt {
     /// Answers its name, what it was begun with, and why it was begun otherwise.
     fn begin(&self, found: &Domain, mut wanted: Wanted, touch: &dyn Touch) -> Result<(String, Wanted, Option<String>), Error> {
         let folder = self.qemu_folder()?;
-        let name = format!("{}{}-{}", hot::OURS, touch.job(), shared::ids::random_hex::<4>());
+        let name = format!("{}{}-{}", self.ours, touch.job(), shared::ids::random_hex::<4>());
         touch.snapshot(&name).map_err(ledger)?;
         if let Some(checkpoint) = &wanted.checkpoint {
             touch.checkpoint(checkpoint).map_err(ledger)?;
         }
+        let capacity = found.vm.disks.iter().fold(0u64, |sum, disk| sum.saturating_add(disk.capacity));
+        let (free, _) = folder.space().map_err(|e| Error::fatal(Code::Internal, format!("{}: {e}", folder.path.display())))?;
+        if free < SCRATCH + capacity / 20 {
+            let message = format!(
+                "{} has {} MiB free; what the guest writes meanwhile is kept there, so that {} MiB are wanted (setting libvirt_dir)",
+                folder.path.display(),
+                free >> 20,
+                (SCRATCH + capacity / 20) >> 20
+            );
+            return Err(Error::fatal(Code::NoSpace, message));
+        }
         let place = Place { folder: &folder.path, notes: (&self.folders.notes, &self.folders.notes_path) };
         let mut reason = None;
         loop {
-            match hot::begin(&self.uri, found, &wanted, &place, &name) {
+            touch.asking(true).map_err(ledger)?;
+            let begun = hot::begin(&self.uri, found, &wanted, &place, &name);
+            if matches!(begun, Ok(()) | Err(Failed::Notes(_) | Failed::Tool(exec::Error::Failed(_)))) {
+                touch.asking(false).map_err(ledger)?;
+            }
+            match begun {
                 Ok(()) => return Ok((name, wanted, reason)),
                 Err(Failed::Notes(e)) => return Err(Error::fatal(Code::Internal, format!("the agent's own folder: {e}"))),
-                Err(Failed::Tool(exec::Error::Failed(words))) if wanted.since.iter().any(Option::is_some) => {
+                Err(Failed::Tool(exec::Error::Failed(words)))
+                    if wanted.since.iter().any(Option::is_some) && hot::is_about_checkpoints(&words) =>
+                {
                     reason = Some(format!("libvirt does not say what changed: {words}"));
                     wanted.since = Vec::new();
                 }
-                Err(Failed::Tool(exec::Error::Failed(words))) if wanted.checkpoint.is_some() => {
+                Err(Failed::Tool(exec::Error::Failed(words))) if wanted.checkpoint.is_some() && hot::is_about_checkpoints(&words) => {
                     reason = Some(format!("no checkpoint can be made: {words}"));
                     wanted.checkpoint = None;
                 }
@@ -162,7 +188,8 @@ impl Libvirt {
 
     /// The disks of a job that runs.
     fn exports(&self, found: &Domain, name: &str, wanted: &Wanted, touch: &dyn Touch) -> Result<Vec<(Exported, Moved)>, Error> {
-        let socket = hot::socket(&self.qemu_folder()?.path, name);
+        let folder = self.qemu_folder()?;
+        let socket = hot::socket(&folder.path, found, name);
         let stopping = touch.stopping();
         let stop = || stopping.load(Ordering::Acquire) != 0;
         let mut exports = Vec::with_capacity(found.targets.len());
@@ -214,7 +241,7 @@ impl Source for Libvirt {
     /// A domain that runs is not touched for a look: its disks are measured as libvirt tells.
     fn look(&self, vm_id: &str) -> Result<(Vm, Vec<Opened>), Error> {
         let found = self.exportable(vm_id)?;
-        if found.vm.power_state == OFF {
+        if found.is_off {
             return self.open(vm_id);
         }
         let unread = |disk: &shared::vm::Disk| Opened {
@@ -229,7 +256,7 @@ impl Source for Libvirt {
 
     fn open(&self, vm_id: &str) -> Result<(Vm, Vec<Opened>), Error> {
         let found = self.exportable(vm_id)?;
-        if found.vm.power_state != OFF {
+        if !found.is_off {
             let message = format!("{} is {}: only a job reads it", found.vm.name, found.vm.power_state);
             return Err(Error::fatal(Code::Unprocessable, message));
         }
@@ -237,8 +264,9 @@ impl Source for Libvirt {
     }
 
     fn open_for(&self, vm_id: &str, touch: &dyn Touch) -> Result<(Vm, Vec<Opened>), Error> {
+        touch.take_vm().map_err(ledger)?;
         let found = self.exportable(vm_id)?;
-        if found.vm.power_state == OFF {
+        if found.is_off {
             return self.cold(found);
         }
         let (name, wanted, _) = self.begin(&found, Wanted::default(), touch)?;
@@ -257,7 +285,7 @@ impl Source for Libvirt {
 
     fn open_frozen(&self, vm_id: &str, since: &[Since], touch: &dyn Touch) -> Result<(Vm, Vec<Frozen>), Error> {
         let found = self.exportable(vm_id)?;
-        if found.vm.power_state == OFF {
+        if found.is_off {
             touch.log(format!("{} is off: its files are read", found.vm.name));
             let targets = found.targets.clone();
             let (vm, opened) = self.cold(found)?;
@@ -271,17 +299,21 @@ impl Source for Libvirt {
         }
         let standing = hot::checkpoints(&self.uri, vm_id).map_err(told)?;
         // Those of points that are no more, or that lay over what a domain that was off could not forget.
-        let is_needed = |name: &String| since.iter().any(|since| since.change_id.as_ref() == Some(name));
-        for stale in standing.iter().filter(|name| name.starts_with(hot::OURS) && !is_needed(name)) {
+        let is_needed =
+            |name: &String| since.iter().any(|since| since.change_id.as_deref().is_some_and(|id| hot::checkpoint_of(id) == name));
+        for stale in standing.iter().filter(|name| name.starts_with(&self.ours) && !is_needed(name)) {
             touch.checkpoint(stale).map_err(ledger)?;
         }
-        let since_of = |(target, format): (&String, &String)| {
+        let since_of = |((target, format), source): ((&String, &String), &str)| {
             let before = since.iter().find(|since| since.key == *target && hot::bears_bitmap(format))?;
-            before.change_id.clone().filter(|checkpoint| standing.contains(checkpoint))
+            // Of another image at the same place it is another book.
+            let (checkpoint, of) = before.change_id.as_deref()?.split_once(' ')?;
+            (of == source && standing.iter().any(|name| name == checkpoint)).then(|| checkpoint.to_owned())
         };
         let bearers = found.formats.iter().any(|format| hot::bears_bitmap(format));
-        let checkpoint = bearers.then(|| format!("{}{}-{}", hot::OURS, touch.job(), shared::ids::random_hex::<4>()));
-        let wanted = Wanted { since: found.targets.iter().zip(&found.formats).map(since_of).collect(), checkpoint };
+        let checkpoint = bearers.then(|| format!("{}{}-{}", self.ours, touch.job(), shared::ids::random_hex::<4>()));
+        let sources = found.vm.disks.iter().map(|disk| disk.source.as_str());
+        let wanted = Wanted { since: found.targets.iter().zip(&found.formats).zip(sources).map(since_of).collect(), checkpoint };
         let (name, begun, reason) = self.begin(&found, wanted, touch)?;
         touch.log(format!("{} is {}: it is read through the backup job {name}", found.vm.name, found.vm.power_state));
         let exports = self.exports(&found, &name, &begun, touch)?;
@@ -296,7 +328,7 @@ impl Source for Libvirt {
             };
             let opened =
                 Opened { name: disk.name.clone(), snapshot: None, identity: format!("{name}:{}", disk.source), disk: Arc::new(export) };
-            let change_id = begun.checkpoint.clone().filter(|_| hot::bears_bitmap(format));
+            let change_id = begun.checkpoint.as_ref().filter(|_| hot::bears_bitmap(format)).map(|name| format!("{name} {}", disk.source));
             frozen.push(Frozen { opened, key: target.clone(), change_id, areas, moved });
         }
         Ok((found.vm, frozen))
@@ -310,7 +342,7 @@ impl Source for Libvirt {
             Action::Stop => "destroy",
             Action::Reset => "reset",
         };
-        let is_off = found.vm.power_state == OFF;
+        let is_off = found.is_off;
         if is_off != (action == Action::Start) {
             let message = format!("{} is {}: {action} is not for that", found.vm.name, found.vm.power_state);
             return Err(Error::fatal(Code::Conflict, message));
@@ -319,18 +351,51 @@ impl Source for Libvirt {
         Ok(self.found(vm_id)?.vm.power_state)
     }
 
-    fn undo(&self, touched: &Touched) -> Result<(), Error> {
-        let folder = Root::open("libvirt", &self.folders.qemu, false).ok();
-        for name in &touched.snapshots {
-            hot::end(&self.uri, &touched.vm, folder.as_ref().map(Root::dir), name).map_err(told)?;
+    /// A domain that was read from its files was off from the first byte to the last.
+    fn confirm(&self, vm_id: &str, identities: &[String]) -> Result<(), Error> {
+        if identities.iter().any(|identity| identity.contains(&self.ours)) {
+            return Ok(());
         }
-        for domain in &touched.domains {
-            remove_domain(&self.uri, domain)?;
+        let changed =
+            |what: String| Error { code: Code::Conflict, message: format!("{what} while it was read; it is read again"), retryable: true };
+        let found = self.found(vm_id)?;
+        if !found.is_off {
+            return Err(changed(format!("{} was started", found.vm.name)));
         }
-        for checkpoint in &touched.checkpoints {
-            hot::forget(&self.uri, &touched.vm, checkpoint).map_err(told)?;
+        for (now, before) in self.disks(&found)?.iter().zip(identities) {
+            // What a restore point adds to it stands behind.
+            if !before.starts_with(&now.identity) {
+                return Err(changed(format!("{} of {} was changed", now.name, found.vm.name)));
+            }
         }
         Ok(())
+    }
+
+    fn undo(&self, touched: &Touched) -> Result<(), Error> {
+        let folder = match Root::open("libvirt", &self.folders.qemu, false) {
+            Ok(folder) => Some(folder),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
+            Err(e) => {
+                return Err(Error { code: Code::BadGateway, message: format!("{}: {e}", self.folders.qemu.display()), retryable: true });
+            }
+        };
+        let mut was_there = false;
+        for name in &touched.snapshots {
+            was_there |= hot::end(&self.uri, &touched.vm, folder.as_ref().map(Root::dir), name).map_err(told)?;
+        }
+        // All of them, whatever becomes of one.
+        let domains = touched.domains.iter().map(|domain| remove_domain(&self.uri, domain));
+        let checkpoints = touched.checkpoints.iter().map(|id| hot::forget(&self.uri, &touched.vm, hot::checkpoint_of(id)).map_err(told));
+        domains.chain(checkpoints).collect::<Vec<_>>().into_iter().collect::<Result<Vec<()>, Error>>()?;
+        // A job that was asked for, and that nobody has answered: libvirt may still begin it.
+        let waited = touched.asked_at.map(|at| shared::clock::now().timestamp_millis().saturating_sub(at));
+        match waited {
+            Some(waited) if !was_there && !touched.snapshots.is_empty() && waited < UNANSWERED => {
+                let message = "whether a backup job that was asked for has begun is not known yet".to_owned();
+                Err(Error { code: Code::Unavailable, message, retryable: true })
+            }
+            _ => Ok(()),
+        }
     }
 
     fn open_snapshots(&self, _: &str) -> Result<Vec<Opened>, Error> {

@@ -12,7 +12,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::egress;
 use crate::formats::over::{clipped, tidy};
@@ -45,6 +45,11 @@ const STATUS: u16 = 5;
 const SILENCE: Duration = Duration::from_secs(60);
 /// Most bytes of one chunk or option reply.
 const CHUNK: u32 = 33 << 20;
+/// Most replies to an option, and chunks of an answer.
+const REPLIES: usize = 64;
+const CHUNKS: usize = 100_000;
+/// Longest time for an answer.
+const COMMAND: Duration = Duration::from_secs(180);
 /// Bytes of one READ.
 const PIECE: usize = 4 << 20;
 /// Bytes of disk that one BLOCK_STATUS asks about.
@@ -117,7 +122,7 @@ impl Connection {
         sent.extend((data.len() as u32).to_be_bytes());
         sent.extend(data);
         self.stream.write_all(&sent)?;
-        loop {
+        for _ in 0..REPLIES {
             let mut head = [0u8; 20];
             self.stream.read_exact(&mut head)?;
             let (magic, told, kind, length) = (be64(&head[0..]), be32(&head[8..]), be32(&head[12..]), be32(&head[16..]));
@@ -135,6 +140,7 @@ impl Connection {
                 kind => see(kind, &data)?,
             }
         }
+        Err(odd(format!("over {REPLIES} answers to option {option}")))
     }
 
     /// Sends a command and shows the chunks of its reply to `see`: kind, and payload.
@@ -148,7 +154,11 @@ impl Connection {
         sent.extend(length.to_be_bytes());
         self.stream.write_all(&sent)?;
         let (mut payload, mut failed) = (Vec::new(), None);
-        loop {
+        let end = Instant::now() + COMMAND;
+        for _ in 0..CHUNKS {
+            if Instant::now() > end {
+                return Err(odd(format!("an answer that takes over {} s", COMMAND.as_secs())));
+            }
             let mut head = [0u8; 20];
             self.stream.read_exact(&mut head)?;
             let (magic, flags, kind) = (be32(&head[0..]), be16(&head[4..]), be16(&head[6..]));
@@ -171,28 +181,31 @@ impl Connection {
                 return failed.map_or(Ok(()), Err);
             }
         }
+        Err(odd(format!("an answer of over {CHUNKS} chunks")))
     }
 
     /// Fills `buf` from `offset`.
     fn read(&mut self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let (start, length) = (offset, buf.len());
+        // QEMU answers from the beginning to the end. What is left out or comes twice is no answer.
         let mut filled = 0usize;
-        let inside = |at: u64, len: usize| {
-            let from = at.checked_sub(start).and_then(|from| usize::try_from(from).ok());
-            from.filter(|from| from.checked_add(len).is_some_and(|end| end <= length)).ok_or_else(|| odd("bytes that nobody asked for"))
+        let inside = |at: u64, len: usize, filled: usize| {
+            let next = at.checked_sub(start).is_some_and(|from| from == filled as u64);
+            let fits = filled.checked_add(len).is_some_and(|end| end <= length);
+            if next && fits { Ok(filled) } else { Err(odd("bytes that nobody asked for, or not in their order")) }
         };
         self.command(READ, offset, length as u32, |kind, payload| {
             let (at, rest) = payload.split_first_chunk::<8>().ok_or_else(|| odd("a chunk without its place"))?;
             let at = u64::from_be_bytes(*at);
             match kind {
                 DATA => {
-                    let from = inside(at, rest.len())?;
+                    let from = inside(at, rest.len(), filled)?;
                     buf[from..from + rest.len()].copy_from_slice(rest);
                     filled += rest.len();
                 }
                 HOLE => {
                     let len = rest.first_chunk::<4>().map_or(0, |len| u32::from_be_bytes(*len)) as usize;
-                    let from = inside(at, len)?;
+                    let from = inside(at, len, filled)?;
                     buf[from..from + len].fill(0);
                     filled += len;
                 }
@@ -222,6 +235,9 @@ impl Connection {
                 for descriptor in rest.as_chunks::<8>().0 {
                     let (len, flags) = (u64::from(be32(descriptor)), be32(&descriptor[4..]));
                     let len = len.min(size - next);
+                    if len == 0 || areas.len() > AREAS {
+                        return Err(odd("a status of nothing, or of too many areas"));
+                    }
                     if is_wanted(flags) {
                         areas.push(Extent { offset: next, len });
                     }
@@ -231,9 +247,6 @@ impl Connection {
             })?;
             if next == at {
                 return Err(odd(format!("the server says nothing of byte {at}")));
-            }
-            if areas.len() > AREAS {
-                return Err(odd(format!("over {AREAS} areas")));
             }
             at = next;
         }
@@ -356,10 +369,8 @@ impl Disk for Exported {
 #[cfg(test)]
 #[allow(clippy::unwrap_used, clippy::disallowed_methods)]
 mod tests {
-    use std::process::{Child, Command, Stdio};
-    use std::time::Instant;
-
     use super::*;
+    use std::process::{Child, Command, Stdio};
 
     struct Server(Child);
 

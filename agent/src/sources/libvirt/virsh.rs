@@ -13,12 +13,14 @@ use crate::exec::{self, Following, Tool};
 
 /// Longest time for a question.
 const TIME: Duration = Duration::from_secs(25);
+/// Longest time for the sizes of some domains' disks.
+const SIZES: Duration = Duration::from_secs(5);
 /// Most bytes of an answer.
 const MOST: usize = 64 << 20;
 /// Domains asked about in one process.
 const AT_ONCE: usize = 100;
-/// How long one process listens; one whose agent was killed ends by itself then.
-const LISTEN: Duration = Duration::from_secs(60);
+/// How long one process listens.
+pub const LISTEN: Duration = Duration::from_secs(60);
 
 /// Where a libvirt is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -67,9 +69,13 @@ impl Uri {
 
     /// Asks a question; answers what virsh says.
     pub fn ask(&self, arguments: &[&str]) -> Result<String, exec::Error> {
+        self.ask_within(arguments, TIME)
+    }
+
+    fn ask_within(&self, arguments: &[&str], time: Duration) -> Result<String, exec::Error> {
         let mut all = vec!["-q", "-c", self.text.as_str()];
         all.extend_from_slice(arguments);
-        let said = exec::run(Tool::Virsh, &all, TIME, MOST)?;
+        let said = exec::run(Tool::Virsh, &all, time, MOST)?;
         Ok(String::from_utf8_lossy(&said).into_owned())
     }
 
@@ -85,17 +91,19 @@ impl Uri {
         for some in domains.chunks(AT_ONCE) {
             // Parts are told apart by a word that nobody can have put into a description.
             let mark = shared::ids::random_hex::<16>();
-            let about = |id: &String| {
-                ["dumpxml", "domstate", "snapshot-list --name", "domblkinfo --all"]
-                    .map(|what| format!("{what} {id}; echo {mark}; "))
-                    .concat()
-            };
+            let about =
+                |id: &String| ["dumpxml", "domstate", "snapshot-list --name"].map(|what| format!("{what} {id}; echo {mark}; ")).concat();
             let commands: String = some.iter().filter(|id| is_uuid(id)).map(about).collect();
             // What fails for one domain is left out, and the rest is told all the same: the last word decides, which is `echo`.
             let said = self.ask(&[&commands])?;
+            // Sizes are QEMU's word; one that hangs costs only these.
+            let about: String = some.iter().filter(|id| is_uuid(id)).map(|id| format!("domblkinfo --all {id}; echo {mark}; ")).collect();
+            let sizes = self.ask_within(&[&about], SIZES).unwrap_or_default();
+            let mut sizes = sizes.split(&mark);
             let parts: Vec<&str> = said.split(&mark).collect();
-            for of_one in parts.chunks_exact(4) {
-                if let [xml, state, snapshots, sizes] = of_one
+            for of_one in parts.chunks_exact(3) {
+                let sizes = sizes.next().unwrap_or_default();
+                if let [xml, state, snapshots] = of_one
                     && !xml.trim().is_empty()
                 {
                     described.push((xml.trim().to_owned(), facts(state, snapshots, sizes)));
