@@ -103,7 +103,7 @@ pub async fn deploy(caller: Operator, request: HttpRequest, app: web::Data<App>,
     };
     let act = audit::begin(&app.store, &caller.name, "vm.deploy", &format!("{}:{}", connection.name, wish.name)).await?;
     let patience = providers::service::patience(&connection.kind);
-    let answered = app.fleet.ask_within(&connection.agent_id, Question::Deploy(question), patience).await.map_err(Error::from);
+    let answered = app.fleet.ask_within(&connection.agent_id, Question::Deploy(question), patience).await;
     act.finish(&answered).await;
     let mut made: Value = answered?;
     // As the caller called it, a kind or a name.

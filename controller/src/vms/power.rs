@@ -82,7 +82,6 @@ pub async fn switch(
     let act = audit::begin(&app.store, &caller.name, &format!("vm.{action}"), &subject).await?;
     let patience = providers::service::patience(&connection.kind);
     let answered = app.fleet.ask_within(&connection.agent_id, Question::Power(question), patience).await;
-    let answered = answered.map_err(Error::from);
     act.finish(&answered).await;
     let power_state = answered?.get("power_state").and_then(|state| state.as_str()).unwrap_or_default().to_owned();
     Ok(web::Json(Switched { id: found.vm.id, name: found.vm.name, action: action.word(), power_state }))
