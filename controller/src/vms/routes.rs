@@ -22,7 +22,7 @@ use crate::store::entities::vms;
     "os_version": "RHEL 9.3", "cpu": 4, "memory_mb": 8192, "firmware": "uefi",
     "disks": [{"name": "disk-0", "size_gb": 100, "size_bytes": 107374182400u64, "format": "vmdk", "thin_provisioned": true}],
     "nics": [{"name": "nic-0", "type": "vmxnet3", "network": "VM Network", "mac": "00:50:56:ab:cd:ef"}],
-    "power_state": "poweredOff", "status": "stopped", "tools_status": "unknown", "guest_tools": "unknown", "snapshots": 0,
+    "power_state": "poweredOff", "status": "stopped", "tools_status": "unknown", "guest_tools": "unknown", "snapshots": 0, "template": false,
     "last_seen": "2026-01-02T03:04:05.678Z"
 }))]
 pub struct VmView {
@@ -49,6 +49,8 @@ pub struct VmView {
     /// The same.
     guest_tools: String,
     snapshots: u32,
+    /// Whether it is a template.
+    template: bool,
     /// Why it cannot be exported, where it cannot.
     #[serde(skip_serializing_if = "String::is_empty")]
     problem: String,
@@ -117,6 +119,7 @@ impl VmView {
             guest_tools: vm.tools_status.clone(),
             tools_status: vm.tools_status,
             snapshots: vm.snapshots,
+            template: vm.template,
             problem: vm.problem,
             last_seen: rfc3339(last_seen),
         }

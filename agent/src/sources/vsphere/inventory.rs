@@ -10,6 +10,7 @@ use shared::vm::{Disk, Nic, Vm};
 
 use super::client::{Client, Error, Session};
 use super::collect::{self, property, property_text};
+use super::device::Seat;
 use super::wire::{self, MoRef, child, children, number, text, type_of};
 
 /// What is asked of a VM.
@@ -18,6 +19,7 @@ const VM: &[&str] = &[
     "parent",
     "parentVApp",
     "runtime.powerState",
+    "runtime.connectionState",
     "config.hardware",
     "config.firmware",
     "config.guestId",
@@ -38,12 +40,12 @@ const PORT_GROUP: &[&str] = &["name", "key"];
 pub struct Found {
     /// The VM.
     pub vm: Vm,
-    /// The name of its datacenter, as the inventory spells it.
+    /// The path of its datacenter below the root, as the inventory spells it: `DC0`, `Folder/DC0`.
     pub datacenter: String,
     /// Changes whenever its configuration does.
     pub change_version: String,
-    /// Device keys of its disks, in their order.
-    pub keys: Vec<u64>,
+    /// Where its disks hang, in their order.
+    pub seats: Vec<Seat>,
     /// Labels of disks that no snapshot holds.
     pub independent: Vec<String>,
 }
@@ -118,9 +120,10 @@ struct Places {
 }
 
 impl Places {
-    /// The path from below the root, `/DC0/vm/web`, and the datacenter in it.
+    /// The path from below the root, `/DC0/vm/web`, and that of the datacenter in it.
     fn path(&self, above: Option<MoRef>, name: &str) -> (String, String) {
-        let (mut names, mut datacenter) = (vec![name.to_owned()], String::new());
+        // How many names there were below the datacenter.
+        let (mut names, mut below) = (vec![name.to_owned()], None);
         let mut next = above;
         for _ in 0..64 {
             let Some((reference, place)) = next.and_then(|reference| self.by_reference.get(&reference).map(|place| (reference, place)))
@@ -132,11 +135,12 @@ impl Places {
                 names.push(place.name.clone());
             }
             if reference.kind == "Datacenter" {
-                datacenter.clone_from(&place.name);
+                below = Some(names.len() - 1);
             }
             next = place.parent.clone();
         }
         names.reverse();
+        let datacenter = below.map_or_else(String::new, |below| names[..names.len() - below].join("/"));
         (format!("/{}", names.join("/")), datacenter)
     }
 }
@@ -159,7 +163,7 @@ struct Raw {
     vm: Vm,
     name: String,
     change_version: String,
-    keys: Vec<u64>,
+    seats: Vec<Seat>,
     independent: Vec<String>,
     /// Keys of the port groups that cards hang at, by the card's place.
     port_groups: BTreeMap<usize, String>,
@@ -170,7 +174,7 @@ impl Raw {
         let mut raw = Self {
             name: property_text(object, "name").to_owned(),
             change_version: property_text(object, "config.changeVersion").to_owned(),
-            keys: Vec::new(),
+            seats: Vec::new(),
             independent: Vec::new(),
             port_groups: BTreeMap::new(),
             vm: Vm {
@@ -185,13 +189,17 @@ impl Raw {
                 }
                 .to_owned(),
                 snapshots: property(object, "snapshot").map_or(0, |tree| count(tree, "rootSnapshotList")),
+                template: property_text(object, "config.template") == "true",
                 ..Vm::default()
             },
         };
         let mut problems = Vec::new();
         match property(object, "config.hardware") {
             Some(hardware) => raw.hardware(hardware, &mut problems),
-            None => problems.push("its configuration cannot be read: it is inaccessible, or the account may not see it".to_owned()),
+            None => problems.push(match property_text(object, "runtime.connectionState") {
+                state @ ("orphaned" | "inaccessible" | "invalid" | "disconnected") => format!("its configuration cannot be read: it is {state}"),
+                _ => "its configuration cannot be read: the account may not see it".to_owned(),
+            }),
         }
         if property(object, "config.keyId").is_some() {
             problems.push("it is encrypted".to_owned());
@@ -203,17 +211,23 @@ impl Raw {
     fn hardware(&mut self, hardware: Node, problems: &mut Vec<String>) {
         self.vm.cpu = number(hardware, "numCPU").unwrap_or_default();
         self.vm.memory_mb = number(hardware, "memoryMB").unwrap_or_default();
-        let controllers: HashMap<&str, (&'static str, u64)> = children(hardware, "device")
+        let controllers: HashMap<&str, (&str, &str, u64)> = children(hardware, "device")
             .filter_map(|device| {
-                bus(type_of(device)).map(|bus| (text(device, "key"), (bus, number(device, "busNumber").unwrap_or_default())))
+                let kind = type_of(device);
+                bus(kind).map(|bus| (text(device, "key"), (bus, kind, number(device, "busNumber").unwrap_or_default())))
             })
             .collect();
         let mut disks = Vec::new();
         for device in children(hardware, "device") {
             let Some(backing) = child(device, "backing") else { continue };
             if type_of(device) == "VirtualDisk" {
-                let (bus, bus_number) = controllers.get(text(device, "controllerKey")).copied().unwrap_or(("", 0));
-                let place = (bus, bus_number, number::<u64>(device, "unitNumber").unwrap_or_default());
+                let (bus, controller, bus_number) = controllers.get(text(device, "controllerKey")).copied().unwrap_or(("", "", 0));
+                let seat = Seat {
+                    controller: controller.to_owned(),
+                    bus: bus_number,
+                    unit: number(device, "unitNumber"),
+                    key: number(device, "key").unwrap_or_default(),
+                };
                 let disk = Disk {
                     name: String::new(),
                     source: text(backing, "fileName").to_owned(),
@@ -231,7 +245,7 @@ impl Raw {
                 if text(backing, "diskMode").starts_with("independent") {
                     self.independent.push(label.to_owned());
                 }
-                disks.push((place, number::<u64>(device, "key").unwrap_or_default(), disk));
+                disks.push((seat, disk));
             } else if let Some(model) = card(type_of(device)) {
                 let place = self.vm.nics.len();
                 if let Some(port) = child(backing, "port") {
@@ -249,9 +263,9 @@ impl Raw {
                 });
             }
         }
-        disks.sort_by_key(|(place, ..)| *place);
-        self.keys = disks.iter().map(|(_, key, _)| *key).collect();
-        self.vm.disks = disks.into_iter().enumerate().map(|(n, (.., disk))| Disk { name: format!("disk-{n}"), ..disk }).collect();
+        disks.sort_by(|(a, of_a), (b, of_b)| (&of_a.bus, a.bus, a.unit, a.key).cmp(&(&of_b.bus, b.bus, b.unit, b.key)));
+        self.seats = disks.iter().map(|(seat, _)| seat.clone()).collect();
+        self.vm.disks = disks.into_iter().enumerate().map(|(n, (_, disk))| Disk { name: format!("disk-{n}"), ..disk }).collect();
         if self.vm.disks.is_empty() {
             problems.push("it has no disk".to_owned());
         }
@@ -268,7 +282,7 @@ impl Raw {
         self.vm.id.clone_from(&reference.value);
         self.vm.path = path;
         self.vm.name = unescaped(&self.name);
-        Found { vm: self.vm, datacenter, change_version: self.change_version, keys: self.keys, independent: self.independent }
+        Found { vm: self.vm, datacenter, change_version: self.change_version, seats: self.seats, independent: self.independent }
     }
 }
 

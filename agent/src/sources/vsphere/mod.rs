@@ -18,6 +18,7 @@ pub mod budget;
 mod changed;
 mod client;
 mod collect;
+mod device;
 mod folder;
 mod inventory;
 mod nfc;
@@ -147,15 +148,13 @@ impl Vsphere {
         if lease.disks.len() != found.vm.disks.len() {
             return Err(disagree(""));
         }
+        let keys: Vec<&str> = lease.disks.iter().map(|device| device.key.as_str()).collect();
+        let unknown = || disagree(&format!(", and the server does not say which is which: it calls them {}", keys.join(", ")));
+        let places = device::places(&found.seats, &keys).ok_or_else(unknown)?;
         let mut opened = Vec::with_capacity(found.vm.disks.len());
-        for (place, disk) in found.vm.disks.iter().enumerate() {
-            // By the device's key; of several disks none is guessed by its place, which might swap two of one size.
-            let key = found.keys.get(place).copied();
-            let by_key = lease.disks.iter().position(|device| key.is_some() && device.key == key);
-            let index = by_key.or((lease.disks.len() == 1).then_some(0));
-            let moved = moved.get(place).cloned().unwrap_or_default();
-            let streamed = index.and_then(|index| Streamed::new(lease.clone(), index, disk.capacity, moved, touch.stopping()));
-            let streamed = streamed.ok_or_else(|| disagree(", and the server does not say which is which"))?;
+        for ((number, disk), place) in found.vm.disks.iter().enumerate().zip(places) {
+            let moved = moved.get(number).cloned().unwrap_or_default();
+            let streamed = Streamed::new(lease.clone(), place, disk.capacity, moved, touch.stopping()).ok_or_else(unknown)?;
             // A snapshot is another one each time; the VM itself is the same as long as it is not changed.
             let identity = format!("{method}:{}:{}:{}", of.value, found.change_version, disk.source);
             opened.push(Opened { name: disk.name.clone(), snapshot: None, disk: Arc::new(streamed), identity });

@@ -1,0 +1,176 @@
+//! What inventories are like after some years: odd names, several datacenters, many disks, many VMs; and what is in the way of an export.
+//!
+//! Owns: that each VM is found, shown and read as itself, whatever it is called and wherever it lies. Never: measures (the README's figures
+//! come from `ten_thousand` by hand). A crash here costs the test.
+
+use std::path::PathBuf;
+
+use serde_json::{Value, json};
+
+use crate::harness::client::{Answer, file_of};
+use crate::harness::double::{self, Double, Kind, USER};
+use crate::harness::faults::{Fault, Faults, Rule};
+use crate::harness::fleet::{Fleet, Plan};
+use crate::harness::images::{identical, pattern};
+use crate::harness::{seconds, wait_for};
+
+const MIB: u64 = 1 << 20;
+/// As people write it; the inventory spells it `three off %2f 100%25 …`.
+const OFF: &str = "three off / 100% & <ü> 'a' \"b\"";
+const ON: &str = "three on / 100% & <ü> 'a' \"b\"";
+
+async fn connect(fleet: &Fleet, proxy: &Faults) -> Answer {
+    let account = json!({
+        "provider": "vsphere", "name": "vc", "host": proxy.host, "username": USER, "password": double::PASSWORD,
+        "fingerprint": proxy.fingerprint,
+    });
+    fleet.client.post("/providers/connect", account).await
+}
+
+async fn scenery(kind: Kind, name: &str, more: &[&str]) -> (Fleet, Double, Faults) {
+    let fleet = Fleet::start(name, Plan::plain(), |_| {}).await;
+    let image = fleet.scratch.join("disk.raw");
+    pattern(&image, 8 * MIB, &[(0, MIB)], 3);
+    let arguments: Vec<&str> = ["-scenery"].iter().chain(more).copied().collect();
+    let double = Double::start_with(&fleet.scratch, kind, &image, &arguments).await;
+    let proxy = Faults::before(&double.host).await;
+    connect(&fleet, &proxy).await.expect(201);
+    (fleet, double, proxy)
+}
+
+async fn browse(fleet: &Fleet, name: &str) -> Answer {
+    fleet.client.post("/vms/browse", json!({"provider": "vc", "vm_name": name})).await
+}
+
+async fn export(fleet: &Fleet, name: &str) -> Answer {
+    fleet.client.post("/jobs", json!({"type": "export", "provider": "vc", "vm_name": name, "format": "raw"})).await
+}
+
+async fn exported(fleet: &Fleet, name: &str) -> Value {
+    let made = export(fleet, name).await.expect(201).body;
+    fleet.client.completed(made["id"].as_str().unwrap(), seconds(90)).await
+}
+
+/// The flat file that a descriptor's datastore path names.
+fn flat(fleet: &Fleet, kind: Kind, source: &str) -> PathBuf {
+    let (_, path) = source.split_once("] ").unwrap();
+    let flat = path.replace(".vmdk", "-flat.vmdk");
+    let stores = std::fs::read_dir(fleet.scratch.join(&format!("double-{kind:?}"))).unwrap().map(|entry| entry.unwrap().path());
+    let found = stores.map(|store| store.join(&flat)).find(|path| path.is_file());
+    found.unwrap_or_else(|| panic!("no {flat}"))
+}
+
+/// Each disk is its own file of the datastore, whatever the way was.
+async fn each_is_itself(fleet: &Fleet, kind: Kind, vm: &str, way: &str) {
+    let browsed = browse(fleet, vm).await.expect(200).body;
+    let sources = browsed["sources"].as_array().unwrap();
+    let job = exported(fleet, vm).await;
+    let log = fleet.client.log(job["id"].as_str().unwrap()).await;
+    assert!(log.contains(way), "{vm} was not read {way:?}:\n{log}");
+    for source in sources {
+        let name = source["disk"].as_str().unwrap();
+        let file = if sources.len() == 1 { file_of(&job, ".raw") } else { file_of(&job, &format!("-{name}.raw")) };
+        identical(("raw", &flat(fleet, kind, source["path"].as_str().unwrap())), ("raw", &file));
+    }
+}
+
+fn rule(matches: &'static str, times: usize, fault: Fault) -> Rule {
+    Rule { matches, after: 0, times, fault }
+}
+
+async fn three_disks(kind: Kind) {
+    let (fleet, double, proxy) = scenery(kind, &format!("inventory-{kind:?}"), &["-page", "3"]).await;
+    let (off, on) = if kind == Kind::Vcenter { (OFF, ON) } else { ("three off", "three on") };
+    let browsed = browse(&fleet, off).await.expect(200).body;
+    let sizes: Vec<u64> = browsed["disks"].as_array().unwrap().iter().filter_map(|disk| disk["size_bytes"].as_u64()).collect();
+    assert_eq!(sizes, [16 * MIB; 3], "a swap would not show by size: {browsed:#}");
+    each_is_itself(&fleet, kind, off, "read by ranges").await;
+    each_is_itself(&fleet, kind, on, "by a lease of the temporary snapshot").await;
+    proxy.script(vec![rule("/folder/", usize::MAX, Fault::Status(401, None))]);
+    each_is_itself(&fleet, kind, off, "read by a lease, because").await;
+    proxy.script(vec![]);
+    double.snapshot(browsed["id"].as_str().unwrap(), "before the update").await;
+    each_is_itself(&fleet, kind, off, "read by a lease").await;
+    wait_for("nothing of ours to be left", seconds(30), async || match double.left().await {
+        (0, 1) => Ok(()),
+        left => Err(format!("leases and snapshots: {left:?}")),
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_disks_of_one_size_come_from_a_vcenter_as_themselves() {
+    three_disks(Kind::Vcenter).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_disks_of_one_size_come_from_an_esxi_host_as_themselves() {
+    three_disks(Kind::Esxi).await;
+}
+
+/// The failure of a job that was refused at once or has failed.
+async fn refusal(fleet: &Fleet, vm: &str) -> String {
+    let answer = export(fleet, vm).await;
+    if answer.status != 201 {
+        return answer.refused(422, "bad_image");
+    }
+    let job = fleet.client.ended(answer.body["id"].as_str().unwrap(), seconds(60)).await;
+    assert_eq!(job["status"], "failed", "{job:#}");
+    job["error"].to_string()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_vm_is_found_whatever_it_is_called_and_wherever_it_lies() {
+    let (mut fleet, double, _proxy) = scenery(Kind::Vcenter, "inventory-names", &[]).await;
+    let list = fleet.client.get("/vms/list?provider=vc&limit=200").await.expect(200).body;
+    let all = list["data"].as_array().unwrap().clone();
+    assert_eq!(list["pagination"]["total"], 32, "{list:#}");
+    let one = |name: &str| all.iter().find(|vm| vm["name"] == name).unwrap_or_else(|| panic!("no {name}")).clone();
+
+    let odd = one(OFF);
+    let path = "/Büro & <Süd>/RZ %2f 50%25 ü/vm/Kunden %2f \"A & B\"/three off %2f 100%25 & <ü> 'a' \"b\"";
+    assert_eq!(odd["path"], path, "a path is spelled as the inventory spells it");
+    for way in [path, OFF, odd["id"].as_str().unwrap()] {
+        assert_eq!(browse(&fleet, way).await.expect(200).body["id"], odd["id"], "by {way}");
+    }
+    let escaped = OFF.replace('%', "%25").replace('/', "%2F").replace('&', "%26").replace('<', "%3C").replace('>', "%3E").replace('"', "%22");
+    let by_url = fleet.client.get(&format!("/vms/vc/{}", escaped.replace(' ', "%20").replace('ü', "%C3%BC"))).await.expect(200).body;
+    assert_eq!(by_url["id"], odd["id"]);
+    let found = fleet.client.get("/vms/list?provider=vc&search=100%25%20%26%20%3C%C3%9C").await.expect(200).body;
+    assert_eq!(found["pagination"]["total"], 2, "{found:#}");
+
+    // Two of one name.
+    let twice = browse(&fleet, "twin").await;
+    let sentence = twice.refused(409, "ambiguous");
+    let twins: Vec<Value> = all.iter().filter(|vm| vm["name"] == "twin").cloned().collect();
+    assert_eq!(twins.len(), 2);
+    assert!(export(&fleet, "twin").await.refused(409, "ambiguous").contains("/DC0/vm/zwei/twin"));
+    for (twin, path) in twins.iter().zip(["/DC0/vm/eins/twin", "/DC0/vm/zwei/twin"]) {
+        assert!(sentence.contains(path) && twin["path"] == path, "{sentence} {twin:#}");
+        assert_eq!(browse(&fleet, path).await.expect(200).body["id"], twin["id"]);
+        each_is_itself(&fleet, Kind::Vcenter, path, "read by ranges").await;
+        each_is_itself(&fleet, Kind::Vcenter, twin["id"].as_str().unwrap(), "read by ranges").await;
+    }
+
+    // A template is what is off; what has no disk or no configuration is listed with the reason.
+    assert_eq!((&one("golden")["template"], &one("twin")["template"]), (&json!(true), &json!(false)));
+    each_is_itself(&fleet, Kind::Vcenter, "golden", "read by ranges").await;
+    for (name, why) in [("no disks", "it has no disk"), ("lost", "orphaned")] {
+        assert!(one(name)["problem"].as_str().unwrap_or_default().contains(why), "{:#}", one(name));
+        let told = refusal(&fleet, name).await;
+        assert!(told.contains("cannot be exported") && told.contains(why), "{name}: {told}");
+    }
+
+    // One that goes between the list and the job, while nobody was there to see it go.
+    fleet.agents[0].kill();
+    let made = export(&fleet, "soon gone").await.expect(201).body;
+    double.soap("VirtualMachine", one("soon gone")["id"].as_str().unwrap(), "Destroy_Task", "").await;
+    fleet.agents[0].start();
+    let job = fleet.client.ended(made["id"].as_str().unwrap(), seconds(60)).await;
+    assert!(job["status"] == "failed" && job["error"].to_string().contains("is not at"), "{job:#}");
+    wait_for("it to be gone from the list", seconds(20), async || {
+        let list = fleet.client.try_get("/vms/list?provider=vc&search=soon%20gone").await?;
+        if list["pagination"]["total"] == 0 { Ok(()) } else { Err(list.to_string()) }
+    })
+    .await;
+}
