@@ -4,6 +4,7 @@
 //! come from `ten_thousand` by hand). A crash here costs the test.
 
 use std::path::PathBuf;
+use std::time::Instant;
 
 use serde_json::{Value, json};
 
@@ -133,7 +134,8 @@ async fn each_vm_is_found_whatever_it_is_called_and_wherever_it_lies() {
     for way in [path, OFF, odd["id"].as_str().unwrap()] {
         assert_eq!(browse(&fleet, way).await.expect(200).body["id"], odd["id"], "by {way}");
     }
-    let escaped = OFF.replace('%', "%25").replace('/', "%2F").replace('&', "%26").replace('<', "%3C").replace('>', "%3E").replace('"', "%22");
+    let escaped =
+        OFF.replace('%', "%25").replace('/', "%2F").replace('&', "%26").replace('<', "%3C").replace('>', "%3E").replace('"', "%22");
     let by_url = fleet.client.get(&format!("/vms/vc/{}", escaped.replace(' ', "%20").replace('ü', "%C3%BC"))).await.expect(200).body;
     assert_eq!(by_url["id"], odd["id"]);
     let found = fleet.client.get("/vms/list?provider=vc&search=100%25%20%26%20%3C%C3%9C").await.expect(200).body;
@@ -173,4 +175,101 @@ async fn each_vm_is_found_whatever_it_is_called_and_wherever_it_lies() {
         if list["pagination"]["total"] == 0 { Ok(()) } else { Err(list.to_string()) }
     })
     .await;
+}
+
+/// All of an inventory comes, page by page, and what changes comes alone. `HYPERSDK_TEST_LONG` makes it 10,000 VMs; the figures are printed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_large_inventory_comes_in_pages_and_its_changes_alone() {
+    let count: u64 = if std::env::var_os("HYPERSDK_TEST_LONG").is_some() { 10_000 } else { 1_000 };
+    let mut fleet = Fleet::start("inventory-large", Plan::plain(), |_| {}).await;
+    let image = fleet.scratch.join("disk.raw");
+    pattern(&image, 8 * MIB, &[(0, MIB)], 3);
+    let double = Double::start_with(&fleet.scratch, Kind::Vcenter, &image, &["-vms", &(count / 2).to_string(), "-page", "70"]).await;
+    let proxy = Faults::before(&double.host).await;
+    let began = Instant::now();
+    connect(&fleet, &proxy).await.expect(201);
+    println!("connected after {} ms", began.elapsed().as_millis());
+    let total = async |query: &str| {
+        let list = fleet.client.try_get(&format!("/vms/list?provider=vc&{query}")).await.unwrap();
+        list["pagination"]["total"].as_u64().unwrap()
+    };
+    wait_for("all of them", seconds(90), async || match total("limit=1").await {
+        all if all == count => Ok(()),
+        other => Err(other.to_string()),
+    })
+    .await;
+    println!("{count} VMs are listed after {} ms", began.elapsed().as_millis());
+    // The listening has begun with one more look.
+    wait_for("the looks to be over", seconds(90), async || {
+        let before = double.inventory("").await["pages"].as_u64();
+        tokio::time::sleep(seconds(2)).await;
+        if before == double.inventory("").await["pages"].as_u64() { Ok(()) } else { Err("pages are still read".to_owned()) }
+    })
+    .await;
+
+    // A page of another session is refused, so everything is asked again within the new one.
+    proxy.script(vec![Rule { matches: "ContinueRetrievePropertiesEx", after: 2, times: 1, fault: Fault::Soap("NotAuthenticated") }]);
+    let began = Instant::now();
+    fleet.client.post("/providers/vc/refresh", json!({})).await.expect(200);
+    println!("refreshed after {} ms", began.elapsed().as_millis());
+    assert_eq!((proxy.met(), total("limit=1").await), (1, count));
+    proxy.script(vec![]);
+
+    // Pages, filters, search.
+    let mut seen = std::collections::BTreeSet::new();
+    for offset in (0..count).step_by(200) {
+        let page = fleet.client.get(&format!("/vms/list?provider=vc&limit=200&offset={offset}")).await.expect(200).body;
+        seen.extend(page["data"].as_array().unwrap().iter().map(|vm| vm["id"].as_str().unwrap().to_owned()));
+    }
+    assert_eq!(seen.len() as u64, count, "no VM twice, none left out");
+    assert_eq!(total("status=stopped").await, 1, "one is off");
+    assert_eq!(total("status=running").await, count - 1);
+    assert_eq!(total("search=dc0_h0_vm7").await, (0..count / 2).filter(|n| n.to_string().starts_with('7')).count() as u64);
+
+    let mut changes = Vec::new();
+    let id = vm_id(&fleet, "DC0_H0_VM77").await;
+    for on in [false, true, false, true, false] {
+        let pages = double.inventory("").await["pages"].as_u64().unwrap();
+        double.power(&id, on).await;
+        let switched = Instant::now();
+        let wanted = if on { "poweredOn" } else { "poweredOff" };
+        wait_for("a power change to show", seconds(5), async || {
+            let vm = fleet.client.try_get(&format!("/vms/vc/{id}")).await?;
+            if vm["power_state"] == wanted { Ok(()) } else { Err(vm["power_state"].to_string()) }
+        })
+        .await;
+        changes.push(switched.elapsed().as_millis());
+        let read = double.inventory("").await["pages"].as_u64().unwrap() - pages;
+        assert!(read < 6, "{read} pages were read for one VM");
+    }
+    println!("a power change shows after {changes:?} ms");
+    assert_eq!(total("status=stopped").await, 2);
+    // One that goes, and one that is called otherwise.
+    let renamed = vm_id(&fleet, "DC0_H0_VM78").await;
+    double.soap("VirtualMachine", &id, "Destroy_Task", "").await;
+    double.soap("VirtualMachine", &renamed, "Rename_Task", "<newName>anders</newName>").await;
+    wait_for("both to show", seconds(10), async || match (total("search=anders").await, total("limit=1").await) {
+        (1, all) if all == count - 1 => Ok(()),
+        other => Err(format!("{other:?}")),
+    })
+    .await;
+    let mut times: Vec<u128> = Vec::new();
+    for n in 0..500 {
+        let began = Instant::now();
+        fleet.client.get(&format!("/vms/list?offset={}", n * 17 % count)).await.expect(200);
+        times.push(began.elapsed().as_micros());
+    }
+    times.sort_unstable();
+    let resident = |pid: u32| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        let line =
+            |name: &str| status.lines().find_map(|line| line.strip_prefix(name).map(str::trim).map(str::to_owned)).unwrap_or_default();
+        format!("{} ({} at most)", line("VmRSS:"), line("VmHWM:"))
+    };
+    println!("GET /vms/list of {count}: median {} us, p99 {} us", times[250], times[494]);
+    println!("agent {}, controller {}", resident(fleet.agents[0].process().pid()), resident(fleet.controller.process().pid()));
+}
+
+async fn vm_id(fleet: &Fleet, name: &str) -> String {
+    browse(fleet, name).await.expect(200).body["id"].as_str().unwrap().to_owned()
 }

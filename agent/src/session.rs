@@ -184,8 +184,11 @@ async fn session(agent: &Arc<Agent>, identity: &Identity, mut shutdown: watch::R
             () = agent.table.news.notified() => {}
             () = agent.catalogue.notified() => if welcomed {
                 agent.scan(&tell, Some(agent.config.images_connection.clone()), false);
-                for name in agent.hypervisors.take_stale() {
-                    agent.scan(&tell, Some(name), false);
+                for (name, what) in agent.hypervisors.take_stale() {
+                    match what {
+                        hypervisors::Stale::All => agent.scan(&tell, Some(name), false),
+                        hypervisors::Stale::Vms(vms) => agent.scan_some(&tell, name, vms),
+                    }
                 }
             },
             _ = shutdown.wait_for(|stop| *stop) => {

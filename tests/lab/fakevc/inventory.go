@@ -468,7 +468,7 @@ func elsewhere() {
 			}
 			for i := range vm.LayoutEx.File {
 				p := &vm.LayoutEx.File[i].Name
-				*p = strings.Replace(*p, "["+old+"] "+vm.Name, "["+store+"] "+folder, 1)
+				*p = strings.Replace(strings.Replace(*p, "["+old+"]", "["+store+"]", 1), vm.Name, folder, 1)
 			}
 			for _, d := range vm.Config.Hardware.Device {
 				if vd, ok := d.(*types.VirtualDisk); ok {

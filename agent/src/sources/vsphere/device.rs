@@ -27,7 +27,11 @@ impl Seat {
             Some((controller, unit)) => {
                 let digits = controller.trim_end_matches(|c: char| c.is_ascii_digit()).len();
                 let (kind, bus) = controller.split_at(digits);
-                !kind.is_empty() && kind == self.controller && bus.parse() == Ok(self.bus) && unit.parse().ok() == self.unit && self.unit.is_some()
+                !kind.is_empty()
+                    && kind == self.controller
+                    && bus.parse() == Ok(self.bus)
+                    && unit.parse().ok() == self.unit
+                    && self.unit.is_some()
             }
             None => false,
         }

@@ -3,7 +3,7 @@
 //! Owns: which property means what. Never: dials by itself, keeps anything. A crash here costs one look.
 //! Source: vSphere Web Services API, VirtualMachineConfigInfo, VirtualDevice.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use roxmltree::Node;
 use shared::vm::{Disk, Nic, Vm};
@@ -31,7 +31,7 @@ const VM: &[&str] = &[
     "snapshot",
 ];
 /// What an inventory's path is made of.
-const PLACE: &[&str] = &["name", "parent"];
+pub const PLACE: &[&str] = &["name", "parent"];
 /// A distributed switch's port group, which a card names by its key.
 const PORT_GROUP: &[&str] = &["name", "key"];
 
@@ -54,24 +54,44 @@ pub struct Found {
 pub async fn all(client: &Client, session: &Session) -> Result<Vec<Found>, Error> {
     let mut places = Places::default();
     let mut found = Vec::new();
-    let mut wanted: Vec<(&str, &[&str])> = vec![("Folder", PLACE), ("Datacenter", PLACE), ("VirtualApp", PLACE), ("VirtualMachine", VM)];
+    let mut wanted = placing(session);
+    wanted.push(("VirtualMachine", VM));
+    collect::all(client, session, &wanted, |reference, object| match reference.kind.as_str() {
+        "VirtualMachine" => found.push((reference, parent(object), Raw::of(object))),
+        _ => places.add(reference, object),
+    })
+    .await?;
+    Ok(finished(found, &places))
+}
+
+/// Those of these VMs that are still there.
+pub async fn some(client: &Client, session: &Session, ids: &BTreeSet<String>) -> Result<Vec<Found>, Error> {
+    let mut found = Vec::new();
+    let references: Vec<MoRef> = ids.iter().map(|id| MoRef::new("VirtualMachine", id)).collect();
+    collect::several(client, session, &references, &[("VirtualMachine", VM)], |reference, object| {
+        found.push((reference, parent(object), Raw::of(object)));
+    })
+    .await?;
+    let mut places = Places::default();
+    if !found.is_empty() {
+        collect::all(client, session, &placing(session), |reference, object| places.add(reference, object)).await?;
+    }
+    Ok(finished(found, &places))
+}
+
+/// What paths and networks are named by.
+fn placing(session: &Session) -> Vec<(&'static str, &'static [&'static str])> {
+    let mut wanted = vec![("Folder", PLACE), ("Datacenter", PLACE), ("VirtualApp", PLACE)];
     if session.content.is_vcenter {
         wanted.push(("DistributedVirtualPortgroup", PORT_GROUP));
     }
-    collect::all(client, session, &wanted, |reference, object| match reference.kind.as_str() {
-        "VirtualMachine" => found.push((reference, parent(object), Raw::of(object))),
-        "DistributedVirtualPortgroup" => {
-            places.port_groups.insert(property_text(object, "key").to_owned(), unescaped(property_text(object, "name")));
-        }
-        _ => {
-            let place = Place { name: property_text(object, "name").to_owned(), parent: parent(object) };
-            places.by_reference.insert(reference, place);
-        }
-    })
-    .await?;
-    let mut vms: Vec<Found> = found.into_iter().map(|(reference, above, raw)| raw.finish(&reference, above, &places)).collect();
+    wanted
+}
+
+fn finished(found: Vec<(MoRef, Option<MoRef>, Raw)>, places: &Places) -> Vec<Found> {
+    let mut vms: Vec<Found> = found.into_iter().map(|(reference, above, raw)| raw.finish(&reference, above, places)).collect();
     vms.sort_by(|a, b| a.vm.path.cmp(&b.vm.path).then_with(|| a.vm.id.cmp(&b.vm.id)));
-    Ok(vms)
+    vms
 }
 
 /// The VM of this id; none where it is gone.
@@ -120,6 +140,15 @@ struct Places {
 }
 
 impl Places {
+    fn add(&mut self, reference: MoRef, object: Node) {
+        let name = property_text(object, "name");
+        if reference.kind == "DistributedVirtualPortgroup" {
+            self.port_groups.insert(property_text(object, "key").to_owned(), unescaped(name));
+        } else {
+            self.by_reference.insert(reference, Place { name: name.to_owned(), parent: parent(object) });
+        }
+    }
+
     /// The path from below the root, `/DC0/vm/web`, and that of the datacenter in it.
     fn path(&self, above: Option<MoRef>, name: &str) -> (String, String) {
         // How many names there were below the datacenter.
@@ -197,7 +226,9 @@ impl Raw {
         match property(object, "config.hardware") {
             Some(hardware) => raw.hardware(hardware, &mut problems),
             None => problems.push(match property_text(object, "runtime.connectionState") {
-                state @ ("orphaned" | "inaccessible" | "invalid" | "disconnected") => format!("its configuration cannot be read: it is {state}"),
+                state @ ("orphaned" | "inaccessible" | "invalid" | "disconnected") => {
+                    format!("its configuration cannot be read: it is {state}")
+                }
                 _ => "its configuration cannot be read: the account may not see it".to_owned(),
             }),
         }
