@@ -186,6 +186,15 @@ async fn a_large_inventory_comes_in_pages_and_its_changes_alone() {
     pattern(&image, 8 * MIB, &[(0, MIB)], 3);
     let double = Double::start_with(&fleet.scratch, Kind::Vcenter, &image, &["-vms", &(count / 2).to_string(), "-page", "70"]).await;
     let proxy = Faults::before(&double.host).await;
+    // It says how much it tells.
+    fleet.agents[0].set("LOG", "info,agent=debug");
+    fleet.agents[0].kill();
+    fleet.agents[0].start();
+    wait_for("the agent to be back", seconds(30), async || {
+        let agents = fleet.client.try_get("/agents").await?;
+        if agents["data"][0]["status"] == "connected" { Ok(()) } else { Err(agents.to_string()) }
+    })
+    .await;
     let began = Instant::now();
     connect(&fleet, &proxy).await.expect(201);
     println!("connected after {} ms", began.elapsed().as_millis());
@@ -243,6 +252,14 @@ async fn a_large_inventory_comes_in_pages_and_its_changes_alone() {
         assert!(read < 6, "{read} pages were read for one VM");
     }
     println!("a power change shows after {changes:?} ms");
+    let log = fleet.agents[0].process().log();
+    let bytes = |what: &str| {
+        let lines = log.lines().filter(|line| line.contains(what) && line.contains("connection=\"vc\""));
+        lines.filter_map(|line| line.split_once("bytes=")?.1.split(' ').next()?.parse().ok()).collect::<Vec<u64>>()
+    };
+    let (whole, some) = (bytes("an inventory is told"), bytes("changes of an inventory are told"));
+    println!("told to the controller: {whole:?} bytes for all VMs, {some:?} for one");
+    assert!(some.len() >= 5 && some.iter().all(|bytes| *bytes < 4096) && whole.iter().any(|bytes| *bytes > 100 * count), "{log}");
     assert_eq!(total("status=stopped").await, 2);
     // One that goes, and one that is called otherwise.
     let renamed = vm_id(&fleet, "DC0_H0_VM78").await;
@@ -272,4 +289,126 @@ async fn a_large_inventory_comes_in_pages_and_its_changes_alone() {
 
 async fn vm_id(fleet: &Fleet, name: &str) -> String {
     browse(fleet, name).await.expect(200).body["id"].as_str().unwrap().to_owned()
+}
+
+/// Each finding by its name, with what would mend it; what the server does not say is not passed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_in_the_way_of_an_export_is_named() {
+    let (fleet, double, proxy) = scenery(Kind::Vcenter, "inventory-preflight", &[]).await;
+    let checks = async |vm: &str| {
+        let answer = fleet.client.get(&format!("/readiness?provider=vc&vm_name={}", vm.replace(' ', "%20"))).await.expect(200).body;
+        let all: Vec<Value> = serde_json::from_value(answer["data"].clone()).or_else(|_| serde_json::from_value(answer.clone())).unwrap();
+        for check in &all {
+            assert!(check["status"] == "pass" || check["fix"].as_str().is_some_and(|fix| !fix.is_empty()), "{vm}: {check:#}");
+        }
+        move |name: &str| all.iter().find(|check| check["check"] == name).unwrap_or_else(|| panic!("no {name} in {all:#?}")).clone()
+    };
+    for (vm, name, status, says) in [
+        ("golden", "permissions", "pass", "may do"),
+        ("golden", "snapshots", "pass", "none"),
+        ("golden", "raw_device_mappings", "pass", ""),
+        ("golden", "shared_disks", "pass", ""),
+        ("golden", "independent_disks", "pass", ""),
+        ("golden", "encryption", "pass", ""),
+        ("golden", "hardware", "pass", ""),
+        ("golden", "changed_blocks", "warn", "unknown"),
+        ("golden", "space", "pass", "GiB are free"),
+        ("rich", "changed_blocks", "pass", ""),
+        ("with an RDM", "raw_device_mappings", "fail", "disk-0"),
+        ("shared", "shared_disks", "fail", "multi-writer"),
+        ("independent", "independent_disks", "fail", "not off"),
+        ("encrypted", "encryption", "fail", "encrypted"),
+        ("with a passed-through card", "hardware", "warn", "PCI device 0"),
+        ("huge", "space", "fail", "1048576.0 GiB"),
+        ("no disks", "vm", "fail", "no disk"),
+        ("lost", "vm", "fail", "orphaned"),
+        ("twin", "vm", "fail", "/DC0/vm/zwei/twin"),
+        ("nobody", "vm", "fail", "no VM"),
+    ] {
+        let check = checks(vm).await(name);
+        assert!(check["status"] == status && check["message"].as_str().unwrap().contains(says), "{vm}: {check:#}");
+    }
+    for vm in ["with an RDM", "shared", "encrypted"] {
+        assert!(refusal(&fleet, vm).await.contains("cannot be exported"));
+    }
+
+    double.inventory("lacks=Datastore.Browse").await;
+    assert_eq!(checks("golden").await("permissions")["status"], "warn", "a lease is left");
+    double.inventory("lacks=VApp.Export,Datastore.Browse").await;
+    let lacking = checks("golden").await("permissions");
+    let named = lacking["message"].as_str().unwrap();
+    assert!(lacking["status"] == "fail" && named.contains("VApp.Export") && named.contains("Datastore.Browse"), "{lacking:#}");
+    double.inventory("silent=true").await;
+    let silent = checks("golden").await("permissions");
+    assert!(silent["status"] == "warn" && silent["message"].as_str().unwrap().starts_with("unknown"), "{silent:#}");
+    double.inventory("lacks=").await;
+    proxy.script(vec![rule("HasPrivilegeOnEntities", usize::MAX, Fault::Reset)]);
+    assert_eq!(checks("golden").await("permissions")["status"], "fail", "nobody answers");
+    proxy.script(vec![rule("HasPrivilegeOnEntities", 1, Fault::Soap("NotAuthenticated"))]);
+    assert_eq!(checks("golden").await("permissions")["status"], "pass", "a session that ran out is made anew");
+    proxy.script(vec![]);
+
+    // What browse tells.
+    let id = vm_id(&fleet, "rich").await;
+    for name in ["before / after", "<late>"] {
+        double.snapshot(&id, &name.replace('/', "%2f").replace('<', "&lt;").replace('>', "&gt;")).await;
+    }
+    let rich = browse(&fleet, "rich").await.expect(200).body;
+    for (field, expected) in [
+        ("hardware_version", json!("vmx-19")),
+        ("annotation", json!("kept by Änne & co")),
+        ("changed_block_tracking", json!(true)),
+        ("encrypted", json!(false)),
+        ("firmware", json!("bios")),
+        ("left_behind", json!([])),
+        ("template", json!(false)),
+    ] {
+        assert_eq!(rich[field], expected, "{field}: {rich:#}");
+    }
+    let guest = &rich["guest"];
+    assert_eq!(
+        (&guest["hostname"], &guest["tools_status"], &guest["tools_version"]),
+        (&json!("rich.example"), &json!("running"), &json!("12352"))
+    );
+    assert_eq!(guest["addresses"], json!(["192.0.2.7", "fe80::1"]));
+    assert_eq!((&rich["networks"][0]["network"], &rich["networks"][0]["mac"]), (&rich["nics"][0]["network"], &rich["nics"][0]["mac"]));
+    assert_eq!((&rich["networks"][0]["connected"], &rich["networks"][0]["addresses"]), (&json!(false), &json!(["192.0.2.7", "fe80::1"])));
+    let (first, second) = (&rich["snapshot_tree"][0], &rich["snapshot_tree"][0]["children"][0]);
+    assert_eq!((&first["name"], &first["current"]), (&json!("before / after"), &json!(false)), "{rich:#}");
+    assert_eq!((&second["name"], &second["current"]), (&json!("<late>"), &json!(true)), "{rich:#}");
+    assert!(second["created_at"].as_str().unwrap().starts_with("20"), "{second:#}");
+    let warned = checks("rich").await("snapshots");
+    assert!(warned["status"] == "warn" && warned["message"].as_str().unwrap().contains("`<late>`"), "{warned:#}");
+
+    let three = browse(&fleet, OFF).await.expect(200).body;
+    let seats: Vec<Value> = three["disk_details"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|disk| {
+            json!([disk["name"], disk["bus"], disk["bus_number"], disk["unit"], disk["mode"], disk["backing"], disk["thin_provisioned"]])
+        })
+        .collect();
+    assert_eq!(
+        json!(seats),
+        json!([
+            ["disk-0", "sata", 0, 3, "persistent", "flat", true],
+            ["disk-1", "scsi", 0, 0, "persistent", "flat", true],
+            ["disk-2", "scsi", 2, 1, "persistent", "flat", true],
+        ]),
+        "{three:#}"
+    );
+    let models: Vec<&str> = three["controllers"].as_array().unwrap().iter().filter_map(|row| row["model"].as_str()).collect();
+    for model in ["VirtualAHCIController", "ParaVirtualSCSIController", "VirtualLsiLogicController", "VirtualIDEController"] {
+        assert!(models.contains(&model), "{models:?}");
+    }
+
+    // The agent away: what the inventory knows, and why there is no more. A VM that is gone: 404, whether the inventory knows it or not.
+    proxy.script(vec![rule("RetrievePropertiesEx", usize::MAX, Fault::Reset)]);
+    let poor = browse(&fleet, "rich").await.expect(200).body;
+    assert!(poor["id"] == id.as_str() && poor["unasked"].is_string() && poor["snapshot_tree"].is_null(), "{poor:#}");
+    proxy.script(vec![]);
+    let gone = vm_id(&fleet, "soon gone").await;
+    double.soap("VirtualMachine", &gone, "Destroy_Task", "").await;
+    browse(&fleet, &gone).await.refused(404, "not_found");
 }

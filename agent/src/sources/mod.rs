@@ -11,6 +11,7 @@ pub mod vsphere;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use shared::details::Details;
 use shared::error::Code;
 use shared::options::Action;
 use shared::vm::{Snapshot, Vm};
@@ -143,6 +144,12 @@ pub trait Source: Send + Sync {
     /// Those of these VMs that are still there, as an inventory shows them.
     fn some(&self, vm_ids: &BTreeSet<String>) -> Result<Vec<Vm>, Error> {
         Ok(self.inventory()?.into_iter().filter(|vm| vm_ids.contains(&vm.id)).collect())
+    }
+
+    /// The VM in detail; `privileges`: with what the account may do.
+    fn describe(&self, vm_id: &str, privileges: bool) -> Result<Details, Error> {
+        let _ = (vm_id, privileges);
+        Err(Error::fatal(Code::NotBuilt, "this provider knows no more of a VM than its inventory shows"))
     }
 
     /// The VM of this id with its disks, as far as an inventory looks: nothing is read through.

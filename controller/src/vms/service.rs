@@ -2,13 +2,17 @@
 //!
 //! Owns: the rows of `vms`. Never: keeps a VM that its connection no longer tells. A crash here costs nothing: one transaction per inventory.
 
+use proto::v1;
+use proto::v1::browse::Question;
 use sea_orm::sea_query::{Expr, ExprTrait};
 use sea_orm::{
     ActiveValue::Set, ColumnTrait, Condition, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, TransactionTrait,
 };
+use shared::details::Details;
 use shared::error::Code;
 use shared::vm::Vm;
 
+use crate::app::App;
 use crate::http::query::{Paging, Sort};
 use crate::http::reply::Error;
 use crate::store::entities::{connections, vms};
@@ -46,6 +50,19 @@ pub fn status(power_state: &str) -> &'static str {
         "suspended" => "suspended",
         _ => "stopped",
     }
+}
+
+/// What the provider knows of a VM beyond its inventory, asked now; nothing where the provider's kind knows no more. `privileges`: with what
+/// the connection's account may do.
+pub async fn describe(app: &App, found: &Found, privileges: bool) -> Result<Option<Details>, Error> {
+    if found.connection.kind != "vsphere" {
+        return Ok(None);
+    }
+    let row = &found.connection;
+    let connection = v1::Connection { name: row.name.clone(), kind: row.kind.clone(), path: row.path.clone(), account: None };
+    let question = Question::Describe(v1::Describe { connection: Some(connection), vm_id: found.vm.id.clone(), privileges });
+    let answer = app.fleet.ask_within(&row.agent_id, question, crate::providers::service::patience(&row.kind)).await?;
+    serde_json::from_value(answer).map(Some).map_err(|e| Error::new(Code::BadGateway, format!("the agent's answer cannot be read: {e}")))
 }
 
 /// Takes the inventory of a connection over. Nothing happens when the connection is not that agent's (any more).

@@ -421,8 +421,8 @@ func scenery(esx bool) {
 	busy.Guest.Net = []types.GuestNicInfo{{Network: "VM Network", IpAddress: []string{"192.0.2.7", "fe80::1"}, DeviceConfigId: 4000}}
 	busy.Guest.ToolsRunningStatus, busy.Guest.ToolsVersion = "guestToolsRunning", "12352"
 	huge := of(6, "huge")
-	replaceDisk(huge, func(d *types.VirtualDisk, _ *types.VirtualDiskFlatVer2BackingInfo) {
-		d.CapacityInKB, d.CapacityInBytes = 1<<40, 1<<50
+	replaceDisk(huge, func(d *types.VirtualDisk, b *types.VirtualDiskFlatVer2BackingInfo) {
+		d.CapacityInKB, d.CapacityInBytes, b.ThinProvisioned = 1<<40, 1<<50, types.NewBool(false)
 	})
 }
 

@@ -356,7 +356,7 @@ fn family(guest_id: &str) -> &'static str {
 }
 
 /// The bus of a controller's type.
-fn bus(kind: &str) -> Option<&'static str> {
+pub fn bus(kind: &str) -> Option<&'static str> {
     Some(match kind {
         "VirtualIDEController" => "ide",
         "VirtualSATAController" | "VirtualAHCIController" => "sata",
@@ -371,7 +371,7 @@ fn bus(kind: &str) -> Option<&'static str> {
 }
 
 /// The model of a network card's type: `vmxnet3` of `VirtualVmxnet3`.
-fn card(kind: &str) -> Option<String> {
+pub fn card(kind: &str) -> Option<String> {
     let model = match kind {
         "VirtualE1000" | "VirtualE1000e" | "VirtualPCNet32" | "VirtualVmxnet" | "VirtualVmxnet2" | "VirtualVmxnet3" => {
             kind.trim_start_matches("Virtual").to_ascii_lowercase()

@@ -18,6 +18,7 @@ pub mod budget;
 mod changed;
 mod client;
 mod collect;
+mod describe;
 mod device;
 mod folder;
 mod inventory;
@@ -30,6 +31,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use shared::details::Details;
 use shared::error::Code;
 use shared::options::Action;
 use shared::vm::Vm;
@@ -73,9 +75,11 @@ impl Vsphere {
 
     fn found(&self, vm_id: &str) -> Result<Found, Error> {
         let found = self.runtime.block_on(self.client.within(async |session| inventory::one(&self.client, session, vm_id).await));
-        found
-            .map_err(|e| self.told(&e))?
-            .ok_or_else(|| Error::fatal(Code::NotFound, format!("the VM {vm_id:?} is not at {} any more", self.client.host())))
+        found.map_err(|e| self.told(&e))?.ok_or_else(|| self.is_gone(vm_id))
+    }
+
+    fn is_gone(&self, vm_id: &str) -> Error {
+        Error::fatal(Code::NotFound, format!("the VM {vm_id:?} is not at {} any more", self.client.host()))
     }
 
     fn disk(
@@ -322,6 +326,12 @@ impl Source for Vsphere {
     fn some(&self, vm_ids: &BTreeSet<String>) -> Result<Vec<Vm>, Error> {
         let found = self.runtime.block_on(self.client.within(async |session| inventory::some(&self.client, session, vm_ids).await));
         Ok(found.map_err(|e| self.told(&e))?.into_iter().map(|found| found.vm).collect())
+    }
+
+    fn describe(&self, vm_id: &str, privileges: bool) -> Result<Details, Error> {
+        let ask = async |session: &client::Session| describe::describe(&self.client, session, vm_id, privileges).await;
+        let found = self.runtime.block_on(self.client.within(ask)).map_err(|e| self.told(&e))?;
+        found.ok_or_else(|| self.is_gone(vm_id))
     }
 
     /// The disks are named and measured; nothing is opened, so nothing is touched.
