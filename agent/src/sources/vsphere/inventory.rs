@@ -32,6 +32,8 @@ const VM: &[&str] = &[
 ];
 /// What an inventory's path is made of.
 pub const PLACE: &[&str] = &["name", "parent"];
+/// The same of a vApp, whose parent is the resource pool that it is, not the folder that it lies in.
+pub const VAPP: &[&str] = &["name", "parentFolder", "parentVApp"];
 /// A distributed switch's port group, which a card names by its key.
 const PORT_GROUP: &[&str] = &["name", "key"];
 
@@ -81,7 +83,7 @@ pub async fn some(client: &Client, session: &Session, ids: &BTreeSet<String>) ->
 
 /// What paths and networks are named by.
 fn placing(session: &Session) -> Vec<(&'static str, &'static [&'static str])> {
-    let mut wanted = vec![("Folder", PLACE), ("Datacenter", PLACE), ("VirtualApp", PLACE)];
+    let mut wanted = vec![("Folder", PLACE), ("Datacenter", PLACE), ("VirtualApp", VAPP)];
     if session.content.is_vcenter {
         wanted.push(("DistributedVirtualPortgroup", PORT_GROUP));
     }
@@ -110,7 +112,8 @@ pub async fn one(client: &Client, session: &Session, id: &str) -> Result<Option<
     for _ in 0..64 {
         let Some(reference) = next.take().filter(|reference| *reference != session.content.root) else { break };
         let mut place = Place::default();
-        collect::one(client, session, &reference, PLACE, |_, object| {
+        let wanted = if reference.kind == "VirtualApp" { VAPP } else { PLACE };
+        collect::one(client, session, &reference, wanted, |_, object| {
             place = Place { name: property_text(object, "name").to_owned(), parent: parent(object) };
         })
         .await?;
@@ -174,8 +177,9 @@ impl Places {
     }
 }
 
+/// What it lies in: a folder, or the vApp that it is part of.
 fn parent(object: Node) -> Option<MoRef> {
-    property(object, "parent").or_else(|| property(object, "parentVApp")).and_then(MoRef::of)
+    ["parent", "parentFolder", "parentVApp"].iter().find_map(|name| property(object, name).and_then(MoRef::of))
 }
 
 /// vSphere writes `/`, `\` and `%` in names as `%2f`, `%5c` and `%25`.
@@ -409,6 +413,36 @@ mod tests {
         for (escaped, plain) in [("a%2fb", "a/b"), ("50%25 off", "50% off"), ("x%5cy", "x\\y"), ("plain", "plain"), ("%252f", "%2f")] {
             assert_eq!(unescaped(escaped), plain);
         }
+    }
+
+    #[test]
+    fn a_path_leads_through_folders_datacenters_and_vapps() {
+        let mut places = Places::default();
+        let mut add = |kind: &str, id: &str, properties: &str| {
+            let object = format!("<o>{properties}</o>");
+            places.add(MoRef::new(kind, id), wire::parse(&object).unwrap().root_element());
+        };
+        let named = |name: &str| format!("<propSet><name>name</name><val>{name}</val></propSet>");
+        let lies_in =
+            |property: &str, kind: &str, id: &str| format!("<propSet><name>{property}</name><val type=\"{kind}\">{id}</val></propSet>");
+        add("Folder", "group-d1", &named("Datacenters"));
+        add("Folder", "group-d2", &(named("Süd") + &lies_in("parent", "Folder", "group-d1")));
+        add("Datacenter", "datacenter-3", &(named("RZ %2f 1") + &lies_in("parent", "Folder", "group-d2")));
+        add("Folder", "group-v4", &(named("vm") + &lies_in("parent", "Datacenter", "datacenter-3")));
+        add("VirtualApp", "resgroup-v5", &(named("Shop") + &lies_in("parentFolder", "Folder", "group-v4")));
+        add("VirtualApp", "resgroup-v6", &(named("Lager") + &lies_in("parentVApp", "VirtualApp", "resgroup-v5")));
+        for (above, path) in [
+            (MoRef::new("Folder", "group-v4"), "/Süd/RZ %2f 1/vm/x"),
+            (MoRef::new("VirtualApp", "resgroup-v6"), "/Süd/RZ %2f 1/vm/Shop/Lager/x"),
+        ] {
+            assert_eq!(places.path(Some(above), "x"), (path.to_owned(), "Süd/RZ %2f 1".to_owned()));
+        }
+        // A host, whose root folder is not seen by everybody.
+        let mut host = Places::default();
+        let object = named("ha-datacenter");
+        host.add(MoRef::new("Datacenter", "ha-datacenter"), wire::parse(&format!("<o>{object}</o>")).unwrap().root_element());
+        let found = host.path(Some(MoRef::new("Datacenter", "ha-datacenter")), "x");
+        assert_eq!(found, ("/ha-datacenter/x".to_owned(), "ha-datacenter".to_owned()));
     }
 
     #[test]

@@ -284,7 +284,7 @@ impl Listener {
             let session = client.session().await?;
             let places = inventory::PLACE;
             let wanted: [(&str, &[&str]); 4] =
-                [("VirtualMachine", WATCHED), ("Folder", places), ("Datacenter", places), ("VirtualApp", places)];
+                [("VirtualMachine", WATCHED), ("Folder", places), ("Datacenter", places), ("VirtualApp", inventory::VAPP)];
             match collect::Changes::begin(client, &session, &wanted).await {
                 Ok(changes) => self.standing = Some((session, changes)),
                 Err(e) => {
