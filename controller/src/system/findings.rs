@@ -161,13 +161,13 @@ fn changed_blocks(details: &Details) -> Check {
         ),
         (Some(false), _) => warn(
             "changed_blocks",
-            "changed blocks are not tracked: a backup reads whole disks each time",
-            "switch changed block tracking on at the source; an export does not need it",
+            "changed blocks are not tracked: a backup switches tracking on and reads whole disks the first time",
+            "nothing for an export; for backups let the account have VirtualMachine.Config.ChangeTracking",
         ),
         (None, _) => warn(
             "changed_blocks",
             "unknown: the server does not say whether changed blocks are tracked",
-            "look at the VM's settings; an export does not need it",
+            "nothing for an export; a backup looks for itself",
         ),
     }
 }

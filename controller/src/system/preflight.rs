@@ -37,14 +37,17 @@ pub async fn checks(app: &App, provider: &str, vm_name: &str) -> Result<Vec<Chec
     };
     let details = vms::service::describe(app, &found, true).await;
     let vm = found.vm;
+    if let Err(e) = &details
+        && e.code() == shared::error::Code::NotFound
+    {
+        checks.push(fail("vm", e.message(), "GET /vms/list?refresh=true looks again"));
+        return Ok(checks);
+    }
     checks.push(readable(&vm, &connection.kind));
     checks.extend(of_vm(&vm, &connection.kind));
     match details {
         Ok(Some(details)) => checks.extend(findings::of(&vm, &details)),
         Ok(None) => checks.push(permissions(app, &connection).await),
-        Err(e) if e.code() == shared::error::Code::NotFound => {
-            checks.push(fail("vm", e.message(), "GET /vms/list?refresh=true looks again"));
-        }
         Err(e) => checks.push(fail(
             "permissions",
             format!("unknown, as is what else the VM may have in its way: {}", e.message()),
@@ -112,7 +115,10 @@ fn of_vm(vm: &Vm, kind: &str) -> Vec<Check> {
                 "set include_snapshots to take them along, or consolidate them first",
             ),
         });
-        checks.push(pass("changed_blocks", "an image in a folder is read whole; there is nothing to track"));
+        checks.push(match kind {
+            "local" => pass("changed_blocks", "an image in a folder is read whole; there is nothing to track"),
+            _ => warn("changed_blocks", "changed blocks are not tracked here", "nothing: a backup reads the whole disk each time"),
+        });
     }
     checks.push(match vm.power_state.as_str() {
         "poweredOff" => pass("power", "it is off"),
@@ -131,7 +137,15 @@ async fn permissions(app: &App, row: &connections::Model) -> Check {
     let connection = v1::Connection { name: row.name.clone(), kind: row.kind.clone(), path: row.path.clone(), account: None };
     match app.fleet.ask_within(&row.agent_id, Question::Probe(connection), providers::service::patience(&row.kind)).await {
         Ok(_) => pass("permissions", format!("the agent reads `{}`", row.name)),
-        Err(e) => fail("permissions", e.message(), "let the agent's user read it, and put it inside the agent's roots"),
+        Err(e) => fail(
+            "permissions",
+            e.message(),
+            if row.kind == "local" {
+                "let the agent's user read it, and put it inside the agent's roots"
+            } else {
+                "mend the account or the host, or PATCH /providers/{name}"
+            },
+        ),
     }
 }
 
