@@ -117,7 +117,7 @@ fn of_vm(vm: &Vm, kind: &str) -> Vec<Check> {
         });
         checks.push(match kind {
             "local" => pass("changed_blocks", "an image in a folder is read whole; there is nothing to track"),
-            _ => warn("changed_blocks", "changed blocks are not tracked here", "nothing: a backup reads the whole disk each time"),
+            _ => warn("changed_blocks", "changed blocks are not tracked here", "a backup reads the whole disk each time"),
         });
     }
     checks.push(match vm.power_state.as_str() {
