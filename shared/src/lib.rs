@@ -6,6 +6,7 @@
 
 pub mod clock;
 pub mod deploy;
+pub mod details;
 pub mod error;
 pub mod folder;
 pub mod ids;

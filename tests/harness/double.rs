@@ -54,6 +54,11 @@ pub struct Double {
 impl Double {
     /// Starts one whose VM [`Kind::vm`] is off, and [`Kind::other`] on; both have the raw image as their first disk.
     pub async fn start(scratch: &Scratch, kind: Kind, image: &Path) -> Self {
+        Self::start_with(scratch, kind, image, &[]).await
+    }
+
+    /// The same with more arguments.
+    pub async fn start_with(scratch: &Scratch, kind: Kind, image: &Path, more: &[&str]) -> Self {
         let program = lab().join("fakevc");
         assert!(program.is_file(), "{} is not built: tests/run builds it", program.display());
         let folder = scratch.dir(&format!("double-{kind:?}"));
@@ -65,6 +70,7 @@ impl Double {
         if kind == Kind::Esxi {
             command.arg("-esx");
         }
+        command.args(more);
         // A certificate of its own: the one that comes with Go has too short a key for rustls.
         let made = rcgen::generate_simple_self_signed(vec!["127.0.0.1".to_owned()]).unwrap();
         for (flag, name, text) in [("-cert", "cert.pem", made.cert.pem()), ("-key", "key.pem", made.signing_key.serialize_pem())] {
@@ -74,7 +80,7 @@ impl Double {
         // Its datastores lie in here and go with the scratch folder.
         command.env("TMPDIR", &folder).current_dir(&folder);
         let mut process = Process::start("double", command, &log);
-        wait_for("the double", seconds(30), async || {
+        wait_for("the double", seconds(120), async || {
             assert!(process.ended().is_none(), "it ended:\n{}", process.tail());
             if process.log().contains("listening") { Ok(()) } else { Err(process.tail()) }
         })
@@ -126,6 +132,11 @@ impl Double {
     async fn told(&self, path: &str) -> serde_json::Value {
         let answer = self.http.get(format!("https://{}{path}", self.host)).send().await.unwrap().text().await.unwrap();
         serde_json::from_str(&answer).unwrap_or_else(|e| panic!("{path}: {e}: {answer}"))
+    }
+
+    /// What `/inventory` answers to this query.
+    pub async fn inventory(&self, query: &str) -> serde_json::Value {
+        self.told(&format!("/inventory?{query}")).await
     }
 
     /// How many leases and snapshots there are.
