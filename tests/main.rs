@@ -25,6 +25,7 @@ mod libvirt;
 mod load;
 mod long;
 mod memory;
+mod no_trace;
 mod operations;
 mod schedules;
 mod survival;

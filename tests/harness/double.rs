@@ -54,6 +54,11 @@ pub struct Double {
 impl Double {
     /// Starts one whose VM [`Kind::vm`] is off, and [`Kind::other`] on; both have the raw image as their first disk.
     pub async fn start(scratch: &Scratch, kind: Kind, image: &Path) -> Self {
+        Self::start_with(scratch, kind, image, &[]).await
+    }
+
+    /// The same with more settings, as `lab/fakevc` takes them.
+    pub async fn start_with(scratch: &Scratch, kind: Kind, image: &Path, more: &[&str]) -> Self {
         let program = lab().join("fakevc");
         assert!(program.is_file(), "{} is not built: tests/run builds it", program.display());
         let folder = scratch.dir(&format!("double-{kind:?}"));
@@ -65,6 +70,7 @@ impl Double {
         if kind == Kind::Esxi {
             command.arg("-esx");
         }
+        command.args(more);
         // A certificate of its own: the one that comes with Go has too short a key for rustls.
         let made = rcgen::generate_simple_self_signed(vec!["127.0.0.1".to_owned()]).unwrap();
         for (flag, name, text) in [("-cert", "cert.pem", made.cert.pem()), ("-key", "key.pem", made.signing_key.serialize_pem())] {
@@ -121,6 +127,12 @@ impl Double {
     pub async fn snapshot(&self, vm: &str, name: &str) {
         let body = format!("<name>{name}</name><memory>false</memory><quiesce>false</quiesce>");
         self.soap("VirtualMachine", vm, "CreateSnapshot_Task", &body).await;
+    }
+
+    /// How long a snapshot's making and removal take from here on.
+    pub async fn task_time(&self, time: std::time::Duration) {
+        let url = format!("https://{}/tasktime?ms={}", self.host, time.as_millis());
+        assert!(self.http.get(url).send().await.unwrap().status().is_success());
     }
 
     async fn told(&self, path: &str) -> serde_json::Value {

@@ -99,6 +99,16 @@ impl Error {
         }
     }
 
+    /// Whether the object is at something else, so that it has surely not begun with this.
+    pub fn is_occupied(&self) -> bool {
+        let is_it = |word: &str| matches!(word, "TaskInProgress" | "ConcurrentAccess");
+        match self {
+            Self::Fault(Fault::Other(kind, message)) if kind == "task" => is_it(message.split(' ').next().unwrap_or_default()),
+            Self::Fault(Fault::Other(kind, _)) => is_it(kind),
+            _ => false,
+        }
+    }
+
     /// For whoever asked. `host` is named, nothing else of the settings is.
     pub fn told(&self, host: &str) -> sources::Error {
         let (code, message) = match self {
@@ -180,7 +190,8 @@ impl Client {
         }
     }
 
-    /// Does some work of reading calls within a session; where that has ended, once more within a new one.
+    /// Does some work within a session; where that has ended, once more within a new one. For calls that read, or for a single one that
+    /// changes something: what is not authenticated has changed nothing.
     pub async fn within<T>(&self, work: impl AsyncFn(&Session) -> Result<T, Error>) -> Result<T, Error> {
         let session = self.session().await?;
         match work(&session).await {
@@ -297,7 +308,11 @@ impl Client {
             egress::hypervisor(&trust).map_err(Error::Odd)?.0.get(parsed)
         };
         let answer = request.send().await.map_err(|e| self.unreachable(&e))?;
-        if answer.status() == StatusCode::OK { Ok(answer) } else { Err(refusal(&answer)) }
+        match answer.status() {
+            StatusCode::OK => Ok(answer),
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Err(Error::Fault(Fault::NotAuthenticated)),
+            _ => Err(refusal(&answer)),
+        }
     }
 
     /// What kept a request from its answer, in words without the URL.

@@ -33,6 +33,8 @@ const AHEAD: u64 = 32 << 20;
 const LOOK: Duration = Duration::from_millis(300);
 /// How often a stream may break.
 const TRIES: u32 = 5;
+/// How long somebody else's lease is waited for: an orphan's time-out is 5 minutes at real servers.
+const TAKEN: Duration = Duration::from_secs(330);
 /// How long a server may take to make a lease ready.
 const READY: Duration = Duration::from_secs(120);
 
@@ -64,7 +66,7 @@ pub struct Lease {
 
 impl Lease {
     /// Waits until the lease that `method` of `this` gave is ready. `note` is told its id before anything else is done with it. `total`:
-    /// bytes of all its disks.
+    /// bytes of all its disks. A VM that somebody else holds is waited for, until `stopping`.
     pub async fn begin(
         client: &Arc<Client>,
         runtime: &Handle,
@@ -72,16 +74,25 @@ impl Lease {
         this: &MoRef,
         total: u64,
         note: &dyn Fn(&str) -> io::Result<()>,
+        stopping: &Stopping,
     ) -> Result<Arc<Self>, Error> {
-        let session = client.session().await?;
-        let answer = client.call(&session, method, this, "", CALL).await?;
+        let end = Instant::now() + TAKEN;
+        let answer = loop {
+            match client.within(async |session| client.call(session, method, this, "", CALL).await).await {
+                // Somebody has a lease of it, perhaps one of ours whose id a crash has eaten: that ends by its time-out.
+                Err(e) if e.is_occupied() && Instant::now() < end && stopping.load(Ordering::Acquire) == 0 => {
+                    tokio::time::sleep(Duration::from_secs(1)).await
+                }
+                answered => break answered?,
+            }
+        };
         let reference = collect::returned(&answer, method)?;
         note(&reference.value).map_err(|e| Error::Odd(format!("the ledger cannot be written: {e}")))?;
-        let (disks, timeout) = match ready(client, &session, &reference).await {
+        let (disks, timeout) = match ready(client, &reference).await {
             Ok(ready) => ready,
             Err(e) => {
                 // It may be no more.
-                let _ = client.call(&session, "HttpNfcLeaseAbort", &reference, "", CALL).await;
+                let _ = abort(client, &reference.value).await;
                 return Err(e);
             }
         };
@@ -104,10 +115,8 @@ impl Lease {
         if self.whole.fetch_add(1, Ordering::AcqRel) + 1 < self.disks.len() as u64 {
             return;
         }
-        let completed = self.runtime.block_on(async {
-            let session = self.client.session().await?;
-            self.client.call(&session, "HttpNfcLeaseComplete", &self.reference, "", CALL).await
-        });
+        let complete = async |session: &Session| self.client.call(session, "HttpNfcLeaseComplete", &self.reference, "", CALL).await;
+        let completed = self.runtime.block_on(self.client.within(complete));
         match completed {
             Ok(_) => self.is_ended.store(true, Ordering::Relaxed),
             Err(e) => tracing::debug!(lease = self.reference.value, error = ?e, "a lease could not be completed"),
@@ -164,29 +173,37 @@ async fn keep(lease: std::sync::Weak<Lease>, timeout: Duration) {
 
 type Ready = (Vec<DeviceUrl>, Duration);
 
-async fn ready(client: &Client, session: &Session, lease: &MoRef) -> Result<Ready, Error> {
+async fn ready(client: &Client, lease: &MoRef) -> Result<Ready, Error> {
     let end = Instant::now() + READY;
     loop {
-        let (mut state, mut found, mut error) = (String::new(), None, String::new());
-        collect::one(client, session, lease, &["state", "info", "error"], |_, object| {
-            state = collect::property_text(object, "state").to_owned();
-            error = property(object, "error").map(|fault| text(fault, "localizedMessage").to_owned()).unwrap_or_default();
-            found = property(object, "info").map(|info| {
-                let urls = children(info, "deviceUrl").filter(|device| text(*device, "disk") != "false").map(|device| {
-                    let key = text(device, "key").rsplit_once("VirtualDisk:").and_then(|(_, key)| key.parse().ok());
-                    DeviceUrl { key, url: text(device, "url").to_owned(), thumbprint: text(device, "sslThumbprint").to_owned() }
-                });
-                (urls.collect(), Duration::from_secs(number(info, "leaseTimeout").unwrap_or(300)))
-            });
-        })
-        .await?;
-        match (state.as_str(), found) {
-            ("ready", Some(ready)) => return Ok(ready),
-            ("error", _) => return Err(Error::Odd(format!("the lease failed: {error}"))),
-            _ if Instant::now() > end => return Err(Error::Unreachable(format!("the lease is {state} after {} s", READY.as_secs()))),
+        match client.within(async |session| look(client, session, lease).await).await {
+            Ok((state, Some(ready), _)) if state == "ready" => return Ok(ready),
+            Ok((state, _, error)) if state == "error" => return Err(Error::Odd(format!("the lease failed: {error}"))),
+            Ok((state, ..)) if Instant::now() > end => {
+                return Err(Error::Unreachable(format!("the lease is {state} after {} s", READY.as_secs())));
+            }
+            Err(e) if !e.is_passing() || Instant::now() > end => return Err(e),
             _ => tokio::time::sleep(Duration::from_millis(200)).await,
         }
     }
+}
+
+/// The lease's state, what it gives, and what is wrong with it.
+async fn look(client: &Client, session: &Session, lease: &MoRef) -> Result<(String, Option<Ready>, String), Error> {
+    let (mut state, mut found, mut error) = (String::new(), None, String::new());
+    collect::one(client, session, lease, &["state", "info", "error"], |_, object| {
+        state = collect::property_text(object, "state").to_owned();
+        error = property(object, "error").map(|fault| text(fault, "localizedMessage").to_owned()).unwrap_or_default();
+        found = property(object, "info").map(|info| {
+            let urls = children(info, "deviceUrl").filter(|device| text(*device, "disk") != "false").map(|device| {
+                let key = text(device, "key").rsplit_once("VirtualDisk:").and_then(|(_, key)| key.parse().ok());
+                DeviceUrl { key, url: text(device, "url").to_owned(), thumbprint: text(device, "sslThumbprint").to_owned() }
+            });
+            (urls.collect(), Duration::from_secs(number(info, "leaseTimeout").unwrap_or(300)))
+        });
+    })
+    .await?;
+    Ok((state, found, error))
 }
 
 struct State {
@@ -256,7 +273,9 @@ impl Streamed {
         if state.wanted < number {
             state.wanted = number;
             let floor = number.saturating_sub(FLOOR / GRAIN);
-            state.grains = state.grains.split_off(&floor);
+            while state.grains.first_key_value().is_some_and(|(oldest, _)| *oldest < floor) {
+                state.grains.pop_first();
+            }
             self.shared.news.notify_all();
         }
         loop {
@@ -334,7 +353,8 @@ fn attempt(lease: &Lease, device: &DeviceUrl, capacity: u64, shared: &Shared) ->
         e => Broken::Fatal(e.to_string()),
     };
     let body = Body::open(lease, device, shared.moved.clone()).map_err(|e| match e {
-        e if e.is_passing() => Broken::Passing(e.told(lease.client.host()).message),
+        // The next try has a new session.
+        e if e.is_passing() || matches!(e, Error::Fault(Fault::NotAuthenticated)) => Broken::Passing(e.told(lease.client.host()).message),
         e => Broken::Fatal(e.told(lease.client.host()).message),
     })?;
     let mut splitter = Splitter::open(io::BufReader::with_capacity(256 << 10, body)).map_err(broken)?;
@@ -380,8 +400,10 @@ impl Body {
             let turn = client.budget().turn().await;
             let session = client.session().await?;
             let answer = client.nfc(&session, &device.url, &device.thumbprint).await;
-            if matches!(answer, Err(Error::Busy(_))) {
-                client.budget().slow_down();
+            match answer {
+                Err(Error::Busy(_)) => client.budget().slow_down(),
+                Err(Error::Fault(Fault::NotAuthenticated)) => client.forget(&session).await,
+                _ => {}
             }
             answer.map(|answer| (answer, turn))
         });

@@ -1,0 +1,524 @@
+//! What an export leaves at a vCenter: nothing, wherever its agent is killed and whatever goes wrong in between.
+//!
+//! Owns: kill -9 at every step of the ledger, and seeded runs of faults: a disk is right or not there, and the source is as it was.
+//! Never: knows how the product keeps its ledger: it asks the double. A crash here costs the test; a run's seed repeats it.
+//!
+//! `HYPERSDK_TEST_SEED` and `HYPERSDK_TEST_FAULT_RUNS` (12) set the seeded runs; `tests/run --long` does 300.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+use rand::rngs::StdRng;
+use rand::seq::IndexedRandom as _;
+use rand::{RngExt as _, SeedableRng as _};
+use serde_json::{Value, json};
+
+use crate::harness::client::{Client, file_of};
+use crate::harness::double::{self, Double, Kind, USER};
+use crate::harness::faults::{Fault, Faults, Release, Rule, Sessions, Trap};
+use crate::harness::fleet::{Fleet, Plan, Service};
+use crate::harness::images::{identical, pattern, untar};
+use crate::harness::{Scratch, random, seconds, wait_for};
+
+const MIB: u64 = 1 << 20;
+/// The disk: small, because it is copied some hundred times.
+const DISK: u64 = 12 * MIB;
+/// The VM that is off, and the one that is on.
+const OFF: &str = "DC0_H0_VM0";
+const ON: &str = "DC0_H0_VM1";
+
+/// An agent with a vCenter and a fault proxy of its own.
+struct Lane<'a> {
+    number: usize,
+    client: Client,
+    agent: &'a mut Service,
+    double: Double,
+    proxy: Faults,
+    /// The disk as it lies on the datastore.
+    datastore: PathBuf,
+    scratch: Scratch,
+}
+
+impl<'a> Lane<'a> {
+    async fn new(number: usize, client: Client, agent: &'a mut Service, id: &str) -> Self {
+        let scratch = Scratch::new(&format!("no-trace-{number}"));
+        let image = scratch.join("disk.raw");
+        pattern(&image, DISK, &[(0, 3 * MIB), (DISK / 2, 2 * MIB), (DISK - MIB, MIB)], 7 + number as u64);
+        // Orphans end soon, and what a real server needs time for needs some.
+        let double = Double::start_with(&scratch, Kind::Vcenter, &image, &["-lease", "4s", "-task", "150ms"]).await;
+        let proxy = Faults::before(&double.host).await;
+        let datastore = double.disk(Kind::Vcenter, &scratch);
+        let wish = json!({
+            "provider": "vsphere", "name": format!("vc{number}"), "host": proxy.host, "username": USER, "password": double::PASSWORD,
+            "fingerprint": proxy.fingerprint, "agent": id,
+        });
+        client.post("/providers/connect", wish).await.expect(201);
+        Self { number, client, agent, double, proxy, datastore, scratch }
+    }
+
+    async fn export(&self, vm: &str, format: &str) -> String {
+        let provider = format!("vc{}", self.number);
+        self.client.create_job(json!({"type": "export", "provider": provider, "vm_name": vm, "format": format})).await
+    }
+
+    fn is_true(&self, job: &Value, format: &str) {
+        let mut file = file_of(job, &format!(".{format}"));
+        let mut kind = format;
+        if format == "ova" {
+            let unpacked = self.scratch.dir(&format!("unpacked-{}", job["id"].as_str().unwrap()));
+            let members = untar(&file, &unpacked);
+            (file, kind) = (unpacked.join(members.iter().find(|name| name.ends_with(".vmdk")).expect("a disk in the OVA")), "vmdk");
+        }
+        let kind = if kind == "vhd" { "vpc" } else { kind };
+        identical(("raw", &self.datastore), (kind, &file));
+    }
+
+    /// Nothing is left at the source: the reaper comes by every ten seconds.
+    async fn nothing_left(&self, what: &str) {
+        wait_for(&format!("nothing to be left at the source: {what}"), seconds(60), async || {
+            let left = self.double.left().await;
+            if left == (0, 0) { Ok(()) } else { Err(format!("leases and snapshots: {left:?}\n{}", tail(self.agent.home()))) }
+        })
+        .await;
+    }
+
+    fn published(&self, id: &str) -> bool {
+        self.agent.home().join("exports").join(id).exists()
+    }
+}
+
+/// The last words of an agent.
+fn tail(home: &Path) -> String {
+    let name = format!("{}.log", home.file_name().unwrap().to_string_lossy());
+    let text = std::fs::read_to_string(home.join(name)).unwrap_or_default();
+    let lines: Vec<_> = text.lines().rev().take(12).collect();
+    lines.into_iter().rev().collect::<Vec<_>>().join("\n")
+}
+
+/// Lanes over the agents of a fleet, one each.
+async fn lanes(fleet: &mut Fleet) -> Vec<Lane<'_>> {
+    let listed = fleet.client.get("/agents").await.expect(200).body;
+    let client = fleet.client.clone();
+    let mut lanes = Vec::new();
+    for (number, agent) in fleet.agents.iter_mut().enumerate() {
+        let name = format!("agent-{number}");
+        let row = listed["data"].as_array().unwrap().iter().find(|row| row["name"] == *name).expect("the agent is listed");
+        lanes.push(Lane::new(number, client.clone(), agent, row["id"].as_str().unwrap()).await);
+    }
+    lanes
+}
+
+fn rule(matches: &'static str, after: usize, times: usize, fault: Fault) -> Rule {
+    Rule { matches, after, times, fault }
+}
+
+/// How a VM's disks are read, and what leads there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Way {
+    Ranges,
+    Lease,
+    Hot,
+}
+
+impl Way {
+    fn vm(self) -> &'static str {
+        if self == Way::Hot { ON } else { OFF }
+    }
+
+    fn rules(self) -> Vec<Rule> {
+        // Where no ranges are given, a VM that is off goes by a lease.
+        if self == Way::Lease { vec![rule("/folder/", 0, usize::MAX, Fault::Status(404, None))] } else { Vec::new() }
+    }
+}
+
+/// What becomes of the job whose agent was killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Then {
+    /// The agent comes back and finishes it.
+    Finished,
+    /// It is cancelled while the agent is dead.
+    Cancelled,
+    /// It has ended before the agent comes back, which never hears of it again.
+    GivenUp,
+    /// The held request reaches the server after all, when the next process has long looked for what it makes.
+    Late,
+}
+
+/// One kill -9.
+#[derive(Clone, Copy, Debug)]
+struct Kill {
+    way: Way,
+    trap: Trap,
+    then: Then,
+    /// How long a snapshot's task takes, milliseconds.
+    task: u64,
+}
+
+const TREE: &str = "<type>VirtualMachine</type><pathSet>snapshot</pathSet></propSet>";
+const LEASE: &str = "<type>HttpNfcLease</type>";
+const PROGRESS: &str = "<HttpNfcLeaseProgress";
+const CREATE: &str = "<CreateSnapshot_Task";
+const REMOVE: &str = "<RemoveSnapshot_Task";
+
+fn kills() -> Vec<Kill> {
+    // What is asked of the server, in order: the request, and the one that it comes behind.
+    let taken = [(LEASE, ""), ("/fakenfc/", ""), (PROGRESS, ""), ("<HttpNfcLeaseComplete", ""), ("<HttpNfcLeaseAbort", "")];
+    let before = [(CREATE, ""), ("info.state", CREATE), (TREE, CREATE), ("<ExportSnapshot", "")];
+    let behind = [(REMOVE, ""), ("info.state", REMOVE), (TREE, REMOVE)];
+    let hot = before.iter().chain(&taken).chain(&behind).map(|step| (Way::Hot, *step));
+    let off = std::iter::once(&("<ExportVm", "")).chain(&taken).map(|step| (Way::Lease, *step));
+    let ranges = [("disk1.vmdk", ""), ("disk1-flat.vmdk", "")].into_iter().map(|step| (Way::Ranges, step));
+    let mut kills = Vec::new();
+    for (way, (matches, after)) in hot.chain(off).chain(ranges) {
+        for before in [true, false] {
+            let trap = Trap { matches, behind: after, after: 0, before };
+            kills.push(Kill { way, trap, then: Then::Finished, task: 150 });
+        }
+    }
+    let at = |way, matches, before| (way, Trap { matches, behind: "", after: 0, before });
+    for (way, trap) in [
+        at(Way::Hot, CREATE, false),
+        at(Way::Hot, "<ExportSnapshot", false),
+        at(Way::Hot, "/fakenfc/", false),
+        at(Way::Hot, REMOVE, true),
+        at(Way::Lease, "<ExportVm", false),
+        at(Way::Ranges, "disk1-flat.vmdk", true),
+    ] {
+        kills.push(Kill { way, trap, then: Then::Cancelled, task: 150 });
+    }
+    // A server that is still at it when the next process looks.
+    for (matches, task) in [(CREATE, 2500), (REMOVE, 2500)] {
+        let (way, trap) = at(Way::Hot, matches, false);
+        kills.push(Kill { way, trap, then: Then::Finished, task });
+        kills.push(Kill { way, trap, then: Then::Cancelled, task });
+    }
+    let (way, trap) = at(Way::Hot, CREATE, true);
+    kills.push(Kill { way, trap, then: Then::Late, task: 150 });
+    kills
+}
+
+async fn killed(lane: &mut Lane<'_>, kill: Kill) {
+    let what = format!("{kill:?}");
+    lane.double.task_time(Duration::from_millis(kill.task)).await;
+    let mut rules = kill.way.rules();
+    if kill.trap.matches == PROGRESS {
+        // The lease must be kept for a while before there is progress to tell.
+        rules.push(rule("/fakenfc/", 0, 1, Fault::Slow(seconds(3))));
+    }
+    lane.proxy.script(rules);
+    let mut trap = lane.proxy.trap(kill.trap);
+    let id = lane.export(kill.way.vm(), "raw").await;
+    if !trap.hit(seconds(30)).await {
+        panic!("{what}: no such request came: {}\n{}", lane.client.job(&id).await, lane.client.log(&id).await);
+    }
+    lane.agent.kill();
+    if matches!(kill.then, Then::Cancelled | Then::GivenUp) {
+        let answer = lane.client.delete(&format!("/jobs/{id}")).await;
+        // What was published before the kill cannot be cancelled any more.
+        assert!(matches!(answer.status, 202 | 409), "{what}: {}", answer.text);
+    }
+    if kill.then == Then::GivenUp {
+        let job = lane.client.ended(&id, seconds(90)).await;
+        assert_eq!(job["status"], "cancelled", "{what}: {job:#}");
+    }
+    trap.release(Release::Lost);
+    lane.agent.start();
+    match kill.then {
+        Then::Finished | Then::Late => {
+            let job = lane.client.completed(&id, seconds(90)).await;
+            lane.is_true(&job, "raw");
+        }
+        Then::Cancelled => {
+            let job = lane.client.ended(&id, seconds(60)).await;
+            let published = lane.published(&id);
+            assert!(job["status"] == "cancelled" && !published || job["status"] == "completed" && published, "{what}: {job:#}");
+        }
+        Then::GivenUp => {}
+    }
+    lane.nothing_left(&what).await;
+}
+
+async fn late(lane: &mut Lane<'_>, kill: Kill) {
+    lane.double.task_time(Duration::from_millis(kill.task)).await;
+    lane.proxy.script(Vec::new());
+    let mut trap = lane.proxy.trap(kill.trap);
+    let id = lane.export(kill.way.vm(), "raw").await;
+    assert!(trap.hit(seconds(30)).await, "no snapshot was asked for");
+    lane.agent.kill();
+    lane.agent.start();
+    let job = lane.client.completed(&id, seconds(90)).await;
+    lane.is_true(&job, "raw");
+    lane.nothing_left("before the late request").await;
+    trap.release(Release::GoesOn);
+    wait_for("the late request to make a snapshot", seconds(10), async || {
+        let left = lane.double.left().await;
+        if left.1 == 1 { Ok(()) } else { Err(format!("{left:?}")) }
+    })
+    .await;
+    lane.nothing_left("a request that came late").await;
+}
+
+/// Before and after every request of an export that the ledger is about, the agent is killed: the next process finishes the job, byte for
+/// byte, and neither a lease nor a snapshot is left.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn kill_9_at_every_step_of_the_ledger_leaves_nothing_at_the_source() {
+    let mut fleet = Fleet::start("no-trace", Plan { agents: 3, ..Plan::plain() }, |_| {}).await;
+    let mut lanes = lanes(&mut fleet).await;
+    let count = lanes.len();
+    let began = Instant::now();
+    let mut kills = kills();
+    // The one that waits long goes by itself in the last lane.
+    let (way, trap) = (Way::Hot, Trap { matches: CREATE, behind: "", after: 0, before: false });
+    kills.insert(0, Kill { way, trap, then: Then::GivenUp, task: 150 });
+    let queue = std::sync::Mutex::new(std::collections::VecDeque::from(kills.clone()));
+    let work = lanes.iter_mut().map(async |lane| {
+        let mut done = 0;
+        loop {
+            let Some(kill) = queue.lock().unwrap().pop_front() else { return done };
+            match kill.then {
+                Then::Late => late(lane, kill).await,
+                _ => killed(lane, kill).await,
+            }
+            done += 1;
+        }
+    });
+    let done: usize = join_all(work).await.into_iter().sum();
+    assert_eq!(done, kills.len());
+    println!("{done} kills at the steps of the ledger, {count} agents side by side: {} s, nothing left", began.elapsed().as_secs());
+}
+
+/// A run of faults, as its seed says.
+#[derive(Debug)]
+struct Run {
+    seed: u64,
+    way: Way,
+    format: &'static str,
+    rules: Vec<Rule>,
+    sessions: Option<Sessions>,
+    /// Where the agent is killed, and for how long it is dead.
+    kill: Option<(Trap, Duration)>,
+    /// When the job is cancelled.
+    cancel: Option<Duration>,
+    /// Milliseconds of a snapshot's task.
+    task: u64,
+}
+
+impl Run {
+    fn of(seed: u64) -> Self {
+        let mut random = StdRng::seed_from_u64(seed);
+        let random = &mut random;
+        let way = *[Way::Ranges, Way::Lease, Way::Hot, Way::Hot].choose(random).unwrap();
+        let calls: &[&'static str] = match way {
+            Way::Ranges => &["RetrievePropertiesEx", "<Login", "disk1.vmdk"],
+            Way::Lease => &["RetrievePropertiesEx", "<Login", "<ExportVm", LEASE, PROGRESS, "<HttpNfcLeaseComplete", "<HttpNfcLeaseAbort"],
+            Way::Hot => &[
+                "RetrievePropertiesEx",
+                "<Login",
+                CREATE,
+                "info.state",
+                TREE,
+                "<ExportSnapshot",
+                LEASE,
+                PROGRESS,
+                "<HttpNfcLeaseComplete",
+                "<HttpNfcLeaseAbort",
+                REMOVE,
+            ],
+        };
+        let bytes = if way == Way::Ranges { "disk1-flat.vmdk" } else { "/fakenfc/" };
+        let mut rules = Vec::new();
+        for _ in 0..random.random_range(1..=3) {
+            let (matches, fault) = if random.random_bool(0.5) {
+                (bytes, of_bytes(way, random))
+            } else {
+                let call = *calls.choose(random).unwrap();
+                (call, of_call(call, random))
+            };
+            // Most pass; some stay until the test ends the storm.
+            let times = if random.random_bool(0.1) { usize::MAX } else { random.random_range(1..=6) };
+            rules.push(rule(matches, random.random_range(0..4), times, fault));
+        }
+        let sessions = random.random_bool(0.3).then(|| match random.random_bool(0.5) {
+            true => Sessions::Calls(random.random_range(6..40)),
+            false => Sessions::Life(Duration::from_millis(random.random_range(300..3000))),
+        });
+        let at = if random.random_bool(0.4) { bytes } else { calls.choose(random).unwrap() };
+        let trap = Trap { matches: at, behind: "", after: random.random_range(0..3), before: random.random_bool(0.5) };
+        let dead = Duration::from_millis(random.random_range(0..1500));
+        let kill = random.random_bool(0.4).then_some((trap, dead));
+        let cancel = random.random_bool(0.1).then(|| Duration::from_millis(random.random_range(100..3000)));
+        let format = ["raw", "qcow2", "vmdk", "ova", "vhdx", "vdi", "vhd"].choose(random).unwrap();
+        let task = *[0, 50, 400, 1500].choose(random).unwrap();
+        Self { seed, way, format, rules, sessions, kill, cancel, task }
+    }
+}
+
+fn of_bytes(way: Way, random: &mut StdRng) -> Fault {
+    let some = random.random_range(1..600_000);
+    let moment = Duration::from_millis(random.random_range(50..1500));
+    let mut faults = vec![
+        Fault::Status(401, None),
+        Fault::Status(500, None),
+        Fault::Status(503, None),
+        Fault::Status(503, Some(1)),
+        Fault::Status(429, None),
+        Fault::Cut(some),
+        Fault::Short(some),
+        Fault::Reset,
+        Fault::Lost,
+        Fault::Hang(moment),
+        Fault::Slow(moment),
+        Fault::Trickle(moment),
+    ];
+    faults.extend(if way == Way::Ranges { vec![Fault::Whole, Fault::OtherRange] } else { vec![Fault::Expire, Fault::Status(404, None)] });
+    faults.choose(random).unwrap().clone()
+}
+
+fn of_call(call: &str, random: &mut StdRng) -> Fault {
+    let some = random.random_range(1..400);
+    let moment = Duration::from_millis(random.random_range(50..1500));
+    let mut faults = vec![
+        Fault::Status(500, None),
+        Fault::Status(502, None),
+        Fault::Status(503, None),
+        Fault::Status(503, Some(1)),
+        Fault::Soap("NotAuthenticated"),
+        Fault::Soap("SystemError"),
+        Fault::Cut(some),
+        Fault::Short(some),
+        Fault::Reset,
+        Fault::Lost,
+        Fault::Hang(moment),
+        Fault::Slow(moment),
+    ];
+    faults.extend(match call {
+        CREATE | REMOVE | "<ExportVm" => vec![Fault::Soap("TaskInProgress"), Fault::Soap("NoPermission"), Fault::Soap("InvalidState")],
+        "<ExportSnapshot" => vec![Fault::Soap("InvalidState"), Fault::Soap("FileFault"), Fault::Soap("ManagedObjectNotFound")],
+        LEASE => vec![Fault::Rewrite(">ready<", ">error<"), Fault::Rewrite(">ready<", ">initializing<"), Fault::Expire],
+        PROGRESS | "<HttpNfcLeaseComplete" => vec![Fault::Expire, Fault::Soap("InvalidState")],
+        _ => Vec::new(),
+    });
+    faults.choose(random).unwrap().clone()
+}
+
+/// How a run ended.
+#[derive(Debug, Default)]
+struct Tally {
+    completed: usize,
+    failed: usize,
+    cancelled: usize,
+    killed: usize,
+    /// Requests that went wrong.
+    met: usize,
+}
+
+async fn one_run(lane: &mut Lane<'_>, number: usize, seed: u64, tally: &std::sync::Mutex<Tally>) {
+    let run = Run::of(seed);
+    // So that a run that never comes back can be told by the last lines.
+    println!("run {number} begins in lane {}: {run:?}", lane.number);
+    lane.double.task_time(Duration::from_millis(run.task)).await;
+    let mut rules = run.rules.clone();
+    rules.extend(run.way.rules());
+    lane.proxy.script(rules);
+    if let Some(last) = run.sessions {
+        lane.proxy.sessions(last);
+    }
+    let mut trap = run.kill.map(|(trap, _)| lane.proxy.trap(trap));
+    let began = Instant::now();
+    let id = lane.export(run.way.vm(), run.format).await;
+    let (mut killed, mut cancelled, mut met, mut stormy) = (false, false, 0, true);
+    let job = loop {
+        if let Some((_, dead)) = run.kill.filter(|_| !killed)
+            && let Some(laid) = &mut trap
+            && laid.hit(Duration::from_millis(100)).await
+        {
+            lane.agent.kill();
+            killed = true;
+            trap.take().unwrap().release(Release::Lost);
+            tokio::time::sleep(dead).await;
+            lane.agent.start();
+        }
+        if !cancelled && run.cancel.is_some_and(|at| began.elapsed() > at) {
+            lane.client.delete(&format!("/jobs/{id}")).await;
+            cancelled = true;
+        }
+        // The storm is over: what still fails then fails by itself.
+        if stormy && began.elapsed() > seconds(12) {
+            met = lane.proxy.met();
+            lane.proxy.script(run.way.rules());
+            stormy = false;
+        }
+        let job = lane.client.job(&id).await;
+        if matches!(job["status"].as_str(), Some("completed" | "failed" | "cancelled")) {
+            break job;
+        }
+        assert!(
+            began.elapsed() < seconds(150),
+            "run {number} is not over: {run:?}\n{job:#}\n{}\n{}",
+            lane.client.log(&id).await,
+            tail(lane.agent.home())
+        );
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    };
+    met = if stormy { lane.proxy.met() } else { met };
+    lane.proxy.script(Vec::new());
+    let status = job["status"].as_str().unwrap().to_owned();
+    let told =
+        format!("run {number} of seed {seed}, {status} after {} ms, {met} requests went wrong: {run:?}", began.elapsed().as_millis());
+    if status == "completed" {
+        lane.is_true(&job, run.format);
+    } else {
+        assert!(!lane.published(&id), "something was published: {told}\n{job:#}");
+        assert!(
+            status == "cancelled" && cancelled || job["error"].as_str().is_some_and(|cause| cause.len() > 8),
+            "no cause: {told}\n{job:#}"
+        );
+        let part = lane.agent.home().join("exports").join(format!("{id}.part"));
+        wait_for(&format!("the part folder to go: {told}"), seconds(30), async || {
+            if part.exists() { Err(part.display().to_string()) } else { Ok(()) }
+        })
+        .await;
+    }
+    lane.nothing_left(&told).await;
+    println!("{told}");
+    let mut tally = tally.lock().unwrap();
+    tally.met += met;
+    tally.killed += usize::from(killed);
+    match status.as_str() {
+        "completed" => tally.completed += 1,
+        "failed" => tally.failed += 1,
+        _ => tally.cancelled += 1,
+    }
+}
+
+/// Whatever goes wrong in whatever order: the disk is right or not there, and the source is as it was.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn seeded_faults_make_no_wrong_disk_and_leave_nothing_at_the_source() {
+    let number = |name: &str| std::env::var(name).ok().map(|text| text.parse::<u64>().unwrap_or_else(|_| panic!("{name} is a number")));
+    let seeds: Vec<u64> = match number("HYPERSDK_TEST_FAULT_SEED") {
+        Some(seed) => vec![seed],
+        None => {
+            let mut random = random("seeded faults");
+            (0..number("HYPERSDK_TEST_FAULT_RUNS").unwrap_or(12)).map(|_| random.random()).collect()
+        }
+    };
+    let mut fleet = Fleet::start("faults", Plan { agents: seeds.len().min(3), ..Plan::plain() }, |_| {}).await;
+    let mut lanes = lanes(&mut fleet).await;
+    let (began, count) = (Instant::now(), lanes.len());
+    let tally = std::sync::Mutex::new(Tally::default());
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    join_all(lanes.iter_mut().map(async |lane| {
+        loop {
+            let number = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let Some(seed) = seeds.get(number) else { return };
+            one_run(lane, number, *seed, &tally).await;
+        }
+    }))
+    .await;
+    let tally = tally.into_inner().unwrap();
+    println!("{} runs, {count} side by side, {} s: {tally:?}; 0 wrong disks, nothing left", seeds.len(), began.elapsed().as_secs());
+    assert_eq!(tally.completed + tally.failed + tally.cancelled, seeds.len());
+    // A machine that is no match for the faults would prove nothing.
+    assert!(tally.met > 0 && (seeds.len() < 12 || tally.completed * 2 > seeds.len()), "{tally:?}");
+}
