@@ -328,7 +328,7 @@ impl Run {
         };
         let bytes = if way == Way::Ranges { "disk1-flat.vmdk" } else { "/fakenfc/" };
         let mut rules = Vec::new();
-        for _ in 0..random.random_range(1..=3) {
+        for _ in 0..random.random_range(1..=4) {
             let (matches, fault) = if random.random_bool(0.5) {
                 (bytes, of_bytes(way, random))
             } else {
@@ -416,7 +416,7 @@ struct Tally {
 async fn one_run(lane: &mut Lane<'_>, number: usize, seed: u64, tally: &std::sync::Mutex<Tally>) {
     let run = Run::of(seed);
     // So that a run that never comes back can be told by the last lines.
-    println!("run {number} begins in lane {}: {run:?}", lane.number);
+    println!("run {number} of seed {} begins in lane {}", run.seed, lane.number);
     lane.double.task_time(Duration::from_millis(run.task)).await;
     let mut rules = run.rules.clone();
     rules.extend(run.way.rules());

@@ -77,13 +77,20 @@ pub enum Release {
 /// A trap that was laid.
 pub struct Laid {
     hit: oneshot::Receiver<()>,
+    /// It was taken up: nothing will fall into it.
+    is_gone: bool,
     release: oneshot::Sender<Release>,
 }
 
 impl Laid {
     /// Waits until a request is held; false where none came in time.
     pub async fn hit(&mut self, limit: Duration) -> bool {
-        matches!(tokio::time::timeout(limit, &mut self.hit).await, Ok(Ok(())))
+        if self.is_gone {
+            return false;
+        }
+        let hit = tokio::time::timeout(limit, &mut self.hit).await;
+        self.is_gone = hit.is_ok();
+        matches!(hit, Ok(Ok(())))
     }
 
     /// Lets it go.
@@ -189,7 +196,7 @@ impl Faults {
     pub fn trap(&self, trap: Trap) -> Laid {
         let ((hit, was_hit), (release, released)) = (oneshot::channel(), oneshot::channel());
         self.script.lock().unwrap().trap = Some(Armed { trap, is_behind: trap.behind.is_empty(), seen: 0, hit, release: released });
-        Laid { hit: was_hit, release }
+        Laid { hit: was_hit, is_gone: false, release }
     }
 
     /// The most requests for bytes that were served at a time since the last script.
