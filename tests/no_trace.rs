@@ -24,6 +24,13 @@ use crate::harness::{Scratch, random, seconds, wait_for};
 const MIB: u64 = 1 << 20;
 /// The disk: small, because it is copied some hundred times.
 const DISK: u64 = 12 * MIB;
+/// Bytes of a disk, and where data lies in it.
+type Content = (u64, &'static [(u64, u64)]);
+const SMALL: Content = (DISK, &[(0, 3 * MIB), (DISK / 2, 2 * MIB), (DISK - MIB, MIB)]);
+/// One that takes a while, of data only.
+const LONG: Content = (160 * MIB, &[(0, 160 * MIB)]);
+/// What may be done again after a kill, as `survival` has it, and what was asked for ahead of a reader.
+const AGAIN: u64 = (64 + 18) * MIB;
 /// The VM that is off, and the one that is on.
 const OFF: &str = "DC0_H0_VM0";
 const ON: &str = "DC0_H0_VM1";
@@ -41,10 +48,10 @@ struct Lane<'a> {
 }
 
 impl<'a> Lane<'a> {
-    async fn new(number: usize, client: Client, agent: &'a mut Service, id: &str) -> Self {
+    async fn new(number: usize, client: Client, agent: &'a mut Service, id: &str, (capacity, areas): Content) -> Self {
         let scratch = Scratch::new(&format!("no-trace-{number}"));
         let image = scratch.join("disk.raw");
-        pattern(&image, DISK, &[(0, 3 * MIB), (DISK / 2, 2 * MIB), (DISK - MIB, MIB)], 7 + number as u64);
+        pattern(&image, capacity, areas, 7 + number as u64);
         // Orphans end soon, and what a real server needs time for needs some.
         let double = Double::start_with(&scratch, Kind::Vcenter, &image, &["-lease", "4s", "-task", "150ms"]).await;
         let proxy = Faults::before(&double.host).await;
@@ -97,14 +104,14 @@ fn tail(home: &Path) -> String {
 }
 
 /// Lanes over the agents of a fleet, one each.
-async fn lanes(fleet: &mut Fleet) -> Vec<Lane<'_>> {
+async fn lanes(fleet: &mut Fleet, content: Content) -> Vec<Lane<'_>> {
     let listed = fleet.client.get("/agents").await.expect(200).body;
     let client = fleet.client.clone();
     let mut lanes = Vec::new();
     for (number, agent) in fleet.agents.iter_mut().enumerate() {
         let name = format!("agent-{number}");
         let row = listed["data"].as_array().unwrap().iter().find(|row| row["name"] == *name).expect("the agent is listed");
-        lanes.push(Lane::new(number, client.clone(), agent, row["id"].as_str().unwrap()).await);
+        lanes.push(Lane::new(number, client.clone(), agent, row["id"].as_str().unwrap(), content).await);
     }
     lanes
 }
@@ -264,7 +271,7 @@ async fn late(lane: &mut Lane<'_>, kill: Kill) {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn kill_9_at_every_step_of_the_ledger_leaves_nothing_at_the_source() {
     let mut fleet = Fleet::start("no-trace", Plan { agents: 3, ..Plan::plain() }, |_| {}).await;
-    let mut lanes = lanes(&mut fleet).await;
+    let mut lanes = lanes(&mut fleet, SMALL).await;
     let count = lanes.len();
     let began = Instant::now();
     let mut kills = kills();
@@ -286,6 +293,62 @@ async fn kill_9_at_every_step_of_the_ledger_leaves_nothing_at_the_source() {
     let done: usize = join_all(work).await.into_iter().sum();
     assert_eq!(done, kills.len());
     println!("{done} kills at the steps of the ledger, {count} agents side by side: {} s, nothing left", began.elapsed().as_secs());
+}
+
+fn bytes(job: &Value, field: &str) -> u64 {
+    job[field].as_u64().unwrap_or_default()
+}
+
+/// An agent that is killed in the middle of a disk goes on inside it, by ranges and by a lease; a stream that is cut costs no block twice.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_killed_export_goes_on_inside_the_disk() {
+    let mut fleet = Fleet::start("goes-on", Plan::plain(), |_| {}).await;
+    let mut lanes = lanes(&mut fleet, LONG).await;
+    let lane = &mut lanes[0];
+    for (way, format) in [(Way::Ranges, "raw"), (Way::Lease, "qcow2")] {
+        lane.proxy.script(way.rules());
+        let wish = json!({
+            "type": "export", "provider": "vc0", "vm_name": OFF, "format": format, "options": {"bandwidth_limit": 48 * MIB},
+        });
+        let id = lane.client.create_job(wish).await;
+        let before = wait_for("more than half of the disk to be safe", seconds(60), async || {
+            let job = lane.client.try_get(&format!("/jobs/{id}")).await?;
+            if bytes(&job, "bytes_done") > LONG.0 / 2 { Ok(job) } else { Err(job["bytes_done"].to_string()) }
+        })
+        .await;
+        assert_eq!((&before["status"], &before["attempt"]), (&json!("running"), &json!(1)), "{before:#}");
+        let safe = bytes(&before, "bytes_done");
+        lane.agent.kill();
+        let first = lane.proxy.asked();
+        lane.proxy.script(way.rules());
+        lane.agent.start();
+        let job = lane.client.completed(&id, seconds(90)).await;
+        let (resumed, read, second) = (bytes(&job, "bytes_resumed"), bytes(&job, "bytes_read"), lane.proxy.asked());
+        assert_eq!(job["attempt"], 2, "{job:#}");
+        assert!(resumed >= safe && resumed + read == LONG.0, "{safe} bytes were safe, {resumed} were found, {read} read: {job:#}");
+        lane.is_true(&job, format);
+        if way == Way::Ranges {
+            let again = (first + second).saturating_sub(LONG.0);
+            assert!(first > safe && again <= AGAIN, "{first} bytes were asked for, then {second}, of {}", LONG.0);
+            println!("by ranges: {} MiB asked for again after a kill at {} MiB", again / MIB, safe / MIB);
+        } else {
+            println!("by a lease: {} MiB of {} found again after a kill at {} MiB", resumed / MIB, LONG.0 / MIB, safe / MIB);
+        }
+        lane.nothing_left("goes on").await;
+    }
+    // Cut twice in the middle of the disk.
+    for way in [Way::Lease, Way::Hot] {
+        let mut rules = way.rules();
+        rules.push(rule("/fakenfc/", 0, 2, Fault::Cut(40 << 20)));
+        lane.proxy.script(rules);
+        let id = lane.export(way.vm(), "raw").await;
+        let job = lane.client.completed(&id, seconds(90)).await;
+        assert!(lane.proxy.met() >= 2, "nothing was cut");
+        let counters = (&job["attempt"], bytes(&job, "bytes_read"), bytes(&job, "bytes_resumed"));
+        assert_eq!(counters, (&json!(1), LONG.0, 0), "{job:#}");
+        lane.is_true(&job, "raw");
+        lane.nothing_left("cut").await;
+    }
 }
 
 /// A run of faults, as its seed says.
@@ -504,7 +567,7 @@ async fn seeded_faults_make_no_wrong_disk_and_leave_nothing_at_the_source() {
         }
     };
     let mut fleet = Fleet::start("faults", Plan { agents: seeds.len().min(3), ..Plan::plain() }, |_| {}).await;
-    let mut lanes = lanes(&mut fleet).await;
+    let mut lanes = lanes(&mut fleet, SMALL).await;
     let (began, count) = (Instant::now(), lanes.len());
     let tally = std::sync::Mutex::new(Tally::default());
     let next = std::sync::atomic::AtomicUsize::new(0);

@@ -131,6 +131,8 @@ struct Script {
     over: BTreeSet<String>,
     rules: Vec<(Rule, usize)>,
     met: usize,
+    /// Bytes of the ranges that were asked for.
+    asked: u64,
     /// Requests for bytes that are being served, and the most there were.
     serving: usize,
     peak: usize,
@@ -204,6 +206,11 @@ impl Faults {
         self.script.lock().unwrap().peak
     }
 
+    /// Bytes of all ranges that were asked for since the last script.
+    pub fn asked(&self) -> u64 {
+        self.script.lock().unwrap().asked
+    }
+
     /// How many requests went wrong since the last script.
     pub fn met(&self) -> usize {
         self.script.lock().unwrap().met
@@ -264,6 +271,13 @@ fn is_over(script: &Mutex<Script>, head: &str) -> bool {
     ends
 }
 
+/// Bytes of the range that a request asks for.
+fn range(head: &str) -> u64 {
+    let ranges = head.lines().filter_map(|line| line.to_ascii_lowercase().strip_prefix("range: bytes=").map(str::to_owned));
+    let ends = ranges.filter_map(|range| range.split_once('-').map(|(first, last)| (first.parse::<u64>(), last.trim().parse::<u64>())));
+    ends.map(|(first, last)| last.unwrap() + 1 - first.unwrap()).sum()
+}
+
 fn soap_fault(kind: &str) -> String {
     let text = format!(
         "<?xml version=\"1.0\"?><s:Envelope xmlns:s=\"http://schemas.xmlsoap.org/soap/envelope/\" xmlns:i=\"http://www.w3.org/2001/XMLSchema-instance\">\
@@ -282,6 +296,7 @@ async fn serve(mut stream: Stream, script: &Mutex<Script>, http: &reqwest::Clien
         let mut parts = line.split(' ');
         let (method, path) = (parts.next().unwrap_or_default().to_owned(), parts.next().unwrap_or_default().to_owned());
         let asked = format!("{line}\n{}", String::from_utf8_lossy(&body));
+        script.lock().unwrap().asked += range(&head);
         let mut held = trapped(script, &asked);
         if let Some(armed) = held.take_if(|armed| armed.trap.before) {
             let _ = armed.hit.send(());

@@ -90,11 +90,14 @@ impl Error {
         }
     }
 
-    /// A refusal that somebody else's work, or the end of a session, is the cause of.
+    /// What somebody else's work, the end of a session, an ailing host or something in between is the cause of.
     fn is_of_the_moment(&self) -> bool {
         match self {
-            Self::Fault(Fault::NotAuthenticated) => true,
-            Self::Fault(Fault::Other(kind, _)) => matches!(kind.as_str(), "TaskInProgress" | "ConcurrentAccess" | "task"),
+            Self::Fault(Fault::NotAuthenticated) | Self::Odd(_) => true,
+            Self::Fault(Fault::Other(kind, _)) => matches!(
+                kind.as_str(),
+                "TaskInProgress" | "ConcurrentAccess" | "task" | "SystemError" | "HostCommunication" | "HostNotReachable" | "FileLocked"
+            ),
             _ => false,
         }
     }

@@ -182,6 +182,7 @@ async fn ready(client: &Client, lease: &MoRef) -> Result<Ready, Error> {
             Ok((state, ..)) if Instant::now() > end => {
                 return Err(Error::Unreachable(format!("the lease is {state} after {} s", READY.as_secs())));
             }
+            Err(Error::Fault(Fault::ManagedObjectNotFound)) => return Err(Error::Odd("the lease ended before it was ready".to_owned())),
             Err(e) if !e.is_passing() || Instant::now() > end => return Err(e),
             _ => tokio::time::sleep(Duration::from_millis(200)).await,
         }
