@@ -266,6 +266,29 @@ async fn late(lane: &mut Lane<'_>, kill: Kill) {
     lane.nothing_left("a request that came late").await;
 }
 
+/// What a dead attempt has left cannot be removed when the next one begins: that one makes its own, and forgets neither.
+async fn stubborn(lane: &mut Lane<'_>) {
+    lane.double.task_time(Duration::from_millis(150)).await;
+    lane.proxy.script(Vec::new());
+    let mut trap = lane.proxy.trap(Trap { matches: "<ExportSnapshot", behind: "", after: 0, before: true });
+    let id = lane.export(ON, "raw").await;
+    assert!(trap.hit(seconds(30)).await, "no lease was asked for");
+    lane.agent.kill();
+    trap.release(Release::Lost);
+    // Longer than the next attempt tries before it begins.
+    lane.proxy.script(vec![rule(REMOVE, 0, usize::MAX, Fault::Status(503, None)), rule("/fakenfc/", 0, 1, Fault::Slow(seconds(2)))]);
+    lane.agent.start();
+    wait_for("a second snapshot beside the first", seconds(60), async || {
+        let left = lane.double.left().await;
+        if left.1 == 2 { Ok(()) } else { Err(format!("{left:?}")) }
+    })
+    .await;
+    lane.proxy.script(Vec::new());
+    let job = lane.client.completed(&id, seconds(90)).await;
+    lane.is_true(&job, "raw");
+    lane.nothing_left("two attempts' snapshots").await;
+}
+
 /// Before and after every request of an export that the ledger is about, the agent is killed: the next process finishes the job, byte for
 /// byte, and neither a lease nor a snapshot is left.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -292,6 +315,7 @@ async fn kill_9_at_every_step_of_the_ledger_leaves_nothing_at_the_source() {
     });
     let done: usize = join_all(work).await.into_iter().sum();
     assert_eq!(done, kills.len());
+    stubborn(&mut lanes[0]).await;
     println!("{done} kills at the steps of the ledger, {count} agents side by side: {} s, nothing left", began.elapsed().as_secs());
 }
 
@@ -544,7 +568,7 @@ async fn one_run(lane: &mut Lane<'_>, number: usize, seed: u64, tally: &std::syn
         .await;
     }
     lane.nothing_left(&told).await;
-    println!("{told}");
+    println!("{told} {}", job["error"]);
     let mut tally = tally.lock().unwrap();
     tally.met += met;
     tally.killed += usize::from(killed);
