@@ -1,7 +1,7 @@
 //! The provider `vsphere`: the VMs of a vCenter or an ESXi host.
 //!
 //! ```text
-//! wire (SOAP) ◄─ client (session) ◄─ collect (properties) ◄─ inventory, snapshot      folder (ranges), nfc (leases): the disks
+//! wire (SOAP) ◄─ client (session) ◄─ collect (properties) ◄─ inventory, snapshot      folder (ranges), lease and nfc (streams): the disks
 //! ```
 //! Owns: what a connection of this kind can do, and by which way a VM's disks are read:
 //!
@@ -20,6 +20,7 @@ mod client;
 mod collect;
 mod folder;
 mod inventory;
+mod lease;
 mod nfc;
 mod power;
 mod snapshot;
@@ -37,7 +38,8 @@ use self::client::Error as CallError;
 pub use self::client::{Client, Settings};
 use self::folder::{DatastorePath, Flat, Remote};
 use self::inventory::Found;
-use self::nfc::{Lease, Streamed};
+use self::lease::Lease;
+use self::nfc::Streamed;
 use self::snapshot::Removed;
 use self::wire::MoRef;
 use super::{Areas, Error, Frozen, Moved, Opened, Since, Source, Stopping, Touch, Unread};
@@ -406,7 +408,7 @@ impl Source for Vsphere {
 
     fn undo(&self, touched: &Touched) -> Result<Vec<String>, Error> {
         for lease in &touched.leases {
-            self.runtime.block_on(nfc::abort(&self.client, lease)).map_err(|e| self.told(&e))?;
+            self.runtime.block_on(lease::abort(&self.client, lease)).map_err(|e| self.told(&e))?;
         }
         let mut not_seen = Vec::new();
         for name in &touched.snapshots {
