@@ -19,6 +19,7 @@ mod contract;
 mod deploy;
 mod files;
 mod identity;
+mod inventory;
 mod jobs;
 mod jobtypes;
 mod libvirt;

@@ -167,9 +167,11 @@ fn fits(agent: &Agent, uri: &Uri, connection: &v1::Connection, wish: &Wish, disk
     }
     let host = uri.ask(&["nodeinfo"]).map_err(told)?;
     let number = |name: &str| host.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse::<u64>().ok());
-    let (cpus, kib) = (number("CPU(s):").unwrap_or(u64::MAX), number("Memory size:").unwrap_or(u64::MAX));
-    if u64::from(wish.cpu) > cpus {
-        return Err(refused(format!("the host has {cpus} CPUs, {} are asked for", wish.cpu)));
+    let kib = number("Memory size:").unwrap_or(u64::MAX);
+    // CPUs may be more than the host has; what QEMU can do is the limit.
+    let most = uri.ask(&["maxvcpus"]).ok().and_then(|most| most.trim().parse::<u32>().ok()).unwrap_or(u32::MAX);
+    if wish.cpu > most {
+        return Err(refused(format!("QEMU there gives at most {most} CPUs, {} are asked for", wish.cpu)));
     }
     if wish.memory_mb > kib >> 10 {
         return Err(refused(format!("the host has {} MiB of memory, {} are asked for", kib >> 10, wish.memory_mb)));

@@ -19,7 +19,7 @@ use crate::Agent;
 use crate::egress::Trust;
 use crate::exec::Next;
 use crate::sources::vsphere::budget::Budget;
-use crate::sources::vsphere::{Client, Listener, Settings, Vsphere};
+use crate::sources::vsphere::{Client, Listener, News, Settings, Vsphere};
 use crate::sources::{Error, Source};
 
 /// A kind of connections that are served here.
@@ -28,6 +28,8 @@ pub const VSPHERE: &str = "vsphere";
 pub const LIBVIRT: &str = "libvirt";
 /// Between two tries to listen to a server that does not answer.
 const PAUSE: Duration = Duration::from_secs(2);
+/// VMs that are looked at one by one.
+const MOST: usize = 500;
 /// Changes closer together than this are told at once.
 const CALM: Duration = Duration::from_secs(1);
 
@@ -40,8 +42,30 @@ pub struct Hypervisors {
     listening: Mutex<BTreeSet<String>>,
     /// The process goes: nobody listens any more.
     leaving: AtomicBool,
-    /// Connections whose inventory has changed.
-    stale: Mutex<BTreeSet<String>>,
+    /// Connections whose inventory has changed, and what of it.
+    stale: Mutex<BTreeMap<String, Stale>>,
+}
+
+/// What of an inventory is to be looked at again.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Stale {
+    /// These VMs.
+    Vms(BTreeSet<String>),
+    /// Everything.
+    All,
+}
+
+impl Stale {
+    /// Both of them. Where so many have changed that a look at everything costs less, it is that.
+    fn and(self, other: Self) -> Self {
+        match (self, other) {
+            (Self::Vms(mut these), Self::Vms(those)) if these.len() + those.len() <= MOST => {
+                these.extend(those);
+                Self::Vms(these)
+            }
+            _ => Self::All,
+        }
+    }
 }
 
 struct Kept {
@@ -86,8 +110,14 @@ impl Hypervisors {
     }
 
     /// Connections whose inventory has changed since this was asked last.
-    pub fn take_stale(&self) -> BTreeSet<String> {
+    pub fn take_stale(&self) -> BTreeMap<String, Stale> {
         std::mem::take(&mut *self.stale.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn note(&self, connection: &str, what: Stale) {
+        let mut stale = self.stale.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = stale.remove(connection).unwrap_or_else(|| Stale::Vms(BTreeSet::new()));
+        stale.insert(connection.to_owned(), before.and(what));
     }
 }
 
@@ -160,7 +190,6 @@ pub fn attend(agent: &Arc<Agent>) {
 fn listen(agent: &Arc<Agent>, name: &str) {
     let mut listener = Listener::default();
     let mut of: Option<Arc<Client>> = None;
-    let mut is_first = true;
     loop {
         let connection = agent.connections.lock().unwrap_or_else(PoisonError::into_inner).get(name).cloned();
         let Some(connection) = connection.filter(|connection| connection.kind == VSPHERE) else { break };
@@ -172,22 +201,20 @@ fn listen(agent: &Arc<Agent>, name: &str) {
             Err(_) => break,
         };
         if of.as_ref().is_none_or(|before| !Arc::ptr_eq(before, &client)) {
-            (listener, is_first, of) = (Listener::default(), true, Some(client.clone()));
+            (listener, of) = (Listener::default(), Some(client.clone()));
         }
         let began = Instant::now();
         match Vsphere::new(client, agent.runtime.clone()).changed(&mut listener) {
-            // What is the case when the listening begins was told by the look that began it.
-            Ok(true) if is_first => is_first = false,
-            Ok(true) => {
-                is_stale(agent, name);
+            Ok(News::Nothing) => {}
+            Ok(news) => {
+                // What came between the last look and the beginning of the listening is seen by one more look.
+                let what = if let News::Vms(vms) = news { Stale::Vms(vms) } else { Stale::All };
+                is_stale(agent, name, what);
                 wait(agent, CALM.saturating_sub(began.elapsed()));
             }
-            Ok(false) => {}
             Err(_) if agent.hypervisors.leaving.load(Ordering::Acquire) => return,
             Err(e) => {
                 tracing::debug!(connection = name, error = %e, "nobody listens to this hypervisor for a moment");
-                // What changed meanwhile is seen by looking.
-                is_first = false;
                 wait(agent, PAUSE);
             }
         }
@@ -197,8 +224,8 @@ fn listen(agent: &Arc<Agent>, name: &str) {
     }
 }
 
-fn is_stale(agent: &Agent, name: &str) {
-    agent.hypervisors.stale.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_owned());
+fn is_stale(agent: &Agent, name: &str, what: Stale) {
+    agent.hypervisors.note(name, what);
     agent.catalogue.notify_one();
 }
 
@@ -210,7 +237,7 @@ fn listen_to_libvirt(agent: &Arc<Agent>, name: &str) {
         let Some(connection) = connection.filter(|connection| connection.kind == LIBVIRT) else { return };
         let listening = agent.libvirt(&connection).ok().and_then(|libvirt| libvirt.uri().listen().ok());
         if !std::mem::take(&mut is_first) {
-            is_stale(agent, name);
+            is_stale(agent, name, Stale::All);
         }
         let Some(listening) = listening else {
             wait(agent, PAUSE);
@@ -232,7 +259,7 @@ fn listen_to_libvirt(agent: &Arc<Agent>, name: &str) {
                     // What comes together is told together.
                     wait(agent, CALM / 4);
                     while let Next::Line(_) = listening.next(Duration::ZERO) {}
-                    is_stale(agent, name);
+                    is_stale(agent, name, Stale::All);
                 }
                 Next::Nothing => {}
                 Next::End => break,

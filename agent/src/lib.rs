@@ -32,12 +32,13 @@ mod touched;
 mod transfer;
 mod worker;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use proto::v1::{self, agent_message};
+use sha2::{Digest as _, Sha256};
 use shared::error::Code;
 use shared::manifest::SigningKey;
 use shared::vault::{Root, Vault};
@@ -84,8 +85,8 @@ struct Agent {
     needed: points::Needed,
     /// Connections by name: those of this host's settings and those that people made by REST.
     connections: Mutex<BTreeMap<String, v1::Connection>>,
-    /// The inventory as it was sent last, to send only changes.
-    sent: Mutex<BTreeMap<String, String>>,
+    /// A digest of the inventory as it was sent last, to send only what is another one.
+    sent: Mutex<BTreeMap<String, [u8; 32]>>,
     /// Looks at one connection come one after another: an older one must not be told behind a newer.
     looking: Mutex<BTreeMap<String, Arc<Mutex<()>>>>,
     last_heard: Mutex<Instant>,
@@ -279,16 +280,44 @@ impl Agent {
                 Err(e) => (Vec::<Vm>::new(), e.message),
             };
             let vms_json = serde_json::to_string(&vms).unwrap_or_default();
-            let signature = format!("{error}\n{vms_json}");
+            let signature: [u8; 32] = Sha256::new().chain_update(&error).chain_update([0]).chain_update(&vms_json).finalize().into();
             let mut sent = self.sent.lock().unwrap_or_else(|e| e.into_inner());
             if !always && sent.get(&connection.name) == Some(&signature) {
                 continue;
             }
+            tracing::debug!(connection = connection.name, vms = vms.len(), bytes = vms_json.len(), "an inventory is told");
             let inventory = v1::Inventory { connection: connection.name.clone(), vms_json, error };
             if tell.blocking_send(session::message(agent_message::Kind::Inventory(inventory))).is_ok() {
                 sent.insert(connection.name.clone(), signature);
             }
         }
+    }
+
+    /// Sends what has become of some VMs of a connection. In the background.
+    fn scan_some(self: &Arc<Self>, tell: &mpsc::Sender<v1::AgentMessage>, name: String, vm_ids: BTreeSet<String>) {
+        let (agent, tell) = (self.clone(), tell.clone());
+        tokio::task::spawn_blocking(move || {
+            if !agent.scan_some_now(&tell, &name, &vm_ids) {
+                // A look at everything says what is in the way.
+                agent.scan_now(&tell, Some(&name), false);
+            }
+        });
+    }
+
+    fn scan_some_now(&self, tell: &mpsc::Sender<v1::AgentMessage>, name: &str, vm_ids: &BTreeSet<String>) -> bool {
+        let Some(connection) = self.connections.lock().unwrap_or_else(|e| e.into_inner()).get(name).cloned() else { return true };
+        let turn = self.looking.lock().unwrap_or_else(|e| e.into_inner()).entry(name.to_owned()).or_default().clone();
+        let _turn = turn.lock().unwrap_or_else(|e| e.into_inner());
+        let Ok(vms) = self.source(&connection).and_then(|source| source.some(vm_ids)) else { return false };
+        let gone = vm_ids.iter().filter(|id| vms.iter().all(|vm| vm.id != **id)).cloned().collect();
+        let vms_json = serde_json::to_string(&vms).unwrap_or_default();
+        tracing::debug!(connection = name, vms = vms.len(), bytes = vms_json.len(), "changes of an inventory are told");
+        // The controller has another inventory now than the one that was sent last as a whole.
+        self.sent.lock().unwrap_or_else(|e| e.into_inner()).remove(name);
+        let changes = v1::InventoryChanges { connection: name.to_owned(), vms_json, gone };
+        // A stream that has closed: the next one begins with everything.
+        let _ = tell.blocking_send(session::message(agent_message::Kind::InventoryChanges(changes)));
+        true
     }
 
     fn free_space(&self, path: &str) -> Result<serde_json::Value, sources::Error> {

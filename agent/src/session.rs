@@ -187,8 +187,11 @@ async fn session(agent: &Arc<Agent>, identity: &Identity, mut shutdown: watch::R
             () = agent.table.news.notified() => {}
             () = agent.catalogue.notified() => if welcomed {
                 agent.scan(&tell, Some(agent.config.images_connection.clone()), false);
-                for name in agent.hypervisors.take_stale() {
-                    agent.scan(&tell, Some(name), false);
+                for (name, what) in agent.hypervisors.take_stale() {
+                    match what {
+                        hypervisors::Stale::All => agent.scan(&tell, Some(name), false),
+                        hypervisors::Stale::Vms(vms) => agent.scan_some(&tell, name, vms),
+                    }
                 }
             },
             _ = shutdown.wait_for(|stop| *stop) => {
@@ -330,6 +333,7 @@ fn answer(agent: &Arc<Agent>, browse: v1::Browse, tell: &mpsc::Sender<v1::AgentM
             }
             Some(Question::FreeSpace(path)) => agent.free_space(&path),
             Some(Question::Inspect(asked)) => inspect::inspect(&agent, &asked),
+            Some(Question::Describe(asked)) => describe(&agent, &asked),
             Some(Question::List(list)) => browse::list(&agent.vault, &list),
             Some(Question::Stat(path)) => browse::stat(&agent.vault, &path),
             Some(Question::Power(wanted)) => power(&agent, &wanted),
@@ -359,6 +363,12 @@ fn power(agent: &Agent, wanted: &v1::Power) -> Result<serde_json::Value, crate::
     let (action, connection) = action.ok_or_else(|| crate::sources::Error::fatal(Code::BadRequest, "how to switch which VM?"))?;
     let state = agent.source(connection)?.power(&wanted.vm_id, action)?;
     Ok(serde_json::json!({ "power_state": state }))
+}
+
+fn describe(agent: &Agent, asked: &v1::Describe) -> Result<serde_json::Value, crate::sources::Error> {
+    let connection = asked.connection.as_ref().ok_or_else(|| crate::sources::Error::fatal(Code::BadRequest, "no connection is named"))?;
+    let details = agent.source(connection)?.describe(&asked.vm_id, asked.privileges)?;
+    serde_json::to_value(details).map_err(|e| crate::sources::Error::fatal(Code::Internal, e.to_string()))
 }
 
 fn hello(agent: &Agent) -> v1::Hello {

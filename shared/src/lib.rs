@@ -7,6 +7,7 @@
 pub mod address;
 pub mod clock;
 pub mod deploy;
+pub mod details;
 pub mod error;
 pub mod folder;
 pub mod ids;

@@ -34,6 +34,9 @@ pub struct Vm {
     pub tools_status: String,
     /// Number of snapshots.
     pub snapshots: u32,
+    /// Whether it is a template: what VMs are made of, never on.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub template: bool,
     /// Why this VM cannot be exported, empty where it can: a refused or damaged image stays visible with its reason.
     pub problem: String,
 }

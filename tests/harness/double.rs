@@ -80,7 +80,7 @@ impl Double {
         // Its datastores lie in here and go with the scratch folder.
         command.env("TMPDIR", &folder).current_dir(&folder);
         let mut process = Process::start("double", command, &log);
-        wait_for("the double", seconds(30), async || {
+        wait_for("the double", seconds(120), async || {
             assert!(process.ended().is_none(), "it ended:\n{}", process.tail());
             if process.log().contains("listening") { Ok(()) } else { Err(process.tail()) }
         })
@@ -138,6 +138,11 @@ impl Double {
     async fn told(&self, path: &str) -> serde_json::Value {
         let answer = self.http.get(format!("https://{}{path}", self.host)).send().await.unwrap().text().await.unwrap();
         serde_json::from_str(&answer).unwrap_or_else(|e| panic!("{path}: {e}: {answer}"))
+    }
+
+    /// What `/inventory` answers to this query.
+    pub async fn inventory(&self, query: &str) -> serde_json::Value {
+        self.told(&format!("/inventory?{query}")).await
     }
 
     /// How many leases and snapshots there are.

@@ -63,6 +63,31 @@ pub fn virsh(arguments: &[&str]) -> String {
     run(Command::new("virsh").args(["-q", "-c", URI]).args(arguments))
 }
 
+/// The name of a domain that stands as long as the binary runs; who switches it on must be alone with that.
+pub fn standing() -> &'static str {
+    static NAME: OnceLock<String> = OnceLock::new();
+    NAME.get_or_init(|| {
+        start();
+        // One that an earlier run has left.
+        for name in virsh(&["list", "--all", "--name"]).lines().filter(|name| name.starts_with("standing-")) {
+            drop(Domain::adopt(name.trim(), ""));
+        }
+        let disk = lab().join("standing.raw");
+        std::fs::write(&disk, vec![0; 1 << 20]).unwrap();
+        let domain = Domain::define("standing", &disk, "raw");
+        let name = domain.name.clone();
+        std::mem::forget(domain);
+        name
+    })
+}
+
+/// The network that libvirt's packages bring, active.
+pub fn default_network() {
+    if !virsh(&["net-list", "--name"]).lines().any(|name| name.trim() == "default") {
+        virsh(&["net-start", "default"]);
+    }
+}
+
 /// A domain that goes with its test.
 pub struct Domain {
     /// Its name.

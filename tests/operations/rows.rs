@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::People;
 use crate::harness::client::Client;
 use crate::harness::fleet::{Fleet, PASSWORD};
+use crate::harness::libvirtd;
 use crate::harness::seconds;
 
 /// The smallest role that an operation wants.
@@ -116,6 +117,14 @@ impl Row {
     }
 }
 
+/// A domain that could be deployed.
+fn deploy(more: Value) -> Value {
+    let mut wish =
+        json!({"name": "never-made", "disk_path": "vms/db-server-01.raw", "cpu": 1, "memory_mb": 64, "network": "user", "target": "kvm"});
+    wish.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+    wish
+}
+
 /// A row that asks its path without a body.
 pub fn row(method: &'static str, path: &'static str, role: Role) -> Row {
     let happy = Ask { path: path.to_owned(), body: Body::None, headers: Vec::new() };
@@ -213,6 +222,8 @@ pub async fn rows(fleet: &Fleet, people: &People) -> Vec<Row> {
     std::fs::create_dir_all(&lost).unwrap();
     admin.post("/providers/connect", json!({"provider": "local", "name": "lost", "path": lost.display().to_string()})).await.expect(201);
     std::fs::remove_dir_all(&lost).unwrap();
+    libvirtd::standing();
+    admin.post("/providers/connect", json!({"provider": "libvirt", "name": "kvm", "uri": libvirtd::URI})).await.expect(201);
     let agents = admin.get("/agents").await.expect(200).body["data"].clone();
     let agent_id = agents[0]["id"].as_str().unwrap().to_owned();
     for name in ["bob", "carol"] {
@@ -401,8 +412,19 @@ pub async fn rows(fleet: &Fleet, people: &People) -> Vec<Row> {
             .fails_at(400, "bad_request", "/vms/vsphere/web-server-01")
             .fails_at(409, "ambiguous", "/vms/local/twin")
             .gives(200, vm()),
-        row("POST", "/vms/deploy", Operator).fails_with(422, "not_built", json!({})),
-        row("POST", "/vms/{provider}/{id}/power", Operator).at("/vms/local/x/power").fails_with(422, "not_built", json!({})),
+        // Its happy answer stands in `deploy` and in the page's commands: it leaves a domain.
+        row("POST", "/vms/deploy", Operator)
+            .json(deploy(json!({})))
+            .fails_with(404, "not_found", deploy(json!({"disk_path": "vms/nowhere.raw"})))
+            .fails_with(409, "conflict", deploy(json!({"name": libvirtd::standing()})))
+            .fails_with(422, "not_built", deploy(json!({"target": "local"}))),
+        row("POST", "/vms/{provider}/{id}/power", Operator)
+            .json(json!({"action": "start"}))
+            .at(format!("/vms/kvm/{}/power", libvirtd::standing()))
+            .fails_with(400, "bad_request", json!({"action": "explode"}))
+            .fails_at(409, "ambiguous", "/vms/local/twin/power")
+            .fails_at(422, "unprocessable", "/vms/local/db-server-01/power")
+            .gives(200, json!({"id": "", "name": "", "action": "", "power_state": ""})),
         row("GET", "/vms/{provider}/{id}/snapshots", Viewer).at("/vms/local/x/snapshots").fails_at(
             422,
             "not_built",
@@ -419,7 +441,7 @@ pub async fn rows(fleet: &Fleet, people: &People) -> Vec<Row> {
             .json(json!({"provider": "local", "name": "new", "path": folder}))
             .fails_with(403, "outside_roots", json!({"provider": "local", "name": "out", "path": "/etc"}))
             .fails_with(409, "conflict", json!({"provider": "local", "name": "gone", "path": folder}))
-            .fails_with(422, "not_built", json!({"provider": "libvirt", "uri": "qemu:///system"}))
+            .fails_with(422, "not_built", json!({"provider": "warehouse"}))
             .gives(201, connection()),
         row("GET", "/providers/capabilities", Viewer)
             .gives(200, json!({"data": [{"kind": "", "built": true, "available": true, "list": true, "export": true, "missing": []}]})),

@@ -8,8 +8,10 @@ pub mod libvirt;
 pub mod local;
 pub mod vsphere;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use shared::details::Details;
 use shared::error::Code;
 use shared::options::Action;
 use shared::vm::{Snapshot, Vm};
@@ -138,6 +140,17 @@ pub trait Touch {
 pub trait Source: Send + Sync {
     /// All VMs. One that cannot be exported is listed with its `problem`.
     fn inventory(&self) -> Result<Vec<Vm>, Error>;
+
+    /// Those of these VMs that are still there, as an inventory shows them.
+    fn some(&self, vm_ids: &BTreeSet<String>) -> Result<Vec<Vm>, Error> {
+        Ok(self.inventory()?.into_iter().filter(|vm| vm_ids.contains(&vm.id)).collect())
+    }
+
+    /// The VM in detail; `privileges`: with what the account may do.
+    fn describe(&self, vm_id: &str, privileges: bool) -> Result<Details, Error> {
+        let _ = (vm_id, privileges);
+        Err(Error::fatal(Code::NotBuilt, "this provider knows no more of a VM than its inventory shows"))
+    }
 
     /// The VM of this id with its disks, as far as an inventory looks: nothing is read through.
     fn look(&self, vm_id: &str) -> Result<(Vm, Vec<Opened>), Error>;

@@ -7,11 +7,11 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
-use actix::{Actor, ActorContext, AsyncContext, AtomicResponse, Context, Handler, Message, MessageResult, WrapFuture};
+use actix::{Actor, ActorContext, ActorFutureExt, AsyncContext, AtomicResponse, Context, Handler, Message, MessageResult, WrapFuture};
 use proto::v1::agent_message::Kind as FromAgent;
 use proto::v1::browse::Question;
 use proto::v1::controller_message::Kind;
-use proto::v1::{Browse, BrowseReply, ControllerMessage, Heartbeat, Inventory, Root, SourceHost};
+use proto::v1::{Browse, BrowseReply, ControllerMessage, Heartbeat, Inventory, InventoryChanges, Root, SourceHost};
 use shared::vm::Vm;
 use tokio::sync::oneshot;
 
@@ -19,11 +19,13 @@ use super::registry::Outgoing;
 use super::store;
 use crate::jobs::queue;
 use crate::jobs::reports::Report;
-use crate::store::Store;
+use crate::store::{Error as StoreError, Store};
 use crate::vms;
 
 /// Messages that wait before the session is held up.
 const MAILBOX: usize = 512;
+/// After an inventory that could not be stored.
+const AGAIN: Duration = Duration::from_secs(10);
 /// Questions that one agent may owe an answer to.
 const QUESTIONS: usize = 256;
 /// `last_seen` in the store is this old at most.
@@ -112,7 +114,11 @@ impl Handler<Deliver> for Link {
             }
             FromAgent::Inventory(inventory) => {
                 let (store, agent) = (self.store.clone(), self.agent.clone());
-                return AtomicResponse::new(Box::pin(async move { take_inventory(store, agent, inventory).await }.into_actor(self)));
+                return self.storing(inventory.connection.clone(), take_inventory(store, agent, inventory));
+            }
+            FromAgent::InventoryChanges(changes) => {
+                let (store, agent) = (self.store.clone(), self.agent.clone());
+                return self.storing(changes.connection.clone(), take_changes(store, agent, changes));
             }
             FromAgent::Leaving(_) => None,
             FromAgent::Hello(_) => {
@@ -133,6 +139,25 @@ impl Handler<Deliver> for Link {
 }
 
 impl Link {
+    /// Waits until an inventory is stored. Where it is not, the agent is asked again: it may have been a change that nobody tells twice.
+    fn storing(&self, connection: String, work: impl Future<Output = Result<(), StoreError>> + 'static) -> AtomicResponse<Self, ()> {
+        let stored = work.into_actor(self).map(move |stored, link, ctx: &mut Context<Self>| {
+            if let Err(error) = stored {
+                tracing::warn!(%error, agent = link.agent, connection, "an inventory could not be stored; the agent is asked again");
+                ctx.run_later(AGAIN, move |link, _| link.ask_again(connection));
+            }
+        });
+        AtomicResponse::new(Box::pin(stored))
+    }
+
+    /// Asks for a whole inventory; it comes as a message of its own, nobody waits for the answer.
+    fn ask_again(&mut self, connection: String) {
+        self.next_question += 1;
+        let browse = Browse { id: self.next_question, question: Some(Question::Refresh(connection)) };
+        // A stream that is full or closed: the next session begins with everything.
+        let _ = self.outgoing.try_send(Ok(ControllerMessage { kind: Some(Kind::Browse(browse)) }));
+    }
+
     fn heartbeat(&mut self, heartbeat: Heartbeat, ctx: &mut Context<Self>) {
         self.figures.resident_bytes = heartbeat.resident_bytes;
         if heartbeat.time_ms > 0 {
@@ -157,9 +182,17 @@ impl Link {
     }
 }
 
+/// Takes over what has changed of what an agent sees through a connection.
+async fn take_changes(store: Store, agent: String, changes: InventoryChanges) -> Result<(), StoreError> {
+    match serde_json::from_str::<Vec<Vm>>(&changes.vms_json) {
+        Ok(list) => vms::service::merge(&store, &agent, &changes.connection, list, changes.gone).await,
+        Err(error) => Err(StoreError::Other(format!("it cannot be read: {error}"))),
+    }
+}
+
 /// Takes over what an agent sees through a connection, or why it sees nothing.
-async fn take_inventory(store: Store, agent: String, inventory: Inventory) {
-    let taken = if !inventory.error.is_empty() {
+async fn take_inventory(store: Store, agent: String, inventory: Inventory) -> Result<(), StoreError> {
+    if !inventory.error.is_empty() {
         vms::service::failed(&store, &agent, &inventory.connection, &inventory.error).await
     } else {
         match serde_json::from_str::<Vec<Vm>>(&inventory.vms_json) {
@@ -169,9 +202,6 @@ async fn take_inventory(store: Store, agent: String, inventory: Inventory) {
                 vms::service::failed(&store, &agent, &inventory.connection, &message).await
             }
         }
-    };
-    if let Err(error) = taken {
-        tracing::warn!(%error, agent, connection = inventory.connection, "inventory could not be stored; the agent sends it again in time");
     }
 }
 

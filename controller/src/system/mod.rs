@@ -3,6 +3,7 @@
 //! Owns: health, probes, metrics. Never: changes anything. A crash here costs nothing.
 
 pub mod audit;
+pub mod findings;
 pub mod health;
 pub mod host;
 pub mod metrics;

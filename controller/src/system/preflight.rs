@@ -7,6 +7,7 @@ use proto::v1;
 use proto::v1::browse::Question;
 use shared::vm::Vm;
 
+use super::findings;
 use super::readiness::{Check, fail, pass, warn};
 use crate::app::App;
 use crate::http::reply::Error;
@@ -34,10 +35,25 @@ pub async fn checks(app: &App, provider: &str, vm_name: &str) -> Result<Vec<Chec
         }
         Err(e) => return Err(e),
     };
+    let details = vms::service::describe(app, &found, true).await;
     let vm = found.vm;
-    checks.push(readable(&vm));
+    if let Err(e) = &details
+        && e.code() == shared::error::Code::NotFound
+    {
+        checks.push(fail("vm", e.message(), "GET /vms/list?refresh=true looks again"));
+        return Ok(checks);
+    }
+    checks.push(readable(&vm, &connection.kind));
     checks.extend(of_vm(&vm, &connection.kind));
-    checks.push(permissions(app, &connection).await);
+    match details {
+        Ok(Some(details)) => checks.extend(findings::of(&vm, &details)),
+        Ok(None) => checks.push(permissions(app, &connection).await),
+        Err(e) => checks.push(fail(
+            "permissions",
+            format!("unknown, as is what else the VM may have in its way: {}", e.message()),
+            "mend the account or the host, or PATCH /providers/{name}; then ask again",
+        )),
+    }
     checks.push(space(app, &connection, &vm).await);
     Ok(checks)
 }
@@ -55,8 +71,11 @@ fn connected(app: &App, row: &connections::Model) -> Check {
     }
 }
 
-fn readable(vm: &Vm) -> Check {
+fn readable(vm: &Vm, kind: &str) -> Check {
     match (vm.problem.as_str(), vm.disks.len()) {
+        (problem, _) if kind == "vsphere" && !problem.is_empty() => {
+            fail("vm", problem, "see the checks that have failed, and what would mend each; then refresh")
+        }
         ("", 0) => fail("vm", format!("`{}` has no disks", vm.name), "attach one, or choose another VM"),
         ("", _) => pass("vm", format!("`{}` with {} disks was read", vm.name, vm.disks.len())),
         (problem, _) => fail("vm", problem, "mend the image (flatten a delta, give it the ending of its format), and refresh"),
@@ -86,23 +105,21 @@ fn of_vm(vm: &Vm, kind: &str) -> Vec<Check> {
             warn("firmware", "nobody says whether it boots by bios or uefi", "find out before it is deployed: the wrong one does not boot")
         }
     });
-    checks.push(match vm.snapshots {
-        0 => pass("snapshots", "it has none"),
-        count if kind == "vsphere" => warn(
-            "snapshots",
-            format!("it has {count}; an export takes the present state, by a lease"),
-            "consolidate them first: a lease is slower than ranges",
-        ),
-        count => warn(
-            "snapshots",
-            format!("it has {count}; an export takes the present state"),
-            "set include_snapshots to take them along, or consolidate them first",
-        ),
-    });
-    checks.push(match kind {
-        "local" => pass("changed_blocks", "an image in a folder is read whole; there is nothing to track"),
-        _ => warn("changed_blocks", "changed blocks are not tracked here", "a backup reads the whole disk each time"),
-    });
+    // Of a hypervisor's VM the findings say more.
+    if kind != "vsphere" {
+        checks.push(match vm.snapshots {
+            0 => pass("snapshots", "it has none"),
+            count => warn(
+                "snapshots",
+                format!("it has {count}; an export takes the present state"),
+                "set include_snapshots to take them along, or consolidate them first",
+            ),
+        });
+        checks.push(match kind {
+            "local" => pass("changed_blocks", "an image in a folder is read whole; there is nothing to track"),
+            _ => warn("changed_blocks", "changed blocks are not tracked here", "a backup reads the whole disk each time"),
+        });
+    }
     checks.push(match vm.power_state.as_str() {
         "poweredOff" => pass("power", "it is off"),
         _ if kind == "vsphere" => warn(
@@ -179,6 +196,6 @@ mod tests {
         assert_eq!(of(&Vm { firmware: String::new(), ..vm.clone() }, "firmware"), Some("warn"));
         assert_eq!(of(&Vm { snapshots: 2, ..vm.clone() }, "snapshots"), Some("warn"));
         assert_eq!(of(&Vm { power_state: "poweredOn".into(), ..vm.clone() }, "power"), Some("warn"));
-        assert_eq!(readable(&Vm { problem: "damaged".into(), ..vm }).status, "fail");
+        assert_eq!(readable(&Vm { problem: "damaged".into(), ..vm }, "local").status, "fail");
     }
 }

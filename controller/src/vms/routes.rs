@@ -3,6 +3,7 @@
 use actix_web::{HttpRequest, web};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use shared::error::Code;
 use utoipa::ToSchema;
 
 use super::service::{self, Filter, Found};
@@ -22,7 +23,7 @@ use crate::store::entities::vms;
     "os_version": "RHEL 9.3", "cpu": 4, "memory_mb": 8192, "firmware": "uefi",
     "disks": [{"name": "disk-0", "size_gb": 100, "size_bytes": 107374182400u64, "format": "vmdk", "thin_provisioned": true}],
     "nics": [{"name": "nic-0", "type": "vmxnet3", "network": "VM Network", "mac": "00:50:56:ab:cd:ef"}],
-    "power_state": "poweredOff", "status": "stopped", "tools_status": "unknown", "guest_tools": "unknown", "snapshots": 0,
+    "power_state": "poweredOff", "status": "stopped", "tools_status": "unknown", "guest_tools": "unknown", "snapshots": 0, "template": false,
     "last_seen": "2026-01-02T03:04:05.678Z"
 }))]
 pub struct VmView {
@@ -49,6 +50,8 @@ pub struct VmView {
     /// The same.
     guest_tools: String,
     snapshots: u32,
+    /// Whether it is a template.
+    template: bool,
     /// Why it cannot be exported, where it cannot.
     #[serde(skip_serializing_if = "String::is_empty")]
     problem: String,
@@ -117,6 +120,7 @@ impl VmView {
             guest_tools: vm.tools_status.clone(),
             tools_status: vm.tools_status,
             snapshots: vm.snapshots,
+            template: vm.template,
             problem: vm.problem,
             last_seen: rfc3339(last_seen),
         }
@@ -217,6 +221,14 @@ pub struct Details {
     vm: VmView,
     /// Where each disk lies, in the provider's words.
     sources: Vec<Source>,
+    /// What the provider knows beyond that now, where it is one that does: `hardware_version`, `annotation`, `changed_block_tracking`,
+    /// `encrypted`, `controllers`, `disk_details`, `snapshot_tree`, `networks`, `guest`, `left_behind`.
+    #[serde(flatten)]
+    #[schema(value_type = Object)]
+    more: Option<shared::details::Details>,
+    /// Why the provider could not be asked; what stands here then is what the inventory knows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    unasked: Option<String>,
 }
 
 /// Where a disk lies.
@@ -241,7 +253,13 @@ pub struct Source {
 pub async fn browse(_: Viewer, app: web::Data<App>, body: Json<Which>) -> Result<web::Json<Details>, Error> {
     let found = find(&app, &body.value.provider, &body.value.vm_name).await?;
     let sources = found.vm.disks.iter().map(|disk| Source { disk: disk.name.clone(), path: disk.source.clone() }).collect();
-    Ok(web::Json(Details { vm: VmView::of_found(found), sources }))
+    let (more, unasked) = match service::describe(&app, &found, false).await {
+        Ok(more) => (more, None),
+        // It is gone, though the inventory does not know it yet.
+        Err(e) if e.code() == Code::NotFound => return Err(e),
+        Err(e) => (None, Some(e.message().to_owned())),
+    };
+    Ok(web::Json(Details { vm: VmView::of_found(found), sources, more, unasked }))
 }
 
 #[cfg(test)]

@@ -2,13 +2,17 @@
 //!
 //! Owns: the rows of `vms`. Never: keeps a VM that its connection no longer tells. A crash here costs nothing: one transaction per inventory.
 
+use proto::v1;
+use proto::v1::browse::Question;
 use sea_orm::sea_query::{Expr, ExprTrait};
 use sea_orm::{
     ActiveValue::Set, ColumnTrait, Condition, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, TransactionTrait,
 };
+use shared::details::Details;
 use shared::error::Code;
 use shared::vm::Vm;
 
+use crate::app::App;
 use crate::http::query::{Paging, Sort};
 use crate::http::reply::Error;
 use crate::store::entities::{connections, vms};
@@ -48,6 +52,19 @@ pub fn status(power_state: &str) -> &'static str {
     }
 }
 
+/// What the provider knows of a VM beyond its inventory, asked now; nothing where the provider's kind knows no more. `privileges`: with what
+/// the connection's account may do.
+pub async fn describe(app: &App, found: &Found, privileges: bool) -> Result<Option<Details>, Error> {
+    if found.connection.kind != "vsphere" {
+        return Ok(None);
+    }
+    let row = &found.connection;
+    let connection = v1::Connection { name: row.name.clone(), kind: row.kind.clone(), path: row.path.clone(), account: None };
+    let question = Question::Describe(v1::Describe { connection: Some(connection), vm_id: found.vm.id.clone(), privileges });
+    let answer = app.fleet.ask_within(&row.agent_id, question, crate::providers::service::patience(&row.kind)).await?;
+    serde_json::from_value(answer).map(Some).map_err(|e| Error::new(Code::BadGateway, format!("the agent's answer cannot be read: {e}")))
+}
+
 /// Takes the inventory of a connection over. Nothing happens when the connection is not that agent's (any more).
 pub async fn replace(store: &Store, agent_id: &str, connection: &str, list: Vec<Vm>) -> Result<(), store::Error> {
     let (agent_id, connection) = (agent_id.to_owned(), connection.to_owned());
@@ -60,34 +77,73 @@ pub async fn replace(store: &Store, agent_id: &str, connection: &str, list: Vec<
             return Ok(());
         };
         vms::Entity::delete_many().filter(vms::Column::Connection.eq(&connection)).exec(&transaction).await?;
-        let mut rows = Vec::with_capacity(list.len());
-        let mut seen = std::collections::HashSet::new();
-        for vm in &list {
-            // An id twice would be the provider's defect; the first one stays, the inventory is not lost for it.
-            if seen.insert(vm.id.as_str()) {
-                rows.push(row_of(&row, vm, now)?);
-            }
-        }
-        for chunk in rows.chunks(CHUNK) {
-            vms::Entity::insert_many(chunk.to_vec()).exec(&transaction).await?;
-        }
-        connections::Entity::update_many()
-            .col_expr(connections::Column::Status, Expr::value("connected"))
-            .col_expr(connections::Column::LastError, Expr::value(None::<String>))
-            .col_expr(connections::Column::LastSeen, Expr::value(Some(now)))
-            .filter(connections::Column::Name.eq(&connection))
-            .exec(&transaction)
-            .await?;
+        insert(&transaction, &row, &list, now).await?;
+        seen(&transaction, &connection, now).await?;
         transaction.commit().await?;
         Ok(())
     };
     store.run(work).await
 }
 
+/// Takes over what has changed of a connection's inventory: VMs that are others now or new, and the ids of those that have gone. Nothing
+/// happens when the connection is not that agent's (any more).
+pub async fn merge(store: &Store, agent_id: &str, connection: &str, list: Vec<Vm>, gone: Vec<String>) -> Result<(), store::Error> {
+    let (agent_id, connection) = (agent_id.to_owned(), connection.to_owned());
+    let now = shared::clock::now().timestamp_millis();
+    let work = move |db: sea_orm::DatabaseConnection| async move {
+        let transaction = db.begin().await?;
+        let row = connections::Entity::find_by_id(&connection).one(&transaction).await?;
+        let Some(row) = row.filter(|row| row.agent_id == agent_id) else {
+            tracing::warn!(agent_id, connection, "changes of a connection that is not this agent's are dropped");
+            return Ok(());
+        };
+        let old: Vec<String> = list.iter().map(|vm| &vm.id).chain(&gone).map(|id| clean(id)).collect();
+        for chunk in old.chunks(CHUNK) {
+            let those = vms::Column::Connection.eq(&connection).and(vms::Column::Id.is_in(chunk));
+            vms::Entity::delete_many().filter(those).exec(&transaction).await?;
+        }
+        insert(&transaction, &row, &list, now).await?;
+        seen(&transaction, &connection, now).await?;
+        transaction.commit().await?;
+        Ok(())
+    };
+    store.run(work).await
+}
+
+async fn insert(db: &sea_orm::DatabaseTransaction, connection: &connections::Model, list: &[Vm], now: i64) -> Result<(), store::Error> {
+    let mut rows = Vec::with_capacity(list.len());
+    let mut seen = std::collections::HashSet::new();
+    for vm in list {
+        // An id twice would be the provider's defect; the first one stays, the inventory is not lost for it.
+        if seen.insert(vm.id.as_str()) {
+            rows.push(row_of(connection, vm, now)?);
+        }
+    }
+    for chunk in rows.chunks(CHUNK) {
+        vms::Entity::insert_many(chunk.to_vec()).exec(db).await?;
+    }
+    Ok(())
+}
+
+/// The connection answers.
+async fn seen(db: &sea_orm::DatabaseTransaction, connection: &str, now: i64) -> Result<(), store::Error> {
+    connections::Entity::update_many()
+        .col_expr(connections::Column::Status, Expr::value("connected"))
+        .col_expr(connections::Column::LastError, Expr::value(None::<String>))
+        .col_expr(connections::Column::LastSeen, Expr::value(Some(now)))
+        .filter(connections::Column::Name.eq(connection))
+        .exec(db)
+        .await?;
+    Ok(())
+}
+
+/// Postgres refuses NUL in text; no provider means one.
+fn clean(text: &str) -> String {
+    text.replace('\0', "")
+}
+
 fn row_of(connection: &connections::Model, vm: &Vm, now: i64) -> Result<vms::ActiveModel, store::Error> {
-    // Postgres refuses NUL in text; no provider means one.
     let detail = serde_json::to_string(vm).map_err(|e| store::Error::Other(e.to_string()))?;
-    let clean = |text: &str| text.replace('\0', "");
     Ok(vms::ActiveModel {
         connection: Set(connection.name.clone()),
         id: Set(clean(&vm.id)),

@@ -27,7 +27,7 @@ var (
 
 func tracks(ref types.ManagedObjectReference) bool {
 	vm, ok := simulator.Map.Get(ref).(*simulator.VirtualMachine)
-	return ok && vm.Config.ChangeTrackingEnabled != nil && *vm.Config.ChangeTrackingEnabled
+	return ok && vm.Config != nil && vm.Config.ChangeTrackingEnabled != nil && *vm.Config.ChangeTrackingEnabled
 }
 
 func changeID(vm types.ManagedObjectReference, disk int32) string {
@@ -75,6 +75,9 @@ func diskOf(r *http.Request) (*simulator.VirtualMachine, int32) {
 	}
 	for _, e := range simulator.Map.All("VirtualMachine") {
 		vm := e.(*simulator.VirtualMachine)
+		if vm.Config == nil { // orphaned
+			continue
+		}
 		ds, bs := disks(vm.Config.Hardware.Device)
 		for i := range ds {
 			if flat(bs[i].FileName) == path.String() {

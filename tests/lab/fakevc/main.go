@@ -84,13 +84,17 @@ func (f *fakeExport) Reference() types.ManagedObjectReference { return f.self }
 func resolve(p string) string {
 	var d object.DatastorePath
 	d.FromString(p)
+	found := ""
 	for _, e := range simulator.Map.All("Datastore") {
 		ds := e.(*simulator.Datastore)
 		if ds.Name == d.Datastore {
-			return filepath.Join(ds.Info.GetDatastoreInfo().Url, d.Path)
+			found = filepath.Join(ds.Info.GetDatastoreInfo().Url, d.Path)
+			if _, err := os.Stat(filepath.Dir(found)); err == nil { // datacenters may have datastores of one name
+				break
+			}
 		}
 	}
-	return ""
+	return found
 }
 
 func disks(dev []types.BaseVirtualDevice) (out []*types.VirtualDisk, back []*types.VirtualDiskFlatVer2BackingInfo) {
@@ -118,11 +122,12 @@ func newLease(entity types.ManagedObjectReference, dev []types.BaseVirtualDevice
 		l.files[name] = pick(d.Key, desc)
 		info.TotalDiskCapacityInKB += d.CapacityInKB
 		info.DeviceUrl = append(info.DeviceUrl, types.HttpNfcLeaseDeviceUrl{
-			Key:       fmt.Sprintf("/%s/VirtualDisk:%d", entity.Value, d.Key),
+			Key:       leaseKey(entity, dev, d),
 			ImportKey: "", Url: "https://*/fakenfc/" + l.Self.Value + "/" + name,
 			SslThumbprint: "", Disk: types.NewBool(true), TargetId: name, FileSize: 0,
 		})
 	}
+	info.DeviceUrl = shuffled(entity, info.DeviceUrl)
 	l.Info = info
 	l.timer = time.AfterFunc(leaseTime, l.end)
 	leases.Store(l.Self.Value, l)
@@ -334,6 +339,8 @@ func main() {
 	off := flag.String("off", "", "VM[,VM...]: these are powered off at the start")
 	flag.Int64Var(&pageOf, "areas", 0, "bytes of a disk that one answer of QueryChangedDiskAreas covers; 0: all")
 	auth := flag.Bool("folderauth", true, "demand Basic auth or a session cookie on /folder, as real servers do")
+	flag.IntVar(&pageMost, "page", 0, "objects of a page at most; 0: as many as are asked for")
+	scene := flag.Bool("scenery", false, "a second datacenter, odd names, odd VMs")
 	flag.Parse()
 	workDir, _ = ioutil.TempDir("", "fakevc")
 	defer os.RemoveAll(workDir)
@@ -344,6 +351,12 @@ func main() {
 	}
 	if *machines > 0 {
 		model.Machine = *machines
+	}
+	if *scene {
+		model.Machine = 8
+		if !*esx {
+			model.Datacenter, model.Folder = 2, 1
+		}
 	}
 	if err := model.Create(); err != nil {
 		log.Fatal(err)
@@ -373,6 +386,11 @@ func main() {
 		}
 	}
 
+	if *scene {
+		scenery(*esx)
+	}
+	putInventoryObjects()
+
 	s := model.Service
 	s.RegisterEndpoints = true
 	s.Listen = &url.URL{Host: *listen}
@@ -400,6 +418,7 @@ func main() {
 				b = this.ReplaceAll(b, []byte("${1}FakeExport${3}"))
 			}
 		}
+		b = inventoryCalls(b)
 		r.Body = ioutil.NopCloser(bytes.NewReader(b))
 		r.ContentLength = int64(len(b))
 		s.ServeSDK(w, r)
@@ -427,7 +446,7 @@ func main() {
 			}
 			w.Header().Set("Content-Type", "application/octet-stream") // as ESXi; Proxmox's importer insists on it
 		}
-		s.ServeDatastore(w, r)
+		serveFile(w, r)
 	}
 	nfc := func(w http.ResponseWriter, r *http.Request) {
 		p := strings.Split(strings.TrimPrefix(r.URL.Path, "/fakenfc/"), "/")
@@ -458,6 +477,7 @@ func main() {
 		mux.HandleFunc(h+"/reset", resetTracking)
 		mux.HandleFunc(h+"/expire", expire)
 		mux.HandleFunc(h+"/tasktime", setTaskTime)
+		mux.HandleFunc(h+"/inventory", serveInventory)
 		mux.HandleFunc(h+"/sdk", sdk)
 		mux.HandleFunc(h+"/folder/", folder)
 		mux.HandleFunc(h+"/fakenfc/", nfc)

@@ -50,6 +50,8 @@ pub struct Content {
     /// The maker of views.
     pub views: MoRef,
     sessions: MoRef,
+    /// Who knows what an account may do; some servers have none.
+    pub authorization: Option<MoRef>,
     /// Whether it is a vCenter; else a host.
     pub is_vcenter: bool,
     /// `VMware vCenter Server 8.0.2 build-…`.
@@ -59,6 +61,8 @@ pub struct Content {
 /// A session that stands, or did a moment ago.
 pub struct Session {
     cookie: Secret,
+    /// The server's name for it, by which it is asked what it may do.
+    pub key: Secret,
     /// Whom one speaks with.
     pub content: Content,
 }
@@ -225,21 +229,25 @@ impl Client {
             wire::quote(self.settings.password.expose())
         );
         let (cookie, answer) = self.post(wire::envelope("Login", &content.sessions, &body), None, CALL).await?;
-        wire::response(&wire::parse(&answer).map_err(Error::Odd)?, "Login")?;
+        let document = wire::parse(&answer).map_err(Error::Odd)?;
+        let key = wire::child(wire::response(&document, "Login")?, "returnval").map(|session| wire::text(session, "key"));
+        let key = Secret::new(key.unwrap_or_default());
         let cookie = cookie.ok_or_else(|| Error::Odd("a login without a session cookie".to_owned()))?;
         tracing::debug!(host = self.settings.host, server = content.full_name, "logged in");
-        Ok(Session { cookie, content })
+        Ok(Session { cookie, key, content })
     }
 
-    /// One call; answers the whole envelope, in which [`wire::response`] has found no fault.
+    /// One call; answers the whole envelope, which holds no fault.
     pub async fn call(&self, session: &Session, method: &str, this: &MoRef, body: &str, longest: Duration) -> Result<String, Error> {
         let (_, answer) = self.post(wire::envelope(method, this, body), Some(&session.cookie), longest).await?;
-        let document = wire::parse(&answer).map_err(Error::Odd)?;
-        if let Err(fault) = wire::response(&document, method) {
-            tracing::debug!(host = self.settings.host, method, object = this.value, %fault, "a call was refused");
-            return Err(fault.into());
+        // What may hold a fault is parsed for it; a page of an inventory is parsed once, by whoever asked.
+        if answer.contains("Fault") {
+            let document = wire::parse(&answer).map_err(Error::Odd)?;
+            if let Err(fault) = wire::response(&document, method) {
+                tracing::debug!(host = self.settings.host, method, object = this.value, %fault, "a call was refused");
+                return Err(fault.into());
+            }
         }
-        drop(document);
         Ok(answer)
     }
 
@@ -354,6 +362,7 @@ fn content(answer: &str) -> Result<Content, Error> {
         collector: reference("propertyCollector")?,
         views: reference("viewManager")?,
         sessions: reference("sessionManager")?,
+        authorization: wire::child(value, "authorizationManager").and_then(MoRef::of),
         is_vcenter: wire::text(about, "apiType") == "VirtualCenter",
         full_name: wire::text(about, "fullName").chars().take(200).collect(),
     })

@@ -3,6 +3,7 @@
 //! Owns: views and filters of one question, and that none is left behind. Never: interprets a value. A crash here leaves a view that ends
 //! with its session. Source: vSphere Web Services API, PropertyCollector and ViewManager.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::time::Duration;
 
@@ -23,6 +24,22 @@ pub async fn all(client: &Client, session: &Session, wanted: &Wanted<'_>, mut se
     let done = pages(client, session, &filter(wanted, &view.reference), &mut see).await;
     view.close(client, session).await;
     done
+}
+
+/// The same of those of these objects that are still there.
+pub async fn several(
+    client: &Client,
+    session: &Session,
+    objects: &[MoRef],
+    wanted: &Wanted<'_>,
+    mut see: impl FnMut(MoRef, Node<'_, '_>),
+) -> Result<(), Error> {
+    let mut spec = prop_set(wanted);
+    for object in objects {
+        let _ = write!(spec, "<objectSet><obj type=\"{}\">{}</obj></objectSet>", wire::quote(&object.kind), wire::quote(&object.value));
+    }
+    spec.push_str("<reportMissingObjectsInResults>true</reportMissingObjectsInResults>");
+    pages(client, session, &spec, &mut see).await
 }
 
 /// The same of one object.
@@ -146,14 +163,14 @@ impl Changes {
         Ok(Self { view, collector, version: String::new() })
     }
 
-    /// Waits up to `longest` for a change; whether there was one.
-    pub async fn next(&mut self, client: &Client, session: &Session, longest: Duration) -> Result<bool, Error> {
+    /// Waits up to `longest` for changes; answers the objects that have changed, come or gone.
+    pub async fn next(&mut self, client: &Client, session: &Session, longest: Duration) -> Result<BTreeSet<MoRef>, Error> {
         let method = "WaitForUpdatesEx";
         let seconds = longest.as_secs();
-        let mut changed = false;
+        let (mut changed, mut is_more) = (BTreeSet::new(), false);
         loop {
             // What is truncated goes on at once.
-            let wait = if changed { 0 } else { seconds };
+            let wait = if is_more { 0 } else { seconds };
             let body = format!(
                 "<version>{}</version><options><maxWaitSeconds>{wait}</maxWaitSeconds><maxObjectUpdates>{OBJECTS}</maxObjectUpdates></options>",
                 wire::quote(&self.version)
@@ -162,9 +179,12 @@ impl Changes {
             let document = wire::parse(&answer).map_err(Error::Odd)?;
             let Some(update) = wire::child(wire::response(&document, method)?, "returnval") else { return Ok(changed) };
             self.version = wire::text(update, "version").to_owned();
-            changed = true;
+            for filter in wire::children(update, "filterSet") {
+                changed.extend(wire::children(filter, "objectSet").filter_map(|object| wire::child(object, "obj").and_then(MoRef::of)));
+            }
+            is_more = true;
             if wire::text(update, "truncated") != "true" {
-                return Ok(true);
+                return Ok(changed);
             }
         }
     }

@@ -3,13 +3,14 @@
 //! Owns: which property means what. Never: dials by itself, keeps anything. A crash here costs one look.
 //! Source: vSphere Web Services API, VirtualMachineConfigInfo, VirtualDevice.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use roxmltree::Node;
 use shared::vm::{Disk, Nic, Vm};
 
 use super::client::{Client, Error, Session};
 use super::collect::{self, property, property_text};
+use super::device::Seat;
 use super::wire::{self, MoRef, child, children, number, text, type_of};
 
 /// What is asked of a VM.
@@ -18,6 +19,7 @@ const VM: &[&str] = &[
     "parent",
     "parentVApp",
     "runtime.powerState",
+    "runtime.connectionState",
     "config.hardware",
     "config.firmware",
     "config.guestId",
@@ -29,7 +31,9 @@ const VM: &[&str] = &[
     "snapshot",
 ];
 /// What an inventory's path is made of.
-const PLACE: &[&str] = &["name", "parent"];
+pub const PLACE: &[&str] = &["name", "parent"];
+/// The same of a vApp, whose parent is the resource pool that it is, not the folder that it lies in.
+pub const VAPP: &[&str] = &["name", "parentFolder", "parentVApp"];
 /// A distributed switch's port group, which a card names by its key.
 const PORT_GROUP: &[&str] = &["name", "key"];
 
@@ -38,12 +42,12 @@ const PORT_GROUP: &[&str] = &["name", "key"];
 pub struct Found {
     /// The VM.
     pub vm: Vm,
-    /// The name of its datacenter, as the inventory spells it.
+    /// The path of its datacenter below the root, as the inventory spells it: `DC0`, `Folder/DC0`.
     pub datacenter: String,
     /// Changes whenever its configuration does.
     pub change_version: String,
-    /// Device keys of its disks, in their order.
-    pub keys: Vec<u64>,
+    /// Where its disks hang, in their order.
+    pub seats: Vec<Seat>,
     /// Labels of disks that no snapshot holds.
     pub independent: Vec<String>,
 }
@@ -52,24 +56,44 @@ pub struct Found {
 pub async fn all(client: &Client, session: &Session) -> Result<Vec<Found>, Error> {
     let mut places = Places::default();
     let mut found = Vec::new();
-    let mut wanted: Vec<(&str, &[&str])> = vec![("Folder", PLACE), ("Datacenter", PLACE), ("VirtualApp", PLACE), ("VirtualMachine", VM)];
+    let mut wanted = placing(session);
+    wanted.push(("VirtualMachine", VM));
+    collect::all(client, session, &wanted, |reference, object| match reference.kind.as_str() {
+        "VirtualMachine" => found.push((reference, parent(object), Raw::of(object))),
+        _ => places.add(reference, object),
+    })
+    .await?;
+    Ok(finished(found, &places))
+}
+
+/// Those of these VMs that are still there.
+pub async fn some(client: &Client, session: &Session, ids: &BTreeSet<String>) -> Result<Vec<Found>, Error> {
+    let mut found = Vec::new();
+    let references: Vec<MoRef> = ids.iter().map(|id| MoRef::new("VirtualMachine", id)).collect();
+    collect::several(client, session, &references, &[("VirtualMachine", VM)], |reference, object| {
+        found.push((reference, parent(object), Raw::of(object)));
+    })
+    .await?;
+    let mut places = Places::default();
+    if !found.is_empty() {
+        collect::all(client, session, &placing(session), |reference, object| places.add(reference, object)).await?;
+    }
+    Ok(finished(found, &places))
+}
+
+/// What paths and networks are named by.
+fn placing(session: &Session) -> Vec<(&'static str, &'static [&'static str])> {
+    let mut wanted = vec![("Folder", PLACE), ("Datacenter", PLACE), ("VirtualApp", VAPP)];
     if session.content.is_vcenter {
         wanted.push(("DistributedVirtualPortgroup", PORT_GROUP));
     }
-    collect::all(client, session, &wanted, |reference, object| match reference.kind.as_str() {
-        "VirtualMachine" => found.push((reference, parent(object), Raw::of(object))),
-        "DistributedVirtualPortgroup" => {
-            places.port_groups.insert(property_text(object, "key").to_owned(), unescaped(property_text(object, "name")));
-        }
-        _ => {
-            let place = Place { name: property_text(object, "name").to_owned(), parent: parent(object) };
-            places.by_reference.insert(reference, place);
-        }
-    })
-    .await?;
-    let mut vms: Vec<Found> = found.into_iter().map(|(reference, above, raw)| raw.finish(&reference, above, &places)).collect();
+    wanted
+}
+
+fn finished(found: Vec<(MoRef, Option<MoRef>, Raw)>, places: &Places) -> Vec<Found> {
+    let mut vms: Vec<Found> = found.into_iter().map(|(reference, above, raw)| raw.finish(&reference, above, places)).collect();
     vms.sort_by(|a, b| a.vm.path.cmp(&b.vm.path).then_with(|| a.vm.id.cmp(&b.vm.id)));
-    Ok(vms)
+    vms
 }
 
 /// The VM of this id; none where it is gone.
@@ -88,7 +112,8 @@ pub async fn one(client: &Client, session: &Session, id: &str) -> Result<Option<
     for _ in 0..64 {
         let Some(reference) = next.take().filter(|reference| *reference != session.content.root) else { break };
         let mut place = Place::default();
-        collect::one(client, session, &reference, PLACE, |_, object| {
+        let wanted = if reference.kind == "VirtualApp" { VAPP } else { PLACE };
+        collect::one(client, session, &reference, wanted, |_, object| {
             place = Place { name: property_text(object, "name").to_owned(), parent: parent(object) };
         })
         .await?;
@@ -118,9 +143,19 @@ struct Places {
 }
 
 impl Places {
-    /// The path from below the root, `/DC0/vm/web`, and the datacenter in it.
+    fn add(&mut self, reference: MoRef, object: Node) {
+        let name = property_text(object, "name");
+        if reference.kind == "DistributedVirtualPortgroup" {
+            self.port_groups.insert(property_text(object, "key").to_owned(), unescaped(name));
+        } else {
+            self.by_reference.insert(reference, Place { name: name.to_owned(), parent: parent(object) });
+        }
+    }
+
+    /// The path from below the root, `/DC0/vm/web`, and that of the datacenter in it.
     fn path(&self, above: Option<MoRef>, name: &str) -> (String, String) {
-        let (mut names, mut datacenter) = (vec![name.to_owned()], String::new());
+        // How many names there were below the datacenter.
+        let (mut names, mut below) = (vec![name.to_owned()], None);
         let mut next = above;
         for _ in 0..64 {
             let Some((reference, place)) = next.and_then(|reference| self.by_reference.get(&reference).map(|place| (reference, place)))
@@ -132,17 +167,19 @@ impl Places {
                 names.push(place.name.clone());
             }
             if reference.kind == "Datacenter" {
-                datacenter.clone_from(&place.name);
+                below = Some(names.len() - 1);
             }
             next = place.parent.clone();
         }
         names.reverse();
+        let datacenter = below.map_or_else(String::new, |below| names[..names.len() - below].join("/"));
         (format!("/{}", names.join("/")), datacenter)
     }
 }
 
+/// What it lies in: a folder, or the vApp that it is part of.
 fn parent(object: Node) -> Option<MoRef> {
-    property(object, "parent").or_else(|| property(object, "parentVApp")).and_then(MoRef::of)
+    ["parent", "parentFolder", "parentVApp"].iter().find_map(|name| property(object, name).and_then(MoRef::of))
 }
 
 /// vSphere writes `/`, `\` and `%` in names as `%2f`, `%5c` and `%25`.
@@ -159,7 +196,7 @@ struct Raw {
     vm: Vm,
     name: String,
     change_version: String,
-    keys: Vec<u64>,
+    seats: Vec<Seat>,
     independent: Vec<String>,
     /// Keys of the port groups that cards hang at, by the card's place.
     port_groups: BTreeMap<usize, String>,
@@ -170,7 +207,7 @@ impl Raw {
         let mut raw = Self {
             name: property_text(object, "name").to_owned(),
             change_version: property_text(object, "config.changeVersion").to_owned(),
-            keys: Vec::new(),
+            seats: Vec::new(),
             independent: Vec::new(),
             port_groups: BTreeMap::new(),
             vm: Vm {
@@ -185,13 +222,19 @@ impl Raw {
                 }
                 .to_owned(),
                 snapshots: property(object, "snapshot").map_or(0, |tree| count(tree, "rootSnapshotList")),
+                template: property_text(object, "config.template") == "true",
                 ..Vm::default()
             },
         };
         let mut problems = Vec::new();
         match property(object, "config.hardware") {
             Some(hardware) => raw.hardware(hardware, &mut problems),
-            None => problems.push("its configuration cannot be read: it is inaccessible, or the account may not see it".to_owned()),
+            None => problems.push(match property_text(object, "runtime.connectionState") {
+                state @ ("orphaned" | "inaccessible" | "invalid" | "disconnected") => {
+                    format!("its configuration cannot be read: it is {state}")
+                }
+                _ => "its configuration cannot be read: the account may not see it".to_owned(),
+            }),
         }
         if property(object, "config.keyId").is_some() {
             problems.push("it is encrypted".to_owned());
@@ -203,17 +246,23 @@ impl Raw {
     fn hardware(&mut self, hardware: Node, problems: &mut Vec<String>) {
         self.vm.cpu = number(hardware, "numCPU").unwrap_or_default();
         self.vm.memory_mb = number(hardware, "memoryMB").unwrap_or_default();
-        let controllers: HashMap<&str, (&'static str, u64)> = children(hardware, "device")
+        let controllers: HashMap<&str, (&str, &str, u64)> = children(hardware, "device")
             .filter_map(|device| {
-                bus(type_of(device)).map(|bus| (text(device, "key"), (bus, number(device, "busNumber").unwrap_or_default())))
+                let kind = type_of(device);
+                bus(kind).map(|bus| (text(device, "key"), (bus, kind, number(device, "busNumber").unwrap_or_default())))
             })
             .collect();
         let mut disks = Vec::new();
         for device in children(hardware, "device") {
             let Some(backing) = child(device, "backing") else { continue };
             if type_of(device) == "VirtualDisk" {
-                let (bus, bus_number) = controllers.get(text(device, "controllerKey")).copied().unwrap_or(("", 0));
-                let place = (bus, bus_number, number::<u64>(device, "unitNumber").unwrap_or_default());
+                let (bus, controller, bus_number) = controllers.get(text(device, "controllerKey")).copied().unwrap_or(("", "", 0));
+                let seat = Seat {
+                    controller: controller.to_owned(),
+                    bus: bus_number,
+                    unit: number(device, "unitNumber"),
+                    key: number(device, "key").unwrap_or_default(),
+                };
                 let disk = Disk {
                     name: String::new(),
                     source: text(backing, "fileName").to_owned(),
@@ -231,7 +280,7 @@ impl Raw {
                 if text(backing, "diskMode").starts_with("independent") {
                     self.independent.push(label.to_owned());
                 }
-                disks.push((place, number::<u64>(device, "key").unwrap_or_default(), disk));
+                disks.push((seat, disk));
             } else if let Some(model) = card(type_of(device)) {
                 let place = self.vm.nics.len();
                 if let Some(port) = child(backing, "port") {
@@ -249,9 +298,9 @@ impl Raw {
                 });
             }
         }
-        disks.sort_by_key(|(place, ..)| *place);
-        self.keys = disks.iter().map(|(_, key, _)| *key).collect();
-        self.vm.disks = disks.into_iter().enumerate().map(|(n, (.., disk))| Disk { name: format!("disk-{n}"), ..disk }).collect();
+        disks.sort_by(|(a, of_a), (b, of_b)| (&of_a.bus, a.bus, a.unit, a.key).cmp(&(&of_b.bus, b.bus, b.unit, b.key)));
+        self.seats = disks.iter().map(|(seat, _)| seat.clone()).collect();
+        self.vm.disks = disks.into_iter().enumerate().map(|(n, (_, disk))| Disk { name: format!("disk-{n}"), ..disk }).collect();
         if self.vm.disks.is_empty() {
             problems.push("it has no disk".to_owned());
         }
@@ -268,7 +317,7 @@ impl Raw {
         self.vm.id.clone_from(&reference.value);
         self.vm.path = path;
         self.vm.name = unescaped(&self.name);
-        Found { vm: self.vm, datacenter, change_version: self.change_version, keys: self.keys, independent: self.independent }
+        Found { vm: self.vm, datacenter, change_version: self.change_version, seats: self.seats, independent: self.independent }
     }
 }
 
@@ -311,7 +360,7 @@ fn family(guest_id: &str) -> &'static str {
 }
 
 /// The bus of a controller's type.
-fn bus(kind: &str) -> Option<&'static str> {
+pub fn bus(kind: &str) -> Option<&'static str> {
     Some(match kind {
         "VirtualIDEController" => "ide",
         "VirtualSATAController" | "VirtualAHCIController" => "sata",
@@ -326,7 +375,7 @@ fn bus(kind: &str) -> Option<&'static str> {
 }
 
 /// The model of a network card's type: `vmxnet3` of `VirtualVmxnet3`.
-fn card(kind: &str) -> Option<String> {
+pub fn card(kind: &str) -> Option<String> {
     let model = match kind {
         "VirtualE1000" | "VirtualE1000e" | "VirtualPCNet32" | "VirtualVmxnet" | "VirtualVmxnet2" | "VirtualVmxnet3" => {
             kind.trim_start_matches("Virtual").to_ascii_lowercase()
@@ -364,6 +413,36 @@ mod tests {
         for (escaped, plain) in [("a%2fb", "a/b"), ("50%25 off", "50% off"), ("x%5cy", "x\\y"), ("plain", "plain"), ("%252f", "%2f")] {
             assert_eq!(unescaped(escaped), plain);
         }
+    }
+
+    #[test]
+    fn a_path_leads_through_folders_datacenters_and_vapps() {
+        let mut places = Places::default();
+        let mut add = |kind: &str, id: &str, properties: &str| {
+            let object = format!("<o>{properties}</o>");
+            places.add(MoRef::new(kind, id), wire::parse(&object).unwrap().root_element());
+        };
+        let named = |name: &str| format!("<propSet><name>name</name><val>{name}</val></propSet>");
+        let lies_in =
+            |property: &str, kind: &str, id: &str| format!("<propSet><name>{property}</name><val type=\"{kind}\">{id}</val></propSet>");
+        add("Folder", "group-d1", &named("Datacenters"));
+        add("Folder", "group-d2", &(named("Süd") + &lies_in("parent", "Folder", "group-d1")));
+        add("Datacenter", "datacenter-3", &(named("RZ %2f 1") + &lies_in("parent", "Folder", "group-d2")));
+        add("Folder", "group-v4", &(named("vm") + &lies_in("parent", "Datacenter", "datacenter-3")));
+        add("VirtualApp", "resgroup-v5", &(named("Shop") + &lies_in("parentFolder", "Folder", "group-v4")));
+        add("VirtualApp", "resgroup-v6", &(named("Lager") + &lies_in("parentVApp", "VirtualApp", "resgroup-v5")));
+        for (above, path) in [
+            (MoRef::new("Folder", "group-v4"), "/Süd/RZ %2f 1/vm/x"),
+            (MoRef::new("VirtualApp", "resgroup-v6"), "/Süd/RZ %2f 1/vm/Shop/Lager/x"),
+        ] {
+            assert_eq!(places.path(Some(above), "x"), (path.to_owned(), "Süd/RZ %2f 1".to_owned()));
+        }
+        // A host, whose root folder is not seen by everybody.
+        let mut host = Places::default();
+        let object = named("ha-datacenter");
+        host.add(MoRef::new("Datacenter", "ha-datacenter"), wire::parse(&format!("<o>{object}</o>")).unwrap().root_element());
+        let found = host.path(Some(MoRef::new("Datacenter", "ha-datacenter")), "x");
+        assert_eq!(found, ("/ha-datacenter/x".to_owned(), "ha-datacenter".to_owned()));
     }
 
     #[test]

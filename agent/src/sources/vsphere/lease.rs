@@ -12,10 +12,12 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use roxmltree::Node;
 use tokio::runtime::Handle;
 
 use super::client::{CALL, Client, Error, Session};
 use super::collect::{self, property};
+use super::device;
 use super::wire::{Fault, MoRef, children, number, text};
 use crate::sources::Stopping;
 
@@ -27,8 +29,8 @@ const READY: Duration = Duration::from_secs(120);
 /// Where a disk of a lease is.
 #[derive(Clone)]
 pub struct DeviceUrl {
-    /// The device's key, where the server tells it.
-    pub key: Option<u64>,
+    /// Which device it is, in the server's words.
+    pub key: String,
     /// Its URL; the host is `*` where it is the one that was called.
     pub url: String,
     /// SHA-1 of the certificate of a host that was not called yet.
@@ -184,9 +186,13 @@ async fn look(client: &Client, session: &Session, lease: &MoRef) -> Result<(Stri
         state = collect::property_text(object, "state").to_owned();
         error = property(object, "error").map(|fault| text(fault, "localizedMessage").to_owned()).unwrap_or_default();
         found = property(object, "info").map(|info| {
-            let urls = children(info, "deviceUrl").filter(|device| text(*device, "disk") != "false").map(|device| {
-                let key = text(device, "key").rsplit_once("VirtualDisk:").and_then(|(_, key)| key.parse().ok());
-                DeviceUrl { key, url: text(device, "url").to_owned(), thumbprint: text(device, "sslThumbprint").to_owned() }
+            let is_disk = |device: &Node| match text(*device, "disk").trim() {
+                "" => device::may_be_disk(text(*device, "key")),
+                said => matches!(said, "true" | "1"),
+            };
+            let urls = children(info, "deviceUrl").filter(is_disk).map(|device| {
+                let told = |name: &str| text(device, name).to_owned();
+                DeviceUrl { key: told("key"), url: told("url"), thumbprint: told("sslThumbprint") }
             });
             (urls.collect(), Duration::from_secs(number(info, "leaseTimeout").unwrap_or(300)))
         });

@@ -18,6 +18,8 @@ pub mod budget;
 mod changed;
 mod client;
 mod collect;
+mod describe;
+mod device;
 mod folder;
 mod inventory;
 mod lease;
@@ -26,9 +28,11 @@ mod power;
 mod snapshot;
 mod wire;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use shared::details::Details;
 use shared::error::Code;
 use shared::options::Action;
 use shared::vm::Vm;
@@ -74,9 +78,11 @@ impl Vsphere {
 
     fn found(&self, vm_id: &str) -> Result<Found, Error> {
         let found = self.runtime.block_on(self.client.within(async |session| inventory::one(&self.client, session, vm_id).await));
-        found
-            .map_err(|e| self.told(&e))?
-            .ok_or_else(|| Error::fatal(Code::NotFound, format!("the VM {vm_id:?} is not at {} any more", self.client.host())))
+        found.map_err(|e| self.told(&e))?.ok_or_else(|| self.is_gone(vm_id))
+    }
+
+    fn is_gone(&self, vm_id: &str) -> Error {
+        Error::fatal(Code::NotFound, format!("the VM {vm_id:?} is not at {} any more", self.client.host()))
     }
 
     fn disk(
@@ -150,15 +156,13 @@ impl Vsphere {
         if lease.disks.len() != found.vm.disks.len() {
             return Err(disagree(""));
         }
+        let keys: Vec<&str> = lease.disks.iter().map(|device| device.key.as_str()).collect();
+        let unknown = || disagree(&format!(", and the server does not say which is which: it calls them {}", keys.join(", ")));
+        let places = device::places(&found.seats, &keys).ok_or_else(unknown)?;
         let mut opened = Vec::with_capacity(found.vm.disks.len());
-        for (place, disk) in found.vm.disks.iter().enumerate() {
-            // By the device's key; of several disks none is guessed by its place, which might swap two of one size.
-            let key = found.keys.get(place).copied();
-            let by_key = lease.disks.iter().position(|device| key.is_some() && device.key == key);
-            let index = by_key.or((lease.disks.len() == 1).then_some(0));
-            let moved = moved.get(place).cloned().unwrap_or_default();
-            let streamed = index.and_then(|index| Streamed::new(lease.clone(), index, disk.capacity, moved, touch.stopping()));
-            let streamed = streamed.ok_or_else(|| disagree(", and the server does not say which is which"))?;
+        for ((number, disk), place) in found.vm.disks.iter().enumerate().zip(places) {
+            let moved = moved.get(number).cloned().unwrap_or_default();
+            let streamed = Streamed::new(lease.clone(), place, disk.capacity, moved, touch.stopping()).ok_or_else(unknown)?;
             // A snapshot is another one each time; the VM itself is the same as long as it is not changed.
             let identity = format!("{method}:{}:{}:{}", of.value, found.change_version, disk.source);
             opened.push(Opened { name: disk.name.clone(), snapshot: None, disk: Arc::new(streamed), identity });
@@ -233,8 +237,8 @@ impl Vsphere {
         self.runtime.block_on(asked).map_err(|e| self.told(&e))
     }
 
-    /// Waits until something of the inventory changes or nothing has for a while; whether something did. The first wait ends at once.
-    pub fn changed(&self, listener: &mut Listener) -> Result<bool, Error> {
+    /// Waits until something of the inventory changes or nothing has for a while. The first wait ends at once.
+    pub fn changed(&self, listener: &mut Listener) -> Result<News, Error> {
         let outcome = self.runtime.block_on(listener.next(&self.client));
         outcome.map_err(|e| self.told(&e))
     }
@@ -244,20 +248,47 @@ fn ledger(e: &std::io::Error) -> Error {
     Error { code: Code::Internal, message: format!("the ledger cannot be written: {e}"), retryable: true }
 }
 
-/// Properties whose change makes an inventory look again.
-const WATCHED: &[&str] = &["name", "parent", "runtime.powerState", "config.changeVersion", "guest.toolsRunningStatus", "snapshot"];
+/// Properties whose change makes an inventory look at a VM again.
+const WATCHED: &[&str] = &[
+    "name",
+    "parent",
+    "parentVApp",
+    "runtime.powerState",
+    "runtime.connectionState",
+    "config.changeVersion",
+    "config.template",
+    "guest.toolsRunningStatus",
+    "snapshot",
+];
+
+/// What a wait has brought.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum News {
+    /// Nothing.
+    Nothing,
+    /// These VMs have changed, come or gone.
+    Vms(BTreeSet<String>),
+    /// The listening has begun, or what paths are made of has changed: everything may be different.
+    All,
+}
 
 /// Listens to changes within one session, and anew within the next.
 #[derive(Default)]
 pub struct Listener {
     standing: Option<(Arc<client::Session>, collect::Changes)>,
+    /// Its first wait is over.
+    has_begun: bool,
 }
 
 impl Listener {
-    async fn next(&mut self, client: &Client) -> Result<bool, CallError> {
+    async fn next(&mut self, client: &Client) -> Result<News, CallError> {
         if self.standing.is_none() {
+            self.has_begun = false;
             let session = client.session().await?;
-            match collect::Changes::begin(client, &session, &[("VirtualMachine", WATCHED)]).await {
+            let places = inventory::PLACE;
+            let wanted: [(&str, &[&str]); 4] =
+                [("VirtualMachine", WATCHED), ("Folder", places), ("Datacenter", places), ("VirtualApp", inventory::VAPP)];
+            match collect::Changes::begin(client, &session, &wanted).await {
                 Ok(changes) => self.standing = Some((session, changes)),
                 Err(e) => {
                     client.forget(&session).await;
@@ -265,9 +296,12 @@ impl Listener {
                 }
             }
         }
-        let Some((session, changes)) = &mut self.standing else { return Ok(false) };
+        let Some((session, changes)) = &mut self.standing else { return Ok(News::Nothing) };
         match changes.next(client, session, WAIT).await {
-            Ok(changed) => Ok(changed),
+            Ok(_) if !std::mem::replace(&mut self.has_begun, true) => Ok(News::All),
+            Ok(changed) if changed.is_empty() => Ok(News::Nothing),
+            Ok(changed) if changed.iter().any(|object| object.kind != "VirtualMachine") => Ok(News::All),
+            Ok(changed) => Ok(News::Vms(changed.into_iter().map(|object| object.value).collect())),
             Err(e) => {
                 let (session, _) = (session.clone(), self.standing.take());
                 if matches!(e, CallError::Fault(wire::Fault::NotAuthenticated)) {
@@ -290,6 +324,17 @@ impl Source for Vsphere {
     fn inventory(&self) -> Result<Vec<Vm>, Error> {
         let found = self.runtime.block_on(self.client.within(async |session| inventory::all(&self.client, session).await));
         Ok(found.map_err(|e| self.told(&e))?.into_iter().map(|found| found.vm).collect())
+    }
+
+    fn some(&self, vm_ids: &BTreeSet<String>) -> Result<Vec<Vm>, Error> {
+        let found = self.runtime.block_on(self.client.within(async |session| inventory::some(&self.client, session, vm_ids).await));
+        Ok(found.map_err(|e| self.told(&e))?.into_iter().map(|found| found.vm).collect())
+    }
+
+    fn describe(&self, vm_id: &str, privileges: bool) -> Result<Details, Error> {
+        let ask = async |session: &client::Session| describe::describe(&self.client, session, vm_id, privileges).await;
+        let found = self.runtime.block_on(self.client.within(ask)).map_err(|e| self.told(&e))?;
+        found.ok_or_else(|| self.is_gone(vm_id))
     }
 
     /// The disks are named and measured; nothing is opened, so nothing is touched.
@@ -353,13 +398,13 @@ impl Source for Vsphere {
         found.vm.snapshots = found.vm.snapshots.saturating_sub(1);
         let disks = self.runtime.block_on(changed::disks(&self.client, &made)).map_err(|e| self.told(&e))?;
         let mut parts = Vec::with_capacity(found.vm.disks.len());
-        for (disk, key) in found.vm.disks.iter().zip(&found.keys) {
+        for (disk, seat) in found.vm.disks.iter().zip(&found.seats) {
             let gone = || Error {
                 code: Code::Conflict,
                 message: format!("{}: {} is not in its snapshot", found.vm.path, disk.name),
                 retryable: true,
             };
-            let frozen = disks.iter().find(|frozen| frozen.key == *key).cloned().ok_or_else(gone)?;
+            let frozen = disks.iter().find(|frozen| frozen.key == seat.key).cloned().ok_or_else(gone)?;
             let areas = self.areas(&found, &made, disk, &frozen, (since, was_tracked))?;
             parts.push((shared::vm::Disk { source: frozen.file.clone(), ..disk.clone() }, frozen, areas, Moved::default()));
         }
