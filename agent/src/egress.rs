@@ -5,7 +5,7 @@
 //! Never: follows a redirect, asks a proxy, reaches link-local and metadata addresses, dials a host that a guest named.
 //! A crash here costs the session; it dials again.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
@@ -17,6 +17,7 @@ use rustls::crypto::CryptoProvider;
 use rustls::{CertificateError, DigitallySignedStruct, SignatureScheme};
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use sha2::{Digest, Sha256};
+use shared::address::may_be_dialled;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Error, Identity};
 
 /// Longest time to connect.
@@ -101,17 +102,7 @@ pub fn hypervisor(trust: &Trust) -> Result<(reqwest::Client, Refused), String> {
 
 /// Whether an address that was given as such may be connected to; names are looked at when they are resolved.
 pub fn permits(host: &str) -> bool {
-    host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().map_or(true, may_dial)
-}
-
-/// Not link-local, which the clouds' metadata services are, not "any", not many.
-fn may_dial(address: IpAddr) -> bool {
-    let address = address.to_canonical();
-    let is_metadata = match address {
-        IpAddr::V4(v4) => v4.is_link_local() || v4 == Ipv4Addr::new(100, 100, 100, 200),
-        IpAddr::V6(v6) => (v6.segments()[0] & 0xffc0) == 0xfe80 || v6.segments()[..3] == [0xfd00, 0x0ec2, 0],
-    };
-    !is_metadata && !address.is_unspecified() && !address.is_multicast()
+    host.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>().map_or(true, may_be_dialled)
 }
 
 struct Resolver;
@@ -119,7 +110,8 @@ struct Resolver;
 impl Resolve for Resolver {
     fn resolve(&self, name: Name) -> Resolving {
         Box::pin(async move {
-            let found: Vec<SocketAddr> = tokio::net::lookup_host((name.as_str(), 0)).await?.filter(|found| may_dial(found.ip())).collect();
+            let found: Vec<SocketAddr> =
+                tokio::net::lookup_host((name.as_str(), 0)).await?.filter(|found| may_be_dialled(found.ip())).collect();
             if found.is_empty() {
                 return Err("it has no address that may be connected to".into());
             }

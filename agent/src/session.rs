@@ -34,6 +34,8 @@ const REFUSED_PAUSE: Duration = Duration::from_secs(60);
 const TELL: Duration = Duration::from_millis(300);
 /// Between two looks at the inventory for changes.
 const RESCAN: Duration = Duration::from_secs(30);
+/// Between two looks at what earlier attempts have left at their sources.
+const REAP: Duration = Duration::from_secs(10);
 
 /// A session is not ended for a renewal before this time, so that a renewal that fails costs one session an hour.
 const RENEWAL: Duration = Duration::from_secs(3600);
@@ -129,7 +131,8 @@ async fn session(agent: &Arc<Agent>, identity: &Identity, mut shutdown: watch::R
     let mut heartbeat = interval(lease::HEARTBEAT);
     let mut telling = interval(TELL);
     let mut rescan = interval(RESCAN);
-    for timer in [&mut heartbeat, &mut telling, &mut rescan] {
+    let mut reaping = interval(REAP);
+    for timer in [&mut heartbeat, &mut telling, &mut rescan, &mut reaping] {
         timer.set_missed_tick_behavior(MissedTickBehavior::Delay);
     }
     let mut sequence = 0u64;
@@ -178,9 +181,9 @@ async fn session(agent: &Arc<Agent>, identity: &Identity, mut shutdown: watch::R
                 }
                 if welcomed {
                     agent.scan(&tell, None, false);
-                    reap(agent);
                 }
             }
+            _ = reaping.tick() => if welcomed { reap(agent) },
             () = agent.table.news.notified() => {}
             () = agent.catalogue.notified() => if welcomed {
                 agent.scan(&tell, Some(agent.config.images_connection.clone()), false);

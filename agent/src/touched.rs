@@ -1,7 +1,8 @@
 //! What a job touches at its source: snapshots and leases, written down before they are made, gone when the job's attempt has ended.
 //!
 //! ```text
-//! note (durable) ─► make ─► … ─► attempt ends ─► undo ─► forget          crash anywhere: the reaper undoes what is noted
+//! note (durable) ─► make ─► … ─► attempt ends ─► undo ─gone─► forget          crash anywhere: the reaper undoes what is noted
+//!                                                  └─never seen─► stays noted for a while: the call that makes it may be on its way
 //! ```
 //! Owns: `jobs/JOBID.touched`, the reaper, and that one job at a time freezes a VM. Never: forgets a thing before it is gone at the source, undoes what a running attempt needs.
 //! A crash here costs nothing: what is noted stays noted.
@@ -9,13 +10,20 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use proto::v1;
 use serde::{Deserialize, Serialize};
 use shared::vault;
 
 use crate::Agent;
+
+/// How long after its note a thing may still come into being: as long as a task at the source may take.
+const LATE: Duration = Duration::from_secs(900);
+/// How long an attempt's end tries to undo by itself, before it leaves the rest to the reaper.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Between two of these tries.
+const PAUSE: Duration = Duration::from_millis(500);
 
 /// How often a job that waits for a VM looks whether it is to stop.
 const LOOK: Duration = Duration::from_millis(300);
@@ -40,6 +48,17 @@ pub struct Touched {
     pub checkpoints: Vec<String>,
     /// The tracking of changes was or will be switched on, and no restore point needs it yet.
     pub tracking: bool,
+    /// When something was noted last, milliseconds since 1970.
+    pub noted_ms: i64,
+}
+
+impl Touched {
+    /// Whether something that was noted and never seen may still come.
+    fn may_come(&self, now_ms: i64) -> bool {
+        // A clock that was set back must not keep it for ever.
+        let age = now_ms.saturating_sub(self.noted_ms);
+        (0..i64::try_from(LATE.as_millis()).unwrap_or(i64::MAX)).contains(&age)
+    }
 }
 
 /// Does something about a domain that is noted before and forgotten afterwards, where that leaves nothing behind; what it leaves the reaper
@@ -60,7 +79,9 @@ pub fn while_noted<T>(
     let done = act();
     match &done {
         Ok(_) => agent.ledger.dir().remove_file(file(note)).and_then(|()| vault::sync_dir(agent.ledger.dir())).map_err(failed)?,
-        Err(_) => undo_noted(agent, note),
+        Err(_) => {
+            undo_noted(agent, note);
+        }
     }
     Ok(done)
 }
@@ -69,7 +90,9 @@ pub fn while_noted<T>(
 pub struct Pen<'a> {
     agent: &'a Agent,
     held: &'a crate::held::Assignment,
-    touched: Mutex<Touched>,
+    connection: (String, String, String),
+    vm: String,
+    writing: Mutex<()>,
 }
 
 impl<'a> Pen<'a> {
@@ -79,29 +102,26 @@ impl<'a> Pen<'a> {
     /// When what is noted cannot be read.
     pub fn new(agent: &'a Agent, held: &'a crate::held::Assignment, connection: &v1::Connection, vm: &str) -> io::Result<Self> {
         let connection = (connection.name.clone(), connection.kind.clone(), connection.path.clone());
-        let noted = match vault::read_optional(agent.ledger.dir(), &file(&held.job))? {
-            Some(bytes) => serde_json::from_slice(&bytes).map_err(io::Error::other)?,
-            None => Touched::default(),
-        };
-        let touched = Touched { connection, vm: vm.to_owned(), ..noted };
-        Ok(Self { agent, held, touched: Mutex::new(touched) })
+        // Not to be found out when something was made already.
+        noted(agent, &held.job)?;
+        Ok(Self { agent, held, connection, vm: vm.to_owned(), writing: Mutex::default() })
     }
 
     /// Waits until no other job has the VM frozen, or is about to: a removal of a snapshot must not meet the making of the next, nor a
     /// restore point begin over one that another is about to be laid over.
     pub fn wait_for_vm(&self) -> io::Result<()> {
-        let vm = {
-            let touched = self.touched.lock().unwrap_or_else(PoisonError::into_inner);
-            format!("{} {}", touched.connection.0, touched.vm)
-        };
-        self.agent.freezing.take(&vm, self.held)
+        self.agent.freezing.take(&format!("{} {}", self.connection.0, self.vm), self.held)
     }
 
+    /// Adds to what is noted: an earlier attempt's things that could not be undone are among it.
     fn note(&self, change: impl FnOnce(&mut Touched)) -> io::Result<()> {
-        let mut touched = self.touched.lock().unwrap_or_else(|e| e.into_inner());
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut touched = noted(self.agent, &self.held.job)?.unwrap_or_default();
+        touched.connection.clone_from(&self.connection);
+        touched.vm.clone_from(&self.vm);
+        touched.noted_ms = shared::clock::now().timestamp_millis();
         change(&mut touched);
-        let json = serde_json::to_vec(&*touched).map_err(io::Error::other)?;
-        vault::write_whole(self.agent.ledger.dir(), &file(&self.held.job), &json)
+        write(self.agent, &self.held.job, &touched)
     }
 }
 
@@ -149,11 +169,23 @@ fn file(job: &str) -> String {
     format!("{job}.touched")
 }
 
+fn write(agent: &Agent, job: &str, touched: &Touched) -> io::Result<()> {
+    let json = serde_json::to_vec(touched).map_err(io::Error::other)?;
+    vault::write_whole(agent.ledger.dir(), &file(job), &json)
+}
+
+fn noted(agent: &Agent, job: &str) -> io::Result<Option<Touched>> {
+    let bytes = vault::read_optional(agent.ledger.dir(), &file(job))?;
+    bytes.map(|bytes| serde_json::from_slice(&bytes).map_err(io::Error::other)).transpose()
+}
+
 /// Jobs whose notes somebody works on. The reaper and a job's own worker must not: the one would forget what the other has just noted.
 #[derive(Default)]
 pub struct Undoing {
     jobs: Mutex<BTreeSet<String>>,
     done: Condvar,
+    /// What was said of a job's notes last: a host that is away for a night is one line.
+    said: Mutex<BTreeMap<String, String>>,
 }
 
 impl Undoing {
@@ -168,6 +200,15 @@ impl Undoing {
             jobs = self.done.wait(jobs).unwrap_or_else(PoisonError::into_inner);
         }
         Turn { undoing: self, job: job.to_owned() }
+    }
+
+    /// Whether this is news of the job's notes; nothing: they are gone.
+    fn is_news(&self, job: &str, what: Option<&str>) -> bool {
+        let mut said = self.said.lock().unwrap_or_else(PoisonError::into_inner);
+        match what {
+            Some(what) => said.insert(job.to_owned(), what.to_owned()).is_none_or(|before| before != what),
+            None => said.remove(job).is_some(),
+        }
     }
 
     /// None where somebody works on the job's notes, or where `is_wanted` says, before anybody else can begin, that they are not to be touched.
@@ -193,8 +234,7 @@ impl Drop for Turn<'_> {
 /// the point before are `obsolete` now. Answers what was noted before, for [`restore_note`].
 pub fn keep_tracking(agent: &Agent, job: &str, needed: &BTreeSet<String>, obsolete: &BTreeSet<String>) -> io::Result<Option<Touched>> {
     let _turn = agent.undoing.wait(job);
-    let Some(bytes) = vault::read_optional(agent.ledger.dir(), &file(job))? else { return Ok(None) };
-    let noted: Touched = serde_json::from_slice(&bytes).map_err(io::Error::other)?;
+    let Some(noted) = noted(agent, job)? else { return Ok(None) };
     // A checkpoint's name is the first word of what a restore point calls its state.
     let name = |id: &String| id.split(' ').next().map(str::to_owned).unwrap_or_default();
     let needed: BTreeSet<String> = needed.iter().map(name).collect();
@@ -207,11 +247,6 @@ pub fn keep_tracking(agent: &Agent, job: &str, needed: &BTreeSet<String>, obsole
 pub fn restore_note(agent: &Agent, job: &str, noted: &Touched) -> io::Result<()> {
     let _turn = agent.undoing.wait(job);
     write(agent, job, noted)
-}
-
-fn write(agent: &Agent, job: &str, touched: &Touched) -> io::Result<()> {
-    let json = serde_json::to_vec(touched).map_err(io::Error::other)?;
-    vault::write_whole(agent.ledger.dir(), &file(job), &json)
 }
 
 /// VMs that a job has frozen, or is about to.
@@ -243,42 +278,63 @@ impl Freezing {
     }
 }
 
-/// Undoes what an ended attempt has touched. What cannot be undone now stays noted, and the reaper comes back to it.
+/// Undoes what an ended attempt has touched, once more where the source is not well for a moment. What cannot be undone now stays noted, and
+/// the reaper comes back to it.
 pub fn undo(agent: &Agent, job: &str) {
     let _turn = agent.undoing.wait(job);
-    undo_noted(agent, job);
+    let end = Instant::now() + PATIENCE;
+    while !undo_noted(agent, job) && Instant::now() < end {
+        std::thread::sleep(PAUSE);
+    }
 }
 
-fn undo_noted(agent: &Agent, job: &str) {
-    let noted = match vault::read_optional(agent.ledger.dir(), &file(job)) {
-        Ok(Some(bytes)) => match serde_json::from_slice::<Touched>(&bytes) {
-            Ok(noted) => noted,
-            Err(e) => {
-                tracing::error!(job, error = %e, "what a job has touched is no JSON that can be read; its file stays");
-                return;
-            }
-        },
-        Ok(None) => return,
+/// False where the same may work a moment later.
+fn undo_noted(agent: &Agent, job: &str) -> bool {
+    let noted = match noted(agent, job) {
+        Ok(Some(noted)) => noted,
+        Ok(None) => return true,
         Err(e) => {
-            tracing::error!(job, error = %e, "what a job has touched cannot be read");
-            return;
+            if agent.undoing.is_news(job, Some(&e.to_string())) {
+                tracing::error!(job, error = %e, "what a job has touched cannot be read; its file stays");
+            }
+            return true;
         }
     };
     let (name, kind, path) = noted.connection.clone();
     let undone = if kind.is_empty() {
-        Ok(())
+        Ok(Vec::new())
     } else {
         agent.source(&v1::Connection { name, kind, path, account: None }).and_then(|source| source.undo(&noted))
     };
     match undone {
-        Ok(()) => {
+        Ok(not_seen) if !not_seen.is_empty() && noted.may_come(shared::clock::now().timestamp_millis()) => {
+            tracing::debug!(job, vm = noted.vm, ?not_seen, "what a job was about to make is not there; it is looked for again");
+            // The rest is undone, and must not be undone again under whoever comes next.
+            let (connection, vm, noted_ms) = (noted.connection.clone(), noted.vm.clone(), noted.noted_ms);
+            let rest = Touched { connection, vm, noted_ms, snapshots: not_seen, ..Touched::default() };
+            if rest != noted
+                && let Err(e) = write(agent, job, &rest)
+            {
+                tracing::error!(job, error = %e, "what is left of a job's notes cannot be written");
+            }
+            true
+        }
+        Ok(_) => {
             let removed = agent.ledger.dir().remove_file(file(job)).and_then(|()| vault::sync_dir(agent.ledger.dir()));
             if let Err(e) = removed {
                 tracing::error!(job, error = %e, "what a job has touched cannot be forgotten");
             }
+            if agent.undoing.is_news(job, None) {
+                tracing::info!(job, vm = noted.vm, "what a job had left at its source is gone");
+            }
+            true
         }
         Err(e) => {
-            tracing::warn!(job, connection = noted.connection.0, vm = noted.vm, error = %e, "what a job has left at its source is not gone yet")
+            if agent.undoing.is_news(job, Some(&e.message)) {
+                let connection = &noted.connection.0;
+                tracing::warn!(job, connection, vm = noted.vm, error = %e, "what a job has left at its source is not gone yet; it is tried again");
+            }
+            !e.retryable
         }
     }
 }
@@ -293,5 +349,20 @@ pub fn reap(agent: &Arc<Agent>) {
         if let Some(_turn) = agent.undoing.take(job, || agent.table.get(job).is_none_or(|held| held.is_over())) {
             undo_noted(agent, job);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_never_seen_is_waited_for_as_long_as_it_may_come() {
+        let noted = Touched { noted_ms: 1_000_000, ..Touched::default() };
+        for (now, may_come) in [(1_000_000, true), (1_899_999, true), (1_900_000, false), (999_999, false), (i64::MAX, false)] {
+            assert_eq!(noted.may_come(now), may_come, "{now}");
+        }
+        // As an older agent wrote it: nobody knows when.
+        assert!(!Touched::default().may_come(1_900_000_000_000));
     }
 }

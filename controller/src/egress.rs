@@ -5,12 +5,13 @@
 //! Never: follows a redirect, asks a proxy, reaches link-local and metadata addresses, sends a secret in clear to a stranger.
 //! A crash here costs one call.
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use reqwest::Url;
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+use shared::address::{is_metadata, may_be_dialled};
 
 use crate::config::Network;
 
@@ -53,7 +54,7 @@ impl Reach {
     pub fn permits(&self, address: IpAddr) -> bool {
         let address = address.to_canonical();
         match self {
-            Reach::Configured => !is_metadata(address) && !address.is_unspecified() && !address.is_multicast(),
+            Reach::Configured => may_be_dialled(address),
             Reach::Public { allowed } => {
                 is_public(address) || allowed.iter().any(|network| network.contains(address) && !is_metadata(address))
             }
@@ -129,14 +130,6 @@ impl Resolve for Resolver {
             }
             Ok(Box::new(permitted.into_iter()) as Addrs)
         })
-    }
-}
-
-/// Link-local addresses, among them the clouds' metadata services.
-fn is_metadata(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(v4) => v4.is_link_local() || v4 == Ipv4Addr::new(100, 100, 100, 200),
-        IpAddr::V6(v6) => (v6.segments()[0] & 0xffc0) == 0xfe80 || v6.segments()[..3] == [0xfd00, 0x0ec2, 0],
     }
 }
 

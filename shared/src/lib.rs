@@ -4,6 +4,7 @@
 //! Never: talks to a network or a database, keeps state of its own.
 //! A crash here costs nothing: what has state lives in the controller's store or the agent's journal.
 
+pub mod address;
 pub mod clock;
 pub mod deploy;
 pub mod details;

@@ -57,7 +57,7 @@ impl Double {
         Self::start_with(scratch, kind, image, &[]).await
     }
 
-    /// The same with more arguments.
+    /// The same with more settings, as `lab/fakevc` takes them.
     pub async fn start_with(scratch: &Scratch, kind: Kind, image: &Path, more: &[&str]) -> Self {
         let program = lab().join("fakevc");
         assert!(program.is_file(), "{} is not built: tests/run builds it", program.display());
@@ -127,6 +127,12 @@ impl Double {
     pub async fn snapshot(&self, vm: &str, name: &str) {
         let body = format!("<name>{name}</name><memory>false</memory><quiesce>false</quiesce>");
         self.soap("VirtualMachine", vm, "CreateSnapshot_Task", &body).await;
+    }
+
+    /// How long a snapshot's making and removal take from here on.
+    pub async fn task_time(&self, time: std::time::Duration) {
+        let url = format!("https://{}/tasktime?ms={}", self.host, time.as_millis());
+        assert!(self.http.get(url).send().await.unwrap().status().is_success());
     }
 
     async fn told(&self, path: &str) -> serde_json::Value {

@@ -2,12 +2,14 @@
 //!
 //! Owns: which answer goes wrong and how often. Never: goes wrong by chance. A crash here costs one test.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustls::pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
+use tokio::sync::oneshot;
 use tokio_rustls::TlsAcceptor;
 
 /// What happens in place of the answer.
@@ -31,6 +33,79 @@ pub enum Fault {
     Slow(Duration),
     /// Another range than the one that was asked for.
     OtherRange,
+    /// So many bytes of the body, as if they were all of it.
+    Short(usize),
+    /// The body in pieces, all of it after so long.
+    Trickle(Duration),
+    /// All leases end at the good server, which is asked then.
+    Expire,
+    /// The first text of the answer's body is replaced by the second.
+    Rewrite(&'static str, &'static str),
+}
+
+/// How long a session is known to the server.
+#[derive(Clone, Copy, Debug)]
+pub enum Sessions {
+    /// For so many requests.
+    Calls(usize),
+    /// For so long.
+    Life(Duration),
+}
+
+/// Which request is held, and where on its way.
+#[derive(Clone, Copy, Debug)]
+pub struct Trap {
+    /// What the request's first line or body holds.
+    pub matches: &'static str,
+    /// It must have come behind a request that holds this; empty: behind any.
+    pub behind: &'static str,
+    /// So many matching requests pass first.
+    pub after: usize,
+    /// Held before the good server sees it, or else when it has answered and before the answer goes out.
+    pub before: bool,
+}
+
+/// What becomes of a held request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Release {
+    /// It and its answer are lost.
+    Lost,
+    /// It goes on, whether or not its client still lives.
+    GoesOn,
+}
+
+/// A trap that was laid.
+pub struct Laid {
+    hit: oneshot::Receiver<()>,
+    /// It was taken up: nothing will fall into it.
+    is_gone: bool,
+    release: oneshot::Sender<Release>,
+}
+
+impl Laid {
+    /// Waits until a request is held; false where none came in time.
+    pub async fn hit(&mut self, limit: Duration) -> bool {
+        if self.is_gone {
+            return false;
+        }
+        let hit = tokio::time::timeout(limit, &mut self.hit).await;
+        self.is_gone = hit.is_ok();
+        matches!(hit, Ok(Ok(())))
+    }
+
+    /// Lets it go.
+    pub fn release(self, how: Release) {
+        // One that held nothing holds nothing back.
+        let _ = self.release.send(how);
+    }
+}
+
+struct Armed {
+    trap: Trap,
+    is_behind: bool,
+    seen: usize,
+    hit: oneshot::Sender<()>,
+    release: oneshot::Receiver<Release>,
 }
 
 /// One thing that goes wrong.
@@ -48,8 +123,16 @@ pub struct Rule {
 
 #[derive(Default)]
 struct Script {
+    trap: Option<Armed>,
+    sessions: Option<Sessions>,
+    /// Requests of each session, and when the first one came.
+    used: BTreeMap<String, (usize, Instant)>,
+    /// Sessions that the server does not know any more.
+    over: BTreeSet<String>,
     rules: Vec<(Rule, usize)>,
     met: usize,
+    /// Bytes of the ranges that were asked for.
+    asked: u64,
     /// Requests for bytes that are being served, and the most there were.
     serving: usize,
     peak: usize,
@@ -101,12 +184,31 @@ impl Faults {
 
     /// Scripts what goes wrong from here on; what was scripted before is forgotten.
     pub fn script(&self, rules: Vec<Rule>) {
-        *self.script.lock().unwrap() = Script { rules: rules.into_iter().map(|rule| (rule, 0)).collect(), ..Script::default() };
+        let mut script = self.script.lock().unwrap();
+        let (over, serving) = (std::mem::take(&mut script.over), script.serving);
+        *script = Script { rules: rules.into_iter().map(|rule| (rule, 0)).collect(), over, serving, peak: serving, ..Script::default() };
+    }
+
+    /// From here on sessions do not last, until the next script.
+    pub fn sessions(&self, last: Sessions) {
+        self.script.lock().unwrap().sessions = Some(last);
+    }
+
+    /// Lays a trap, which holds one request, until the next script.
+    pub fn trap(&self, trap: Trap) -> Laid {
+        let ((hit, was_hit), (release, released)) = (oneshot::channel(), oneshot::channel());
+        self.script.lock().unwrap().trap = Some(Armed { trap, is_behind: trap.behind.is_empty(), seen: 0, hit, release: released });
+        Laid { hit: was_hit, is_gone: false, release }
     }
 
     /// The most requests for bytes that were served at a time since the last script.
     pub fn peak(&self) -> usize {
         self.script.lock().unwrap().peak
+    }
+
+    /// Bytes of all ranges that were asked for since the last script.
+    pub fn asked(&self) -> u64 {
+        self.script.lock().unwrap().asked
     }
 
     /// How many requests went wrong since the last script.
@@ -136,6 +238,54 @@ fn fault_for(script: &Mutex<Script>, request: &str) -> Option<Fault> {
     found
 }
 
+/// The trap, where this request has fallen into it.
+fn trapped(script: &Mutex<Script>, request: &str) -> Option<Armed> {
+    let mut script = script.lock().unwrap();
+    let armed = script.trap.as_mut()?;
+    if armed.is_behind && request.contains(armed.trap.matches) {
+        armed.seen += 1;
+    }
+    armed.is_behind |= request.contains(armed.trap.behind);
+    if armed.seen > armed.trap.after { script.trap.take() } else { None }
+}
+
+/// Whether the request comes with a session that is over.
+fn is_over(script: &Mutex<Script>, head: &str) -> bool {
+    let cookie = head.lines().find_map(|line| line.to_ascii_lowercase().strip_prefix("cookie:").map(|value| value.trim().to_owned()));
+    let Some(cookie) = cookie else { return false };
+    let mut script = script.lock().unwrap();
+    if script.over.contains(&cookie) {
+        return true;
+    }
+    let Some(last) = script.sessions else { return false };
+    let (calls, since) = script.used.entry(cookie.clone()).or_insert((0, Instant::now()));
+    *calls += 1;
+    let ends = match last {
+        Sessions::Calls(most) => *calls > most,
+        Sessions::Life(longest) => since.elapsed() > longest,
+    };
+    if ends {
+        script.over.insert(cookie);
+        script.met += 1;
+    }
+    ends
+}
+
+/// Bytes of the range that a request asks for.
+fn range(head: &str) -> u64 {
+    let ranges = head.lines().filter_map(|line| line.to_ascii_lowercase().strip_prefix("range: bytes=").map(str::to_owned));
+    let ends = ranges.filter_map(|range| range.split_once('-').map(|(first, last)| (first.parse::<u64>(), last.trim().parse::<u64>())));
+    ends.map(|(first, last)| last.unwrap() + 1 - first.unwrap()).sum()
+}
+
+fn soap_fault(kind: &str) -> String {
+    let text = format!(
+        "<?xml version=\"1.0\"?><s:Envelope xmlns:s=\"http://schemas.xmlsoap.org/soap/envelope/\" xmlns:i=\"http://www.w3.org/2001/XMLSchema-instance\">\
+         <s:Body><s:Fault><faultstring>scripted</faultstring><detail><{kind}Fault xmlns=\"urn:vim25\" i:type=\"{kind}\"/></detail></s:Fault></s:Body></s:Envelope>"
+    );
+    format!("HTTP/1.1 500 Fault\r\nContent-Type: text/xml\r\nContent-Length: {}\r\n\r\n{text}", text.len())
+}
+
 type Stream = tokio_rustls::server::TlsStream<tokio::net::TcpStream>;
 
 async fn serve(mut stream: Stream, script: &Mutex<Script>, http: &reqwest::Client, upstream: &str) -> std::io::Result<()> {
@@ -145,7 +295,22 @@ async fn serve(mut stream: Stream, script: &Mutex<Script>, http: &reqwest::Clien
         let line = head.lines().next().unwrap_or_default().to_owned();
         let mut parts = line.split(' ');
         let (method, path) = (parts.next().unwrap_or_default().to_owned(), parts.next().unwrap_or_default().to_owned());
-        let fault = fault_for(script, &format!("{line}\n{}", String::from_utf8_lossy(&body)));
+        let asked = format!("{line}\n{}", String::from_utf8_lossy(&body));
+        script.lock().unwrap().asked += range(&head);
+        let mut held = trapped(script, &asked);
+        if let Some(armed) = held.take_if(|armed| armed.trap.before) {
+            let _ = armed.hit.send(());
+            if armed.release.await != Ok(Release::GoesOn) {
+                return Ok(());
+            }
+        }
+        if is_over(script, &head) {
+            let refused = "HTTP/1.1 401 No\r\nContent-Length: 0\r\n\r\n".to_owned();
+            let refused = if path == "/sdk" { soap_fault("NotAuthenticated") } else { refused };
+            stream.write_all(refused.as_bytes()).await?;
+            continue;
+        }
+        let fault = fault_for(script, &asked);
         match &fault {
             Some(Fault::Status(status, wait)) => {
                 let wait = wait.map(|seconds| format!("Retry-After: {seconds}\r\n")).unwrap_or_default();
@@ -153,12 +318,7 @@ async fn serve(mut stream: Stream, script: &Mutex<Script>, http: &reqwest::Clien
                 continue;
             }
             Some(Fault::Soap(kind)) => {
-                let text = format!(
-                    "<?xml version=\"1.0\"?><s:Envelope xmlns:s=\"http://schemas.xmlsoap.org/soap/envelope/\" xmlns:i=\"http://www.w3.org/2001/XMLSchema-instance\">\
-                     <s:Body><s:Fault><faultstring>scripted</faultstring><detail><{kind}Fault xmlns=\"urn:vim25\" i:type=\"{kind}\"/></detail></s:Fault></s:Body></s:Envelope>"
-                );
-                let head = format!("HTTP/1.1 500 Fault\r\nContent-Type: text/xml\r\nContent-Length: {}\r\n\r\n", text.len());
-                stream.write_all(format!("{head}{text}").as_bytes()).await?;
+                stream.write_all(soap_fault(kind).as_bytes()).await?;
                 continue;
             }
             Some(Fault::Reset) => return Ok(()),
@@ -172,6 +332,9 @@ async fn serve(mut stream: Stream, script: &Mutex<Script>, http: &reqwest::Clien
         if let Some(Fault::Slow(time)) = &fault {
             tokio::time::sleep(*time).await;
         }
+        if let Some(Fault::Expire) = &fault {
+            http.get(format!("https://{upstream}/expire")).send().await.map_err(std::io::Error::other)?;
+        }
         let mut asked = http.request(method.parse().unwrap(), format!("https://{upstream}{path}")).body(body);
         for field in head.lines().skip(1) {
             let Some((name, value)) = field.split_once(':') else { continue };
@@ -182,7 +345,18 @@ async fn serve(mut stream: Stream, script: &Mutex<Script>, http: &reqwest::Clien
         let answer = asked.send().await.map_err(std::io::Error::other)?;
         let mut status = answer.status().as_u16();
         let headers = answer.headers().clone();
-        let bytes = answer.bytes().await.map_err(std::io::Error::other)?;
+        let mut bytes = answer.bytes().await.map_err(std::io::Error::other)?;
+        if let Some(armed) = held {
+            let _ = armed.hit.send(());
+            if armed.release.await != Ok(Release::GoesOn) {
+                return Ok(());
+            }
+        }
+        match &fault {
+            Some(Fault::Short(most)) => bytes.truncate(*most),
+            Some(Fault::Rewrite(from, to)) => bytes = String::from_utf8_lossy(&bytes).replace(from, to).into_bytes().into(),
+            _ => {}
+        }
         if matches!(fault, Some(Fault::Whole)) {
             status = 200;
         }
@@ -208,7 +382,16 @@ async fn serve(mut stream: Stream, script: &Mutex<Script>, http: &reqwest::Clien
             stream.flush().await?;
             return Ok(());
         }
-        stream.write_all(&bytes).await?;
+        if let Some(Fault::Trickle(time)) = &fault {
+            let pieces = bytes.chunks(bytes.len().div_ceil(20).max(1));
+            for piece in pieces {
+                tokio::time::sleep(*time / 20).await;
+                stream.write_all(piece).await?;
+                stream.flush().await?;
+            }
+        } else {
+            stream.write_all(&bytes).await?;
+        }
         stream.flush().await?;
         drop(serving);
     }

@@ -154,4 +154,5 @@ def main():
             print(f"\nRead-back of {data / 1e6:.0f} MB of plain data: {data / 1e9 / max(proven - plain, 1e-3):.1f} GB/s ({proven - plain:.2f} s more with --verify)")
 
 
-main()
+if __name__ == "__main__":
+    main()

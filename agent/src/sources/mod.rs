@@ -182,10 +182,11 @@ pub trait Source: Send + Sync {
         Ok(())
     }
 
-    /// Undoes what was touched; what is gone already is undone.
-    fn undo(&self, touched: &Touched) -> Result<(), Error> {
+    /// Undoes what was touched; what is gone already is undone. Answers the snapshots that are not there and were not seen either: whoever was
+    /// to make one may be at it yet, a call on its way or a task that waits.
+    fn undo(&self, touched: &Touched) -> Result<Vec<String>, Error> {
         let _ = touched;
-        Ok(())
+        Ok(Vec::new())
     }
 
     /// The same for whoever only compares: the digests of a package are not checked, which would read all of it.

@@ -16,7 +16,6 @@ import (
 	"crypto/tls"
 	"flag"
 	"fmt"
-	"io"
 	"io/ioutil"
 	"log"
 	"net/http"
@@ -140,6 +139,9 @@ func (f *fakeExport) ExportVm(ctx *simulator.Context, r *types.ExportVm) soap.Ha
 	if vm.Runtime.PowerState != types.VirtualMachinePowerStatePoweredOff {
 		return &methods.ExportVmBody{Fault_: simulator.Fault("", &types.InvalidPowerState{
 			RequestedState: types.VirtualMachinePowerStatePoweredOff, ExistingState: vm.Runtime.PowerState})}
+	}
+	if exporting(vm.Self) {
+		return &methods.ExportVmBody{Fault_: simulator.Fault("", &types.TaskInProgress{})}
 	}
 	l := newLease(vm.Self, vm.Config.Hardware.Device, func(_ int32, d string) string { return flat(d) })
 	return &methods.ExportVmBody{Res: &types.ExportVmResponse{Returnval: l.Self}}
@@ -407,7 +409,7 @@ func main() {
 	s.ServeMux = mux
 	sdk := func(w http.ResponseWriter, r *http.Request) {
 		b, _ := ioutil.ReadAll(r.Body)
-		if added.Match(b) {
+		if added.Match(b) || slowed(b) {
 			if m := thisID.FindSubmatch(b); m != nil {
 				ref := types.ManagedObjectReference{Type: "FakeExport", Value: string(m[1])}
 				if simulator.Map.Get(ref) == nil {
@@ -453,22 +455,7 @@ func main() {
 			http.NotFound(w, r)
 			return
 		}
-		tmp := filepath.Join(workDir, fmt.Sprintf("so-%d.vmdk", time.Now().UnixNano()))
-		defer os.Remove(tmp)
-		if out, err := exec.Command("qemu-img", "convert", "-f", "raw", "-O", "vmdk", "-o", "subformat=streamOptimized",
-			v.(*HttpNfcLease).files[p[1]], tmp).CombinedOutput(); err != nil {
-			log.Printf("%s", out)
-			http.Error(w, err.Error(), 500)
-			return
-		}
-		f, err := os.Open(tmp)
-		if err != nil {
-			http.Error(w, err.Error(), 500)
-			return
-		}
-		defer f.Close()
-		w.Header().Set("Content-Type", "application/x-vnd.vmware-streamVmdk")
-		io.Copy(w, f) // chunked, no Content-Length, no ranges: as ESXi does
+		sendStream(w, p[0], v.(*HttpNfcLease).files[p[1]])
 	}
 	left := func(w http.ResponseWriter, r *http.Request) {
 		n := 0
@@ -488,6 +475,8 @@ func main() {
 		mux.HandleFunc(h+"/left", left)
 		mux.HandleFunc(h+"/moved", moved)
 		mux.HandleFunc(h+"/reset", resetTracking)
+		mux.HandleFunc(h+"/expire", expire)
+		mux.HandleFunc(h+"/tasktime", setTaskTime)
 		mux.HandleFunc(h+"/inventory", serveInventory)
 		mux.HandleFunc(h+"/sdk", sdk)
 		mux.HandleFunc(h+"/folder/", folder)

@@ -371,7 +371,7 @@ impl Source for Libvirt {
         Ok(())
     }
 
-    fn undo(&self, touched: &Touched) -> Result<(), Error> {
+    fn undo(&self, touched: &Touched) -> Result<Vec<String>, Error> {
         let folder = match Root::open("libvirt", &self.folders.qemu, false) {
             Ok(folder) => Some(folder),
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => None,
@@ -394,7 +394,7 @@ impl Source for Libvirt {
                 let message = "whether a backup job that was asked for has begun is not known yet".to_owned();
                 Err(Error { code: Code::Unavailable, message, retryable: true })
             }
-            _ => Ok(()),
+            _ => Ok(Vec::new()),
         }
     }
 

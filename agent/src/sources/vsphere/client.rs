@@ -94,11 +94,24 @@ impl Error {
         }
     }
 
-    /// A refusal that somebody else's work, or the end of a session, is the cause of.
+    /// What somebody else's work, the end of a session, an ailing host or something in between is the cause of.
     fn is_of_the_moment(&self) -> bool {
         match self {
-            Self::Fault(Fault::NotAuthenticated) => true,
-            Self::Fault(Fault::Other(kind, _)) => matches!(kind.as_str(), "TaskInProgress" | "ConcurrentAccess" | "task"),
+            Self::Fault(Fault::NotAuthenticated) | Self::Odd(_) => true,
+            Self::Fault(Fault::Other(kind, _)) => matches!(
+                kind.as_str(),
+                "TaskInProgress" | "ConcurrentAccess" | "task" | "SystemError" | "HostCommunication" | "HostNotReachable" | "FileLocked"
+            ),
+            _ => false,
+        }
+    }
+
+    /// Whether the object is at something else, so that it has surely not begun with this.
+    pub fn is_occupied(&self) -> bool {
+        let is_it = |word: &str| matches!(word, "TaskInProgress" | "ConcurrentAccess");
+        match self {
+            Self::Fault(Fault::Other(kind, message)) if kind == "task" => is_it(message.split(' ').next().unwrap_or_default()),
+            Self::Fault(Fault::Other(kind, _)) => is_it(kind),
             _ => false,
         }
     }
@@ -184,7 +197,8 @@ impl Client {
         }
     }
 
-    /// Does some work of reading calls within a session; where that has ended, once more within a new one.
+    /// Does some work within a session; where that has ended, once more within a new one. For calls that read, or for a single one that
+    /// changes something: what is not authenticated has changed nothing.
     pub async fn within<T>(&self, work: impl AsyncFn(&Session) -> Result<T, Error>) -> Result<T, Error> {
         let session = self.session().await?;
         match work(&session).await {
@@ -305,7 +319,11 @@ impl Client {
             egress::hypervisor(&trust).map_err(Error::Odd)?.0.get(parsed)
         };
         let answer = request.send().await.map_err(|e| self.unreachable(&e))?;
-        if answer.status() == StatusCode::OK { Ok(answer) } else { Err(refusal(&answer)) }
+        match answer.status() {
+            StatusCode::OK => Ok(answer),
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Err(Error::Fault(Fault::NotAuthenticated)),
+            _ => Err(refusal(&answer)),
+        }
     }
 
     /// What kept a request from its answer, in words without the URL.

@@ -33,6 +33,10 @@ const KEPT: usize = 16;
 const REQUEST: Duration = Duration::from_secs(60);
 /// How long a chunk is tried again.
 const PATIENCE: Duration = Duration::from_secs(180);
+/// How often a file is asked for again before it is read.
+const OPENING: u32 = 4;
+/// How many sessions may run out under one request.
+const RENEWALS: u32 = 3;
 /// How often a reader that waits looks whether its job is to stop.
 const LOOK: Duration = Duration::from_millis(300);
 /// How often a server may answer something else than the range before that is its last word.
@@ -104,7 +108,18 @@ pub struct Remote {
 impl Remote {
     /// Looks at the file: its size, and when it was written.
     pub async fn open(client: Arc<Client>, runtime: Handle, url: String, name: String) -> Result<Self, Error> {
-        let answer = client.within(async |session| client.folder(session, &url, Some((0, 0)), REQUEST).await).await?;
+        let mut tries = 0;
+        let answer = loop {
+            // Who gives up here goes another way and begins anew: what passes is waited for.
+            match client.within(async |session| client.folder(session, &url, Some((0, 0)), REQUEST).await).await {
+                Err(e) if e.is_passing() && tries < OPENING => {
+                    tries += 1;
+                    let asked = if let Error::Busy(wait) = e { wait } else { Duration::ZERO };
+                    tokio::time::sleep((Duration::from_millis(300) * tries).max(asked.min(Duration::from_secs(5)))).await;
+                }
+                answered => break answered?,
+            }
+        };
         let total = answer.headers().get(CONTENT_RANGE).and_then(|value| value.to_str().ok()?.strip_prefix("bytes 0-0/")?.parse().ok());
         let (StatusCode::PARTIAL_CONTENT, Some(size)) = (answer.status(), total) else {
             return Err(Error::Odd(format!("{name} is not given by ranges (HTTP {})", answer.status().as_u16())));
@@ -134,7 +149,7 @@ impl Remote {
     /// `length` bytes from `offset`, however often it takes.
     async fn fetch(&self, offset: u64, length: u64) -> Result<Vec<u8>, String> {
         let end = Instant::now() + PATIENCE;
-        let (mut pause, mut wrong, mut renewed) = (Duration::from_millis(200), 0, false);
+        let (mut pause, mut wrong, mut renewed) = (Duration::from_millis(200), 0, 0);
         loop {
             let asked = match self.client.session().await {
                 Ok(session) => {
@@ -152,10 +167,10 @@ impl Remote {
                     self.client.budget().slow_down();
                     (*wait).max(pause)
                 }
-                // The session ran out under the copy; a new one that is refused as well is an answer.
-                (Error::Fault(Fault::NotAuthenticated), Some(session)) if !renewed => {
+                // The session ran out under the copy; where new ones are refused as well, that is an answer.
+                (Error::Fault(Fault::NotAuthenticated), Some(session)) if renewed < RENEWALS => {
                     self.client.forget(session).await;
-                    renewed = true;
+                    renewed += 1;
                     continue;
                 }
                 // Something in between may have cut it short or lost the range.

@@ -1,7 +1,7 @@
 //! The provider `vsphere`: the VMs of a vCenter or an ESXi host.
 //!
 //! ```text
-//! wire (SOAP) ◄─ client (session) ◄─ collect (properties) ◄─ inventory, snapshot      folder (ranges), nfc (leases): the disks
+//! wire (SOAP) ◄─ client (session) ◄─ collect (properties) ◄─ inventory, snapshot      folder (ranges), lease and nfc (streams): the disks
 //! ```
 //! Owns: what a connection of this kind can do, and by which way a VM's disks are read:
 //!
@@ -22,6 +22,7 @@ mod describe;
 mod device;
 mod folder;
 mod inventory;
+mod lease;
 mod nfc;
 mod power;
 mod snapshot;
@@ -41,7 +42,9 @@ use self::client::Error as CallError;
 pub use self::client::{Client, Settings};
 use self::folder::{DatastorePath, Flat, Remote};
 use self::inventory::Found;
-use self::nfc::{Lease, Streamed};
+use self::lease::Lease;
+use self::nfc::Streamed;
+use self::snapshot::Removed;
 use self::wire::MoRef;
 use super::{Areas, Error, Frozen, Moved, Opened, Since, Source, Stopping, Touch, Unread};
 use crate::formats::{Extent, vmdk};
@@ -144,8 +147,8 @@ impl Vsphere {
     fn by_lease(&self, found: &Found, method: &str, of: &MoRef, moved: &[Moved], touch: &dyn Touch) -> Result<Vec<Opened>, Error> {
         let total = found.vm.disks.iter().fold(0u64, |sum, disk| sum.saturating_add(disk.capacity));
         let note = |id: &str| touch.lease(id);
-        let lease =
-            self.runtime.block_on(Lease::begin(&self.client, &self.runtime, method, of, total, &note)).map_err(|e| self.told(&e))?;
+        let lease = self.runtime.block_on(Lease::begin(&self.client, &self.runtime, method, of, total, &note, &touch.stopping()));
+        let lease = lease.map_err(|e| self.told(&e))?;
         let disagree = |what: &str| {
             let (given, known) = (lease.disks.len(), found.vm.disks.len());
             Error::fatal(Code::BadGateway, format!("{}: the lease has {given} disks, the VM has {known}{what}", found.vm.path))
@@ -177,7 +180,7 @@ impl Vsphere {
         }
         let name = format!("hypersdk-{}-{}", touch.job(), shared::ids::random_hex::<4>());
         touch.snapshot(&name).map_err(|e| ledger(&e))?;
-        let made = self.runtime.block_on(snapshot::create(&self.client, &found.vm.id, &name, false));
+        let made = self.runtime.block_on(snapshot::create(&self.client, &found.vm.id, &name, false, &touch.stopping()));
         made.map(|made| (name, made)).map_err(|e| self.told(&e))
     }
 
@@ -448,12 +451,16 @@ impl Source for Vsphere {
         Ok(self.found(vm_id)?.vm.power_state)
     }
 
-    fn undo(&self, touched: &Touched) -> Result<(), Error> {
+    fn undo(&self, touched: &Touched) -> Result<Vec<String>, Error> {
         for lease in &touched.leases {
-            self.runtime.block_on(nfc::abort(&self.client, lease)).map_err(|e| self.told(&e))?;
+            self.runtime.block_on(lease::abort(&self.client, lease)).map_err(|e| self.told(&e))?;
         }
+        let mut not_seen = Vec::new();
         for name in &touched.snapshots {
-            self.runtime.block_on(snapshot::remove(&self.client, &touched.vm, name)).map_err(|e| self.told(&e))?;
+            let removed = self.runtime.block_on(snapshot::remove(&self.client, &touched.vm, name)).map_err(|e| self.told(&e))?;
+            if removed == Removed::NotSeen {
+                not_seen.push(name.clone());
+            }
         }
         if touched.tracking {
             let off = async {
@@ -466,7 +473,7 @@ impl Source for Vsphere {
             };
             self.runtime.block_on(off).map_err(|e| self.told(&e))?;
         }
-        Ok(())
+        Ok(not_seen)
     }
 
     fn open_snapshots(&self, _: &str) -> Result<Vec<Opened>, Error> {

@@ -1,28 +1,23 @@
-//! A disk that comes as a stream: an export lease, kept alive as long as somebody reads.
+//! A disk that comes as a stream of an export lease.
 //!
 //! ```text
 //! connection ─► splitter (a thread) ─► grains between FLOOR and AHEAD of the furthest reader ─► read_at: wait, inflate
 //! ```
-//! Owns: the lease's life (progress well inside its time-out, complete at the end, else abort), the grains in memory, and that a stream
-//! that breaks is asked for again from its beginning. Never: gives a byte of a grain that has not come. What no grain holds is zeros only
-//! once a later grain or the end of the stream has come.
-//! A crash here leaves a lease that the ledger names and that ends by its time-out.
-//! Source: vSphere Web Services API, HttpNfcLease.
+//! Owns: the grains in memory, and that a stream that breaks is asked for again from its beginning. Never: gives a byte of a grain that has
+//! not come. What no grain holds is zeros only once a later grain or the end of the stream has come.
+//! A crash here costs the grains in memory: the stream is asked for again.
 
 use std::collections::BTreeMap;
 use std::io::{self, Read};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use roxmltree::Node;
-use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
-use super::client::{CALL, Client, Error, Session};
-use super::collect::{self, property};
-use super::device;
-use super::wire::{Fault, MoRef, children, number, text};
+use super::client::Error;
+use super::lease::{DeviceUrl, Lease};
+use super::wire::Fault;
 use crate::formats::vmdk::stream::Splitter;
 use crate::formats::{Disk, Extent, FormatError, Packing, Scratch, UNIT};
 use crate::sources::{Moved, Stopping};
@@ -35,165 +30,6 @@ const AHEAD: u64 = 32 << 20;
 const LOOK: Duration = Duration::from_millis(300);
 /// How often a stream may break.
 const TRIES: u32 = 5;
-/// How long a server may take to make a lease ready.
-const READY: Duration = Duration::from_secs(120);
-
-/// Where a disk of a lease is.
-#[derive(Clone)]
-pub struct DeviceUrl {
-    /// Which device it is, in the server's words.
-    pub key: String,
-    /// Its URL; the host is `*` where it is the one that was called.
-    url: String,
-    /// SHA-1 of the certificate of a host that was not called yet.
-    thumbprint: String,
-}
-
-/// A lease that is ready.
-pub struct Lease {
-    reference: MoRef,
-    /// Its disks in order.
-    pub disks: Vec<DeviceUrl>,
-    client: Arc<Client>,
-    runtime: Handle,
-    /// Bytes of all disks that have been passed, and of how many.
-    passed: AtomicU64,
-    total: u64,
-    /// Streams that were read to their end.
-    whole: AtomicU64,
-    is_ended: AtomicBool,
-}
-
-impl Lease {
-    /// Waits until the lease that `method` of `this` gave is ready. `note` is told its id before anything else is done with it. `total`:
-    /// bytes of all its disks.
-    pub async fn begin(
-        client: &Arc<Client>,
-        runtime: &Handle,
-        method: &str,
-        this: &MoRef,
-        total: u64,
-        note: &dyn Fn(&str) -> io::Result<()>,
-    ) -> Result<Arc<Self>, Error> {
-        let session = client.session().await?;
-        let answer = client.call(&session, method, this, "", CALL).await?;
-        let reference = collect::returned(&answer, method)?;
-        note(&reference.value).map_err(|e| Error::Odd(format!("the ledger cannot be written: {e}")))?;
-        let (disks, timeout) = match ready(client, &session, &reference).await {
-            Ok(ready) => ready,
-            Err(e) => {
-                // It may be no more.
-                let _ = client.call(&session, "HttpNfcLeaseAbort", &reference, "", CALL).await;
-                return Err(e);
-            }
-        };
-        let lease = Arc::new(Self {
-            reference,
-            disks,
-            client: client.clone(),
-            runtime: runtime.clone(),
-            passed: AtomicU64::new(0),
-            total: total.max(1),
-            whole: AtomicU64::new(0),
-            is_ended: AtomicBool::new(false),
-        });
-        runtime.spawn(keep(Arc::downgrade(&lease), timeout));
-        Ok(lease)
-    }
-
-    /// A stream was read to its end; with the last one the lease is complete. For threads that may wait.
-    fn passed_whole(&self) {
-        if self.whole.fetch_add(1, Ordering::AcqRel) + 1 < self.disks.len() as u64 {
-            return;
-        }
-        let completed = self.runtime.block_on(async {
-            let session = self.client.session().await?;
-            self.client.call(&session, "HttpNfcLeaseComplete", &self.reference, "", CALL).await
-        });
-        match completed {
-            Ok(_) => self.is_ended.store(true, Ordering::Relaxed),
-            Err(e) => tracing::debug!(lease = self.reference.value, error = ?e, "a lease could not be completed"),
-        }
-    }
-
-    fn percent(&self) -> u64 {
-        (self.passed.load(Ordering::Relaxed).saturating_mul(100) / self.total).min(99)
-    }
-}
-
-impl Drop for Lease {
-    fn drop(&mut self) {
-        if self.is_ended.load(Ordering::Relaxed) {
-            return;
-        }
-        let (client, reference) = (self.client.clone(), self.reference.clone());
-        // One that cannot be ended now is in the ledger, and ends by its time-out.
-        self.runtime.spawn(async move {
-            let Ok(session) = client.session().await else { return };
-            if let Err(e) = client.call(&session, "HttpNfcLeaseAbort", &reference, "", CALL).await {
-                tracing::debug!(lease = reference.value, error = ?e, "a lease could not be aborted");
-            }
-        });
-    }
-}
-
-/// Aborts a lease by its id, where it still is.
-pub async fn abort(client: &Client, id: &str) -> Result<(), Error> {
-    let reference = MoRef::new("HttpNfcLease", id);
-    match client.within(async |session| client.call(session, "HttpNfcLeaseAbort", &reference, "", CALL).await.map(drop)).await {
-        Err(Error::Fault(Fault::ManagedObjectNotFound)) => Ok(()),
-        // Ended already, by its time-out or by whoever held it.
-        Err(Error::Fault(Fault::Other(kind, _))) if kind == "InvalidState" => Ok(()),
-        other => other,
-    }
-}
-
-/// Tells the server that somebody still reads.
-async fn keep(lease: std::sync::Weak<Lease>, timeout: Duration) {
-    let pause = (timeout / 4).clamp(Duration::from_secs(1), Duration::from_secs(30));
-    loop {
-        tokio::time::sleep(pause).await;
-        let Some(lease) = lease.upgrade() else { return };
-        let Ok(session) = lease.client.session().await else { continue };
-        let body = format!("<percent>{}</percent>", lease.percent());
-        match lease.client.call(&session, "HttpNfcLeaseProgress", &lease.reference, &body, CALL).await {
-            Err(Error::Fault(Fault::NotAuthenticated)) => lease.client.forget(&session).await,
-            Err(e) => tracing::debug!(lease = lease.reference.value, error = ?e, "a lease could not be kept alive"),
-            Ok(_) => {}
-        }
-    }
-}
-
-type Ready = (Vec<DeviceUrl>, Duration);
-
-async fn ready(client: &Client, session: &Session, lease: &MoRef) -> Result<Ready, Error> {
-    let end = Instant::now() + READY;
-    loop {
-        let (mut state, mut found, mut error) = (String::new(), None, String::new());
-        collect::one(client, session, lease, &["state", "info", "error"], |_, object| {
-            state = collect::property_text(object, "state").to_owned();
-            error = property(object, "error").map(|fault| text(fault, "localizedMessage").to_owned()).unwrap_or_default();
-            found = property(object, "info").map(|info| {
-                let is_disk = |device: &Node| match text(*device, "disk").trim() {
-                    "" => device::may_be_disk(text(*device, "key")),
-                    said => matches!(said, "true" | "1"),
-                };
-                let urls = children(info, "deviceUrl").filter(is_disk).map(|device| {
-                    let told = |name: &str| text(device, name).to_owned();
-                    DeviceUrl { key: told("key"), url: told("url"), thumbprint: told("sslThumbprint") }
-                });
-                (urls.collect(), Duration::from_secs(number(info, "leaseTimeout").unwrap_or(300)))
-            });
-        })
-        .await?;
-        match (state.as_str(), found) {
-            ("ready", Some(ready)) => return Ok(ready),
-            ("error", _) => return Err(Error::Odd(format!("the lease failed: {error}"))),
-            _ if Instant::now() > end => return Err(Error::Unreachable(format!("the lease is {state} after {} s", READY.as_secs()))),
-            _ => tokio::time::sleep(Duration::from_millis(200)).await,
-        }
-    }
-}
 
 struct State {
     grains: BTreeMap<u64, Arc<Vec<u8>>>,
@@ -262,7 +98,9 @@ impl Streamed {
         if state.wanted < number {
             state.wanted = number;
             let floor = number.saturating_sub(FLOOR / GRAIN);
-            state.grains = state.grains.split_off(&floor);
+            while state.grains.first_key_value().is_some_and(|(oldest, _)| *oldest < floor) {
+                state.grains.pop_first();
+            }
             self.shared.news.notify_all();
         }
         loop {
@@ -340,7 +178,8 @@ fn attempt(lease: &Lease, device: &DeviceUrl, capacity: u64, shared: &Shared) ->
         e => Broken::Fatal(e.to_string()),
     };
     let body = Body::open(lease, device, shared.moved.clone()).map_err(|e| match e {
-        e if e.is_passing() => Broken::Passing(e.told(lease.client.host()).message),
+        // The next try has a new session.
+        e if e.is_passing() || matches!(e, Error::Fault(Fault::NotAuthenticated)) => Broken::Passing(e.told(lease.client.host()).message),
         e => Broken::Fatal(e.told(lease.client.host()).message),
     })?;
     let mut splitter = Splitter::open(io::BufReader::with_capacity(256 << 10, body)).map_err(broken)?;
@@ -386,8 +225,10 @@ impl Body {
             let turn = client.budget().turn().await;
             let session = client.session().await?;
             let answer = client.nfc(&session, &device.url, &device.thumbprint).await;
-            if matches!(answer, Err(Error::Busy(_))) {
-                client.budget().slow_down();
+            match answer {
+                Err(Error::Busy(_)) => client.budget().slow_down(),
+                Err(Error::Fault(Fault::NotAuthenticated)) => client.forget(&session).await,
+                _ => {}
             }
             answer.map(|answer| (answer, turn))
         });

@@ -4,6 +4,7 @@
 //! Never: touches a snapshot that does not bear a name of ours. A crash here leaves a snapshot that the ledger names.
 //! Source: vSphere Web Services API, CreateSnapshot_Task, RemoveSnapshot_Task, TaskInfo.
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use roxmltree::Node;
@@ -11,55 +12,92 @@ use roxmltree::Node;
 use super::client::{CALL, Client, Error};
 use super::collect::{self, property};
 use super::wire::{self, Fault, MoRef, child, children, quote, text};
+use crate::sources::Stopping;
 
 /// How long a task may take: a removal consolidates, which copies what was written meanwhile.
 const TASK: Duration = Duration::from_secs(900);
+/// How long a removal waits for what else the VM is at.
+const OCCUPIED: Duration = Duration::from_secs(60);
 /// Between two looks at a task.
 const LOOK: Duration = Duration::from_millis(300);
 
-/// Makes a snapshot of the disks alone, without memory; where `quiesce`, the guest's tools are asked to calm file systems.
-pub async fn create(client: &Client, vm: &str, name: &str, quiesce: bool) -> Result<MoRef, Error> {
+/// Makes a snapshot of the disks alone, without memory; where `quiesce`, the guest's tools are asked to calm file systems. A VM that is at
+/// something else (the removal of another snapshot) is waited for, until `stopping`.
+pub async fn create(client: &Client, vm: &str, name: &str, quiesce: bool, stopping: &Stopping) -> Result<MoRef, Error> {
     let this = MoRef::new("VirtualMachine", vm);
     let body = format!(
         "<name>{}</name><description>temporary, of HyperSDK</description><memory>false</memory><quiesce>{quiesce}</quiesce>",
         quote(name)
     );
-    let session = client.session().await?;
-    let asked = client.call(&session, "CreateSnapshot_Task", &this, &body, CALL).await;
-    let done = match asked {
-        Ok(answer) => finished(client, &collect::returned(&answer, "CreateSnapshot_Task")?).await,
-        Err(e) => Err(e),
+    let end = Instant::now() + TASK;
+    let done = loop {
+        match task(client, "CreateSnapshot_Task", &this, &body).await {
+            Err(e) if e.is_occupied() && Instant::now() < end && stopping.load(Ordering::Acquire) == 0 => tokio::time::sleep(LOOK).await,
+            done => break done,
+        }
     };
-    match done {
-        // What was said or not said: it is there or it is not.
-        Ok(()) | Err(Error::Unreachable(_) | Error::Busy(_) | Error::Status(_) | Error::Odd(_)) => match find(client, vm, name).await? {
-            Some(made) => Ok(made),
-            None => Err(done.err().unwrap_or_else(|| Error::Odd("a snapshot was made and is not there".to_owned()))),
-        },
-        Err(e) => Err(e),
+    // A clear no.
+    if let Err(Error::Fault(Fault::Other(..) | Fault::NoPermission(_) | Fault::InvalidPowerState | Fault::InvalidLogin)) = &done {
+        return done.and_then(|()| Err(Error::Odd("a refusal".to_owned())));
+    }
+    // What was said or not said: it is there or it is not.
+    match find(client, vm, name).await? {
+        Some(made) => Ok(made),
+        None => Err(done.err().unwrap_or_else(|| Error::Odd("a snapshot was made and is not there".to_owned()))),
     }
 }
 
-/// Removes the VM's snapshot of that name and waits for the consolidation; one that is not there is removed.
-pub async fn remove(client: &Client, vm: &str, name: &str) -> Result<(), Error> {
-    let Some(snapshot) = find(client, vm, name).await? else { return Ok(()) };
-    let session = client.session().await?;
-    let body = "<removeChildren>false</removeChildren><consolidate>true</consolidate>";
-    let answer = match client.call(&session, "RemoveSnapshot_Task", &snapshot, body, CALL).await {
-        Err(Error::Fault(Fault::ManagedObjectNotFound)) => return Ok(()),
-        other => other?,
-    };
-    finished(client, &collect::returned(&answer, "RemoveSnapshot_Task")?).await?;
-    match find(client, vm, name).await? {
-        None => Ok(()),
-        Some(_) => Err(Error::Odd(format!("the snapshot {name} was removed and is still there"))),
+/// What became of a snapshot that was to be removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Removed {
+    /// It is gone and will not come again.
+    Gone,
+    /// It was not there; it may come yet.
+    NotSeen,
+}
+
+/// Removes the VM's snapshot of that name and waits for the consolidation.
+pub async fn remove(client: &Client, vm: &str, name: &str) -> Result<Removed, Error> {
+    let end = Instant::now() + OCCUPIED;
+    let mut seen = false;
+    loop {
+        let snapshot = match look(client, vm, name).await {
+            // With its VM.
+            Err(Error::Fault(Fault::ManagedObjectNotFound)) => return Ok(Removed::Gone),
+            Ok(None) => return Ok(if seen { Removed::Gone } else { Removed::NotSeen }),
+            Ok(Some(snapshot)) => snapshot,
+            Err(e) => return Err(e),
+        };
+        seen = true;
+        let body = "<removeChildren>false</removeChildren><consolidate>true</consolidate>";
+        match task(client, "RemoveSnapshot_Task", &snapshot, body).await {
+            Ok(()) if find(client, vm, name).await?.is_none() => return Ok(Removed::Gone),
+            Ok(()) => return Err(Error::Odd(format!("the snapshot {name} was removed and is still there"))),
+            // Somebody was quicker, or it goes just now.
+            Err(Error::Fault(Fault::ManagedObjectNotFound)) if Instant::now() < end => tokio::time::sleep(LOOK).await,
+            Err(e) if e.is_occupied() && Instant::now() < end => tokio::time::sleep(LOOK).await,
+            Err(e) => return Err(e),
+        }
     }
+}
+
+/// Asks for a task and waits for its end.
+async fn task(client: &Client, method: &str, this: &MoRef, body: &str) -> Result<(), Error> {
+    let answer = client.within(async |session| client.call(session, method, this, body, CALL).await).await?;
+    finished(client, &collect::returned(&answer, method)?).await
 }
 
 /// The VM's snapshot of that name; none, too, where the VM is gone.
 pub async fn find(client: &Client, vm: &str, name: &str) -> Result<Option<MoRef>, Error> {
+    match look(client, vm, name).await {
+        Err(Error::Fault(Fault::ManagedObjectNotFound)) => Ok(None),
+        other => other,
+    }
+}
+
+async fn look(client: &Client, vm: &str, name: &str) -> Result<Option<MoRef>, Error> {
     let this = MoRef::new("VirtualMachine", vm);
-    let looked = client
+    client
         .within(async |session| {
             let mut found = None;
             collect::one(client, session, &this, &["snapshot"], |_, object| {
@@ -68,11 +106,7 @@ pub async fn find(client: &Client, vm: &str, name: &str) -> Result<Option<MoRef>
             .await?;
             Ok(found)
         })
-        .await;
-    match looked {
-        Err(Error::Fault(Fault::ManagedObjectNotFound)) => Ok(None),
-        other => other,
-    }
+        .await
 }
 
 fn in_tree(node: Node, list: &'static str, name: &str) -> Option<MoRef> {
