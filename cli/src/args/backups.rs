@@ -19,7 +19,7 @@ pub struct Backup {
     /// Begin anew, over no earlier restore point
     #[arg(long)]
     pub full: bool,
-    /// Compress with this algorithm; default: deflate
+    /// With this algorithm; default: deflate
     #[arg(long, value_parser = algorithm_parser())]
     pub compression: Option<Algorithm>,
     /// Compression level; default: the fast one
