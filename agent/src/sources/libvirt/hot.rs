@@ -9,6 +9,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use shared::vault::{self, Dir};
 
@@ -16,6 +17,9 @@ use super::domain::Domain;
 use super::virsh::Uri;
 use crate::exec;
 
+/// How long a job that was aborted may take to go, and between two looks at it.
+const GOING: Duration = Duration::from_secs(10);
+const LOOK: Duration = Duration::from_millis(100);
 /// How everything of ours is called at a libvirt.
 pub const OURS: &str = "hypersdk-";
 
@@ -153,10 +157,18 @@ fn unless_gone(said: Result<String, exec::Error>) -> Result<Option<String>, exec
 
 /// Ends the job of this name, where it runs, and removes what a killed QEMU left of it. Answers whether it was there.
 pub fn end(uri: &Uri, domain: &str, folder: Option<&Dir>, name: &str) -> Result<bool, exec::Error> {
-    let running = unless_gone(uri.ask(&["backup-dumpxml", domain]))?;
-    let is_there = running.is_some_and(|xml| xml.contains(&format!("{name}.sock")));
+    let runs = || Ok(unless_gone(uri.ask(&["backup-dumpxml", domain]))?.is_some_and(|xml| xml.contains(&format!("{name}.sock"))));
+    let is_there = runs()?;
     if is_there {
         unless_gone(uri.ask(&["domjobabort", domain]))?;
+        // The order is given; the job is gone a moment later.
+        let end = Instant::now() + GOING;
+        while runs()? {
+            if Instant::now() > end {
+                return Err(exec::Error::Failed(format!("the backup job {name} was aborted and is not gone yet")));
+            }
+            std::thread::sleep(LOOK);
+        }
     }
     let Some(folder) = folder else { return Ok(is_there) };
     for entry in folder.entries().into_iter().flatten().flatten() {
