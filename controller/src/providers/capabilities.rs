@@ -56,8 +56,11 @@ pub async fn detect(app: &App) -> Result<Capabilities, Error> {
         let names: Vec<String> = of_kind.map(|row| row.name.clone()).collect();
         data.push(match kind {
             "local" => local(app, names).await?,
-            "vsphere" => vsphere(app, names).await?,
-            "libvirt" => libvirt(app, names).await?,
+            "vsphere" => hypervisor(app, (kind, "vCenter or ESXi"), names, false, "deploy: nothing is deployed to vSphere").await?,
+            "libvirt" => {
+                let lacks = "export of a remote host's domains, and deploying there: run an agent on it and connect qemu:///system";
+                hypervisor(app, (kind, "libvirt"), names, true, lacks).await?
+            }
             kind => unbuilt(kind),
         });
     }
@@ -95,53 +98,32 @@ async fn local(app: &App, connections: Vec<String>) -> Result<Capability, Error>
     })
 }
 
-async fn vsphere(app: &App, connections: Vec<String>) -> Result<Capability, Error> {
-    // Every agent speaks with hypervisors that it reaches.
+/// A kind whose agents speak with hypervisors that they reach; `lacks` is what nobody has built of it.
+async fn hypervisor(
+    app: &App,
+    (kind, word): (&'static str, &str),
+    connections: Vec<String>,
+    deploys: bool,
+    lacks: &str,
+) -> Result<Capability, Error> {
     let agents = app.connected_agents().await?;
     let available = !agents.is_empty();
-    let mut missing = vec!["deploy: nothing is deployed to vSphere".to_owned()];
+    let mut missing = vec![lacks.to_owned()];
     if !available {
         missing.insert(0, "list, export: no agent is connected; POST /agents/tokens gives a join token for one".to_owned());
     } else if connections.is_empty() {
-        missing.insert(0, "list, export: no vCenter or ESXi is connected; POST /providers/connect connects one".to_owned());
+        missing.insert(0, format!("list, export: no {word} is connected; POST /providers/connect connects one"));
     }
     let usable = available && !connections.is_empty();
     Ok(Capability {
-        kind: "vsphere",
+        kind,
         built: true,
         available,
         list: usable,
         export: usable,
         hot_export: usable,
         changed_blocks: usable,
-        deploy: false,
-        formats: if available { Format::ALL.to_vec() } else { Vec::new() },
-        agents: agents.into_iter().map(|agent| agent.name).collect(),
-        connections,
-        missing,
-    })
-}
-
-async fn libvirt(app: &App, connections: Vec<String>) -> Result<Capability, Error> {
-    let agents = app.connected_agents().await?;
-    let available = !agents.is_empty();
-    let mut missing =
-        vec!["export of a remote host's domains, and deploying there: run an agent on it and connect qemu:///system".to_owned()];
-    if !available {
-        missing.insert(0, "list, export: no agent is connected; POST /agents/tokens gives a join token for one".to_owned());
-    } else if connections.is_empty() {
-        missing.insert(0, "list, export: no libvirt is connected; POST /providers/connect connects one".to_owned());
-    }
-    let usable = available && !connections.is_empty();
-    Ok(Capability {
-        kind: "libvirt",
-        built: true,
-        available,
-        list: usable,
-        export: usable,
-        hot_export: usable,
-        changed_blocks: usable,
-        deploy: usable,
+        deploy: usable && deploys,
         formats: if available { Format::ALL.to_vec() } else { Vec::new() },
         agents: agents.into_iter().map(|agent| agent.name).collect(),
         connections,
