@@ -91,8 +91,8 @@ pub type Opener<'a> = &'a (dyn Fn(&str) -> io::Result<File> + Sync);
 /// Opens what a layer lies over.
 pub type Below<'a> = &'a (dyn Fn(&Over) -> Result<Arc<dyn Disk>, FormatError> + Sync);
 
-/// Reads all disks and files that `manifest` names and reports each bad block. `tick` is told the bytes of the disks' blocks read so far, about
-/// twenty times a second; when it answers false the check ends with [`Error::Cancelled`], the only error there is.
+/// As [`verify_files_at`], of an export without layers.
+#[cfg(test)]
 pub fn verify_files(manifest: &Manifest, open: Opener<'_>, tick: &dyn Fn(u64) -> bool) -> Result<Report, Error> {
     let below = |over: &Over| {
         let text = format!("it lies over {} of {}, which is not looked for here", over.file, over.job);
@@ -101,7 +101,9 @@ pub fn verify_files(manifest: &Manifest, open: Opener<'_>, tick: &dyn Fn(u64) ->
     verify_files_at(manifest, open, &below, None, tick)
 }
 
-/// As [`verify_files`], with layers over what `below` opens, reading at most `bandwidth` bytes a second, the files' SHA-256 included.
+/// Reads all disks and files that `manifest` names, layers over what `below` opens, at most `bandwidth` bytes a second (the files' SHA-256
+/// included), and reports each bad block. `tick` is told the bytes of the disks' blocks read so far, about twenty times a second; when it
+/// answers false the check ends with [`Error::Cancelled`], the only error there is.
 pub fn verify_files_at(
     manifest: &Manifest,
     open: Opener<'_>,
