@@ -78,6 +78,9 @@ impl Growing {
     }
 }
 
+/// How far behind the copy its hashing stands where both want the processor (nice value).
+const BEHIND: i32 = 15;
+
 /// The hashing of a job's files.
 pub(super) struct Hashing {
     /// States and digests, by file: those of an earlier attempt first, then ours.
@@ -101,8 +104,10 @@ impl Hashing {
     }
 
     /// Hashes what begins at `base` of a file behind its writer until `growing` is closed; [`Hashing::hash`] goes on from there. An error is left
-    /// for it to find.
+    /// for it to find. For a thread of its own, which takes only what time the copy leaves.
     pub(super) fn follow(&self, name: &str, file: &File, base: u64, sparse: bool, growing: &Growing) {
+        // Of this thread alone (Linux). Where it may not, it is as fast as the others.
+        let _ = rustix::process::setpriority_process(None, BEHIND);
         let mut stream = Stream::new(base, 0, Sha256::new());
         while let Some(end) = growing.wait(stream.at) {
             if stream.step(file, end, sparse).is_err() {

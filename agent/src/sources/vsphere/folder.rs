@@ -86,10 +86,37 @@ fn percent(text: &str) -> String {
 }
 
 /// Where a fetched chunk will lie.
-#[derive(Default)]
 struct Slot {
     bytes: Mutex<Option<Result<Vec<u8>, Arc<str>>>>,
     there: Condvar,
+    spare: Arc<Spare>,
+}
+
+impl Drop for Slot {
+    fn drop(&mut self) {
+        if let Some(Ok(bytes)) = self.bytes.get_mut().unwrap_or_else(PoisonError::into_inner).take() {
+            self.spare.put(bytes);
+        }
+    }
+}
+
+/// Buffers of chunks that nobody needs any more: memory that is there costs no page faults.
+#[derive(Default)]
+struct Spare(Mutex<Vec<Vec<u8>>>);
+
+impl Spare {
+    fn take(&self) -> Vec<u8> {
+        let mut bytes = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop().unwrap_or_default();
+        bytes.clear();
+        bytes
+    }
+
+    fn put(&self, bytes: Vec<u8>) {
+        let mut spare = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if spare.len() < KEPT {
+            spare.push(bytes);
+        }
+    }
 }
 
 /// A file of a datastore that does not change while it is read.
@@ -143,23 +170,23 @@ impl Remote {
         if self.size > most {
             return Err(format!("{} has {} bytes, {most} would be the most", self.name, self.size));
         }
-        if self.size == 0 { Ok(Vec::new()) } else { self.fetch(0, self.size).await }
+        if self.size == 0 { Ok(Vec::new()) } else { self.fetch(0, self.size, Vec::new()).await }
     }
 
-    /// `length` bytes from `offset`, however often it takes.
-    async fn fetch(&self, offset: u64, length: u64) -> Result<Vec<u8>, String> {
+    /// `length` bytes from `offset` in `bytes`, however often it takes.
+    async fn fetch(&self, offset: u64, length: u64, mut bytes: Vec<u8>) -> Result<Vec<u8>, String> {
         let end = Instant::now() + PATIENCE;
         let (mut pause, mut wrong, mut renewed) = (Duration::from_millis(200), 0, 0);
         loop {
             let asked = match self.client.session().await {
                 Ok(session) => {
                     let _turn = self.client.budget().turn().await;
-                    self.range(&session, offset, length).await.map_err(|e| (e, Some(session)))
+                    self.range(&session, offset, length, &mut bytes).await.map_err(|e| (e, Some(session)))
                 }
                 Err(e) => Err((e, None)),
             };
             let (error, session) = match asked {
-                Ok(bytes) => return Ok(bytes),
+                Ok(()) => return Ok(bytes),
                 Err(failed) => failed,
             };
             let wait = match (&error, &session) {
@@ -190,7 +217,7 @@ impl Remote {
         }
     }
 
-    async fn range(&self, session: &super::client::Session, offset: u64, length: u64) -> Result<Vec<u8>, Error> {
+    async fn range(&self, session: &super::client::Session, offset: u64, length: u64, bytes: &mut Vec<u8>) -> Result<(), Error> {
         let last = offset + length - 1;
         let mut answer = self.client.folder(session, &self.url, Some((offset, last)), REQUEST).await?;
         if answer.status() != StatusCode::PARTIAL_CONTENT {
@@ -206,7 +233,8 @@ impl Remote {
             return Err(Error::Fault(Fault::Other("FileChanged".to_owned(), message)));
         }
         // Lengths are of CHUNK or less.
-        let mut bytes = Vec::with_capacity(usize::try_from(length).unwrap_or_default());
+        bytes.clear();
+        bytes.reserve(usize::try_from(length).unwrap_or_default());
         while let Some(piece) = answer.chunk().await.map_err(|e| self.client.unreachable(&e))? {
             if (bytes.len() + piece.len()) as u64 > length {
                 return Err(Error::Odd(format!("it sent more than the {length} bytes of the range")));
@@ -216,7 +244,7 @@ impl Remote {
         if bytes.len() as u64 != length {
             return Err(Error::Unreachable(format!("{} of {length} bytes came", bytes.len())));
         }
-        Ok(bytes)
+        Ok(())
     }
 }
 
@@ -246,6 +274,7 @@ struct Chunked {
     /// Bytes that came.
     moved: Moved,
     slots: Mutex<BTreeMap<u64, Arc<Slot>>>,
+    spare: Arc<Spare>,
     stopping: Stopping,
 }
 
@@ -263,6 +292,7 @@ impl Flat {
                 pieces: areas.map(|areas| pieces(areas, start, len)),
                 moved: moved.clone(),
                 slots: Mutex::default(),
+                spare: Arc::default(),
                 stopping: stopping.clone(),
             });
             parts.push(Part { start, len, file });
@@ -320,11 +350,11 @@ impl Chunked {
     }
 
     fn begin(&self, chunk: Extent) -> Arc<Slot> {
-        let slot = Arc::new(Slot::default());
+        let slot = Arc::new(Slot { bytes: Mutex::default(), there: Condvar::new(), spare: self.spare.clone() });
         let (remote, filled, moved) = (self.remote.clone(), slot.clone(), self.moved.clone());
         let from = self.base + chunk.offset;
         self.remote.runtime.spawn(async move {
-            let fetched = remote.fetch(from, chunk.len).await.map_err(Arc::from);
+            let fetched = remote.fetch(from, chunk.len, filled.spare.take()).await.map_err(Arc::from);
             moved.fetch_add(fetched.as_ref().map_or(0, |bytes| bytes.len() as u64), Ordering::Relaxed);
             *filled.bytes.lock().unwrap_or_else(PoisonError::into_inner) = Some(fetched);
             filled.there.notify_all();
