@@ -26,6 +26,7 @@ mod libvirt;
 mod load;
 mod long;
 mod memory;
+mod migrate;
 mod no_trace;
 mod operations;
 mod schedules;

@@ -6,7 +6,7 @@
 //! Owns: that order, the refusals, and that a failure leaves no domain. Never: copies, changes or removes a disk; takes a name that exists.
 //! A crash here leaves a domain that the ledger names; the reaper removes it, never its disks.
 
-mod xml;
+pub mod xml;
 
 use std::path::PathBuf;
 
@@ -47,35 +47,99 @@ pub fn deploy(agent: &Agent, asked: &v1::Deploy) -> Result<Value, Error> {
         return Err(Error::fatal(Code::BadRequest, flaw));
     }
     let connection = asked.connection.clone().unwrap_or_default();
+    let uri = here(&connection)?;
+    let disks = disks(agent, &wish)?;
+    fits(agent, &uri, &connection, &wish, &disks)?;
+    let uuid = uuid();
+    let disks: Vec<(PathBuf, &'static str)> = disks.into_iter().map(|disk| (disk.path, disk.format)).collect();
+    let mac = wish.mac.as_ref().map_or_else(new_mac, |mac| mac.to_ascii_lowercase());
+    let accelerator = accelerator(agent);
+    define(agent, &uri, &connection, &wish, (&uuid, &mac, accelerator), &disks)?;
+    Ok(told_of(&uri, &connection, &wish, (&uuid, &mac, accelerator), &disks))
+}
+
+/// What a domain is made as: its UUID, its card's address, how its CPUs run.
+type Identity<'a> = (&'a str, &'a str, &'static str);
+
+/// A domain that a job makes of its own disks.
+pub struct Standing<'a> {
+    /// The domain's UUID, the same in each attempt.
+    pub uuid: &'a str,
+    /// Its disks in order: absolute path and format.
+    pub disks: &'a [(PathBuf, &'static str)],
+}
+
+/// Whether the domain of this UUID is there.
+pub fn stands(connection: &v1::Connection, uuid: &str) -> Result<bool, Error> {
+    let uri = here(connection)?;
+    Ok(uri.domains().map_err(told)?.iter().any(|known| known == uuid))
+}
+
+/// Whether the hypervisor would take the VM, whose disks are still to be made.
+pub fn check(agent: &Agent, connection: &v1::Connection, wish: &Wish) -> Result<(), Error> {
+    fits(agent, &here(connection)?, connection, wish, &[])
+}
+
+/// Makes the domain of a job, unless an earlier attempt has. Answers as [`deploy`].
+pub fn place(agent: &Agent, connection: &v1::Connection, wish: &Wish, standing: &Standing<'_>) -> Result<Value, Error> {
+    let uri = here(connection)?;
+    // What an earlier attempt has left half made goes first.
+    touched::undo(agent, &format!("deploy-{}", standing.uuid));
+    let accelerator = accelerator(agent);
+    if stands(connection, standing.uuid)? {
+        let xml = uri.ask(&["dumpxml", standing.uuid]).map_err(told)?;
+        let mac = xml.split("<mac address='").nth(1).and_then(|rest| rest.split('\'').next()).unwrap_or_default().to_owned();
+        return Ok(told_of(&uri, connection, wish, (standing.uuid, &mac, accelerator), standing.disks));
+    }
+    let found: Vec<Found> = standing.disks.iter().map(|(path, format)| Found { path: path.clone(), format }).collect();
+    fits(agent, &uri, connection, wish, &found)?;
+    let mac = wish.mac.as_ref().map_or_else(new_mac, |mac| mac.to_ascii_lowercase());
+    define(agent, &uri, connection, wish, (standing.uuid, &mac, accelerator), standing.disks)?;
+    Ok(told_of(&uri, connection, wish, (standing.uuid, &mac, accelerator), standing.disks))
+}
+
+/// A connection to the libvirt of this host.
+fn here(connection: &v1::Connection) -> Result<Uri, Error> {
     if connection.kind != hypervisors::LIBVIRT {
         return Err(Error::fatal(Code::NotBuilt, format!("deploying to {:?} is not built yet; `libvirt` is", connection.kind)));
     }
     let uri = Uri::parse(&connection.path).map_err(|message| Error::fatal(Code::BadRequest, message))?;
-    if !uri.is_here {
-        return Err(Error::fatal(Code::NotBuilt, "deploying to another host is not built yet: run an agent there"));
-    }
-    let disks = disks(agent, &wish)?;
-    fits(agent, &uri, &connection, &wish, &disks)?;
-    let accelerator = accelerator(agent);
-    let uuid = uuid();
-    let mac = wish.mac.as_ref().map_or_else(new_mac, |mac| mac.to_ascii_lowercase());
-    let files: Vec<(&std::path::Path, &str)> = disks.iter().map(|disk| (disk.path.as_path(), disk.format)).collect();
-    let description = xml::domain(&wish, &uuid, &mac, &files, accelerator);
+    if uri.is_here { Ok(uri) } else { Err(Error::fatal(Code::NotBuilt, "deploying to another host is not built yet: run an agent there")) }
+}
 
+fn define(
+    agent: &Agent,
+    uri: &Uri,
+    connection: &v1::Connection,
+    wish: &Wish,
+    (uuid, mac, accelerator): Identity<'_>,
+    disks: &[(PathBuf, &'static str)],
+) -> Result<(), Error> {
+    let files: Vec<(&std::path::Path, &str)> = disks.iter().map(|(path, format)| (path.as_path(), *format)).collect();
+    let description = xml::domain(wish, uuid, mac, &files, accelerator, None);
     let note = format!("deploy-{uuid}");
-    let made = touched::while_noted(agent, &note, &connection, &uuid, || make(agent, &uri, &note, &uuid, &description, &wish))?;
-    made?;
-    let display = uri.ask(&["vncdisplay", &uuid]).ok();
+    touched::while_noted(agent, &note, connection, uuid, || make(agent, uri, &note, uuid, &description, wish))?
+}
+
+/// What the API answers.
+fn told_of(
+    uri: &Uri,
+    connection: &v1::Connection,
+    wish: &Wish,
+    (uuid, mac, accelerator): Identity<'_>,
+    disks: &[(PathBuf, &'static str)],
+) -> Value {
+    let display = uri.ask(&["vncdisplay", uuid]).ok();
     let display = display.and_then(|text| text.trim().rsplit_once(':')?.1.parse::<u32>().ok());
-    Ok(json!({
+    json!({
         "name": wish.name,
         "uuid": uuid,
         "status": if wish.start { "running" } else { "stopped" },
         "target": connection.name,
         "cpu": wish.cpu,
         "memory_mb": wish.memory_mb,
-        "disk_path": disks.first().map(|disk| disk.path.display().to_string()),
-        "disks": disks.iter().map(|disk| disk.path.display().to_string()).collect::<Vec<_>>(),
+        "disk_path": disks.first().map(|(path, _)| path.display().to_string()),
+        "disks": disks.iter().map(|(path, _)| path.display().to_string()).collect::<Vec<_>>(),
         "network": wish.network.as_deref().or(wish.bridge.is_none().then_some("default")),
         "bridge": wish.bridge,
         "mac": mac,
@@ -84,7 +148,7 @@ pub fn deploy(agent: &Agent, asked: &v1::Deploy) -> Result<Value, Error> {
         "accelerator": accelerator,
         "created_at": shared::clock::rfc3339(shared::clock::now()),
         "vnc_port": display.map(|display| 5900 + display),
-    }))
+    })
 }
 
 /// Defines and starts it; what fails is taken back.
@@ -198,7 +262,7 @@ fn fits(agent: &Agent, uri: &Uri, connection: &v1::Connection, wish: &Wish, disk
 }
 
 /// `kvm` where a virtual CPU really runs, else `tcg`.
-fn accelerator(agent: &Agent) -> &'static str {
+pub fn accelerator(agent: &Agent) -> &'static str {
     match agent.config.libvirt_accel.as_str() {
         "tcg" => "tcg",
         "kvm" => "kvm",
@@ -240,13 +304,23 @@ fn runs_a_cpu(agent: &Agent) -> bool {
     ended.is_ok_and(|status| status == Some(0x21))
 }
 
-fn uuid() -> String {
-    let hex = shared::ids::random_hex::<16>();
+/// A new one.
+pub fn uuid() -> String {
+    uuid_from(&shared::ids::random_hex::<16>())
+}
+
+/// The UUID of the domain that a job makes, the same in each attempt.
+pub fn uuid_of(job: &str) -> String {
+    uuid_from(&blake3::hash(job.as_bytes()).to_hex()[..32])
+}
+
+fn uuid_from(hex: &str) -> String {
     // Version 4, variant 1 (RFC 4122).
     format!("{}-{}-4{}-a{}-{}", &hex[..8], &hex[8..12], &hex[13..16], &hex[17..20], &hex[20..32])
 }
 
-fn new_mac() -> String {
+/// A new address of a card.
+pub fn new_mac() -> String {
     let hex = shared::ids::random_hex::<3>();
     // QEMU's own prefix.
     format!("52:54:00:{}:{}:{}", &hex[..2], &hex[2..4], &hex[4..6])

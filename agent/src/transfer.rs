@@ -62,7 +62,7 @@ async fn send(agent: Arc<Agent>, fetch: v1::Fetch) -> Result<(), String> {
 }
 
 fn failure(code: Code, message: impl Into<String>) -> v1::Failure {
-    v1::Failure { code: code.word().to_owned(), message: message.into(), retryable: code == Code::Unavailable }
+    v1::Failure { code: code.word().to_owned(), message: message.into(), retryable: code == Code::Unavailable, ..Default::default() }
 }
 
 fn open(agent: &Agent, fetch: &v1::Fetch) -> Result<(File, v1::Opened), v1::Failure> {

@@ -10,6 +10,7 @@
 
 mod backup;
 mod catalogue;
+mod migrate;
 mod verify;
 mod watcher;
 mod wishes;
@@ -33,6 +34,7 @@ use crate::sources::local::Depth;
 use crate::sources::{self, Opened, Source};
 use crate::{Agent, points, proof, pull, touched};
 
+use self::migrate::Migration;
 use self::watcher::Watcher;
 pub use self::wishes::{compression, declared_word, output_format};
 
@@ -48,24 +50,30 @@ pub struct Failure {
     pub message: String,
     /// Whether the same might work a moment later.
     retryable: bool,
+    /// What there is to show all the same, JSON; else empty.
+    result: String,
 }
 
 impl Failure {
+    fn new(code: Code, message: impl Into<String>, retryable: bool) -> Self {
+        Self { code, message: message.into(), retryable, result: String::new() }
+    }
+
     fn fatal(code: Code, message: impl Into<String>) -> Self {
-        Self { code, message: message.into(), retryable: false }
+        Self::new(code, message, false)
     }
 
     fn io(what: &str, e: &io::Error) -> Self {
         match e.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Self::fatal(Code::NoSpace, format!("no space left: {what}")),
-            _ => Self { code: Code::Internal, message: format!("{what}: {e}"), retryable: true },
+            _ => Self::new(Code::Internal, format!("{what}: {e}"), true),
         }
     }
 }
 
 impl From<sources::Error> for Failure {
     fn from(e: sources::Error) -> Self {
-        Self { code: e.code, message: e.message, retryable: e.retryable }
+        Self::new(e.code, e.message, e.retryable)
     }
 }
 
@@ -106,10 +114,11 @@ pub fn run(agent: &Agent, held: &Assignment, replaced: Option<Arc<Assignment>>, 
         End::Failed(failure) => {
             agent.table.log(held, "error", "failed", failure.message.clone());
             // What failed for good is of no use to a retry, and its space may be what the next job lacks.
-            if !failure.retryable {
+            if !failure.retryable && !Migration::is_kept(agent, assign) {
                 discard_logged(agent, &held.job);
             }
-            Outcome::Failed(v1::Failure { code: failure.code.word().to_owned(), message: failure.message, retryable: failure.retryable })
+            let Failure { code, message, retryable, result } = failure;
+            Outcome::Failed(v1::Failure { code: code.word().to_owned(), message, retryable, result_json: result })
         }
     };
     agent.table.end(held, outcome);
@@ -161,6 +170,7 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
         return verify::work(agent, held, assign, &options);
     }
     let import = catalogue::Import::of(kind, held, assign)?;
+    let migration = Migration::of(agent, held, kind, assign, &options)?;
     let format = output_format(&assign.format)?;
     let destination = match &import {
         Some(_) => crate::config::IMAGES.to_owned(),
@@ -179,7 +189,13 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
         // What the earlier attempt did is what this one found, so that the last figures of the job are true ones.
         agent.table.progress(held, "publishing", counters_of(&result));
         agent.table.log(held, "info", "publishing", "the output was published before the connection or the process was lost".to_owned());
-        return commit(agent, held, || Ok(())).map(|()| End::Completed(result));
+        let mut ended = result;
+        commit(agent, held, || {
+            let Some(migration) = &migration else { return Ok(()) };
+            ended = migration.land(&folder, &published, &ended)?;
+            Ok(())
+        })?;
+        return Ok(End::Completed(ended));
     }
 
     agent.table.progress(held, "preparing", held.progress());
@@ -191,6 +207,14 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
     let entry = Entry { job: held.job.clone(), epoch: held.epoch, destination, created };
     agent.ledger.write(&entry).map_err(|e| Failure::io("the ledger", &e))?;
 
+    if let Some(migration) = &migration {
+        if let Some(result) = migration.sealed(&folder)? {
+            agent.table.progress(held, "verifying", counters_of(&result));
+            agent.table.log(held, "info", "preparing", "the disks were copied and verified by an earlier attempt: it goes on from there".to_owned());
+            return migration.arrive(&folder, &place.absolute(), &result, || publish(agent, held, &folder, None, name));
+        }
+        migration.check()?;
+    }
     let (mut vm, disks, backup, roots) = match kind {
         Some(JobType::Backup) => {
             let (vm, disks, backup) = backup::open(agent, held, assign, &folder, options.full == Some(true))?;
@@ -242,15 +266,22 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
     if let Some(backup) = &backup {
         result = backup.describe(&result, &published);
     }
+    if let Some(migration) = &migration {
+        result = migration.seal(&result, &job.vm)?;
+    }
     vault::write_whole(agent.ledger.dir(), &result_name(&held.job), result.as_bytes()).map_err(|e| Failure::io("the result", &e))?;
+    if let Some(migration) = &migration {
+        give_back(agent, &held.job);
+        return migration.arrive(&folder, &place.absolute(), &result, || publish(agent, held, &folder, Some(&job), name));
+    }
 
     commit(agent, held, || {
-        let Some(backup) = &backup else { return publish(agent, held, &folder, &job, name) };
+        let Some(backup) = &backup else { return publish(agent, held, &folder, Some(&job), name) };
         backup.check_parent(&folder)?;
         // Behind the grant nobody cancels it: a crash here is followed by the publication.
         let ledger = |e| Failure::io("the ledger", &e);
         let noted = touched::keep_tracking(agent, &held.job, &backup.needed, &backup.obsolete).map_err(ledger)?;
-        let published = publish(agent, held, &folder, &job, name);
+        let published = publish(agent, held, &folder, Some(&job), name);
         if let (Some(noted), Err(_)) = (&noted, &published) {
             touched::restore_note(agent, &held.job, noted).map_err(ledger)?;
         }
@@ -294,14 +325,14 @@ fn failure(agent: &Agent, folder: &Dir, error: &pipeline::Error) -> Failure {
         }
         pipeline::Error::Mismatch { .. } => Failure::fatal(Code::VerificationFailed, message),
         pipeline::Error::Source { source: FormatError::Io(e), .. } if e.kind() != io::ErrorKind::UnexpectedEof => {
-            Failure { code: Code::BadGateway, message, retryable: true }
+            Failure::new(Code::BadGateway, message, true)
         }
         pipeline::Error::Source { .. } => Failure::fatal(Code::BadImage, message),
         pipeline::Error::Output(FormatError::Io(_)) | pipeline::Error::Journal(_) => {
-            Failure { code: Code::Internal, message, retryable: true }
+            Failure::new(Code::Internal, message, true)
         }
         pipeline::Error::Output(_) => Failure::fatal(Code::Unprocessable, message),
-        pipeline::Error::Cancelled | pipeline::Error::Parked => Failure { code: Code::Conflict, message, retryable: true },
+        pipeline::Error::Cancelled | pipeline::Error::Parked => Failure::new(Code::Conflict, message, true),
     }
 }
 
@@ -325,17 +356,19 @@ fn commit(agent: &Agent, held: &Assignment, publish: impl FnOnce() -> Result<(),
     }
 }
 
-fn publish(agent: &Agent, held: &Assignment, folder: &Dir, job: &pipeline::Job, name: &str) -> Result<(), Failure> {
+/// Gives the part folder its name. Without a `job` what lies there was copied and sealed by an earlier attempt, and its journal is closed.
+fn publish(agent: &Agent, held: &Assignment, folder: &Dir, job: Option<&pipeline::Job>, name: &str) -> Result<(), Failure> {
     agent.table.progress(held, "publishing", held.progress());
     let lost = |e: io::Error| Failure::io("publishing", &e);
-    let mut journal = open_journal(agent, held, job)?;
-    journal.append(&Record::Granted { epoch: held.epoch }).map_err(lost)?;
+    let mut journal = job.map(|job| open_journal(agent, held, job)).transpose()?;
+    let mut note = |record: Record| journal.as_mut().map_or(Ok(()), |journal| journal.append(&record)).map_err(lost);
+    note(Record::Granted { epoch: held.epoch })?;
     vault::rename_without_replacing(folder, &part_name(&held.job), name).map_err(|e| match e.kind() {
         io::ErrorKind::AlreadyExists => Failure::fatal(Code::Conflict, format!("{name} exists at the destination")),
         _ => lost(e),
     })?;
     vault::sync_dir(folder).map_err(lost)?;
-    journal.append(&Record::Published).map_err(lost)
+    note(Record::Published)
 }
 
 fn result_name(job: &str) -> String {
@@ -457,14 +490,14 @@ pub fn start(agent: &Arc<Agent>, held: Arc<Assignment>, replaced: Option<Arc<Ass
             if std::panic::catch_unwind(run).is_err() {
                 give_back(&agent, &held.job);
                 let message = "the agent's worker panicked; its log has the place".to_owned();
-                let failure = v1::Failure { code: Code::Internal.word().to_owned(), message, retryable: true };
+                let failure = v1::Failure { code: Code::Internal.word().to_owned(), message, retryable: true, result_json: String::new() };
                 agent.table.end(&held, v1::finished::Outcome::Failed(failure));
             }
         })
     };
     if let Err(e) = spawned {
-        let failure =
-            v1::Failure { code: Code::Unavailable.word().to_owned(), message: format!("no thread for the job: {e}"), retryable: true };
+        let message = format!("no thread for the job: {e}");
+        let failure = v1::Failure { code: Code::Unavailable.word().to_owned(), message, retryable: true, result_json: String::new() };
         agent.table.end(&held, v1::finished::Outcome::Failed(failure));
     }
 }

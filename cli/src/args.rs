@@ -3,6 +3,7 @@
 //! Owns: the clap tree. Never: does anything. A crash here costs nothing.
 
 mod backups;
+mod migrate;
 mod providers;
 
 use std::net::SocketAddr;
@@ -15,6 +16,7 @@ use shared::ids::JobId;
 use shared::options::{Algorithm, Format, JobType};
 
 pub use self::backups::{Backup, Restore};
+pub use self::migrate::Migrate;
 pub use self::providers::{Connect, Providers, ProvidersAction};
 
 /// Heading of the options that every verb takes.
@@ -83,6 +85,8 @@ pub enum Verb {
     Vms(Vms),
     /// Export a VM to files
     Export(Export),
+    /// Move a VM to another hypervisor: copied, proven, booted, handed over
+    Migrate(Migrate),
     /// Make a restore point of a VM: what changed since the last one
     Backup(Backup),
     /// Make whole disks of a restore point, or list the points

@@ -119,7 +119,7 @@ async fn job(scene: &Scene, args: &Demo, url: &str, fingerprint: &str, password:
     let id = jobs::id_of(&created)?;
     output::pairs(8, &[("job", format!("{id}: export {name} as {}", args.format))]);
     let mut display = Display::new(false);
-    let ended = watch::until_end(&client, &id, POLL, &mut display).await;
+    let ended = watch::until_end(&client, &id, POLL, &mut display, None).await;
     display.clear();
     let ended = ended?;
     let seconds = began.elapsed().as_secs_f64();

@@ -10,7 +10,7 @@ use crate::args::{Export, JobFilter, Jobs, JobsAction, Style};
 use crate::client::{Client, Listing};
 use crate::failure::{Exit, Failure, Outcome};
 use crate::output::{self, Column, Table};
-use crate::watch;
+use crate::{migrate, watch};
 
 /// Creates an export job and, unless told otherwise, stays until it has ended.
 pub async fn export(client: &Client, export: &Export, style: Style) -> Outcome {
@@ -222,6 +222,7 @@ fn results(job: &Value, least: usize) {
         None => "",
     };
     output::pairs(least, &[("manifest", output::text(result, "manifest")), ("verified", verified.to_owned())]);
+    migrate::results(result, least);
 }
 
 /// The end of a followed job: its files, or its error as this command's own.

@@ -18,6 +18,7 @@ mod inventory;
 mod jobs;
 mod local;
 mod login;
+mod migrate;
 mod output;
 mod progress;
 mod sample;
@@ -80,6 +81,7 @@ async fn converse(cli: &Cli, verb: &Verb) -> Outcome {
         Verb::Logout => login::logout(&cli.server).await,
         Verb::Vms(args) => inventory::vms(&client()?, args, style).await,
         Verb::Export(args) => jobs::export(&client()?, args, style).await,
+        Verb::Migrate(args) => migrate::migrate(&client()?, args, style).await,
         Verb::Backup(args) => backups::backup(&client()?, args, style).await,
         Verb::Restore(args) => backups::restore(&client()?, args, style).await,
         Verb::Jobs(args) => jobs::jobs(&client()?, args, style).await,

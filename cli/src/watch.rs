@@ -23,6 +23,8 @@ const POLL_ALL: Duration = Duration::from_secs(1);
 const AWAY: Duration = Duration::from_secs(120);
 /// Longest line of a log that is put together.
 const LINE_LIMIT: usize = 1 << 20;
+/// Most bytes of a log that is shown beside the progress.
+const LOG_LIMIT: usize = 16 << 20;
 /// What a shell answers for a command that an interrupt ended.
 const INTERRUPTED: i32 = 130;
 
@@ -36,9 +38,18 @@ pub async fn watch(client: &Client, watch: &Watch, style: Style) -> Outcome {
 
 /// Shows a job's progress until it has ended; answers the ended job.
 pub async fn follow(client: &Client, id: &str, poll: Duration) -> Result<Value, Failure> {
+    follow_with(client, id, poll, None).await
+}
+
+/// The same with the lines of its log.
+pub async fn follow_log(client: &Client, id: &str, poll: Duration) -> Result<Value, Failure> {
+    follow_with(client, id, poll, Some(0)).await
+}
+
+async fn follow_with(client: &Client, id: &str, poll: Duration, log: Option<usize>) -> Result<Value, Failure> {
     let mut display = Display::new(false);
     tokio::select! {
-        ended = until_end(client, id, poll, &mut display) => {
+        ended = until_end(client, id, poll, &mut display, log) => {
             display.clear();
             ended
         }
@@ -50,7 +61,15 @@ pub async fn follow(client: &Client, id: &str, poll: Duration) -> Result<Value, 
 }
 
 /// The same for a caller that minds interrupts itself.
-pub async fn until_end(client: &Client, id: &str, poll: Duration, display: &mut Display) -> Result<Value, Failure> {
+///
+/// `log`: lines of its log are shown as well, but for so many.
+pub async fn until_end(
+    client: &Client,
+    id: &str,
+    poll: Duration,
+    display: &mut Display,
+    mut log: Option<usize>,
+) -> Result<Value, Failure> {
     let mut patience = Patience::default();
     let mut waited_for = String::new();
     loop {
@@ -65,6 +84,9 @@ pub async fn until_end(client: &Client, id: &str, poll: Duration, display: &mut 
             }
         };
         patience = Patience { reached: true, since: None };
+        if let Some(shown) = &mut log {
+            show_log(client, id, display, shown).await;
+        }
         if is_final(&job) {
             return Ok(job);
         }
@@ -75,6 +97,24 @@ pub async fn until_end(client: &Client, id: &str, poll: Duration, display: &mut 
         waited_for = waits;
         display.show(&reading(&job));
         tokio::time::sleep(poll).await;
+    }
+}
+
+/// Shows the lines of a job's log behind the first `shown`; where there is no answer now, later.
+async fn show_log(client: &Client, id: &str, display: &mut Display, shown: &mut usize) {
+    let Ok(mut response) = client.stream(&format!("/jobs/{id}/logs"), &[]).await else { return };
+    let mut text = Vec::new();
+    while let Ok(Some(chunk)) = response.chunk().await {
+        if text.len() + chunk.len() > LOG_LIMIT {
+            return;
+        }
+        text.extend_from_slice(&chunk);
+    }
+    for line in String::from_utf8_lossy(&text).lines().filter(|line| !line.is_empty()).skip(*shown) {
+        *shown += 1;
+        let Ok(entry) = serde_json::from_str::<Value>(line) else { continue };
+        let (time, stage, message) = (output::text(&entry, "time"), output::text(&entry, "stage"), output::text(&entry, "message"));
+        display.remark(&format!("{}  {stage:<10}  {message}", time.get(11..19).unwrap_or_default()));
     }
 }
 

@@ -14,6 +14,7 @@ pub mod ids;
 pub mod job;
 pub mod lease;
 pub mod manifest;
+pub mod migrate;
 pub mod options;
 pub mod progress;
 pub mod secret;

@@ -181,7 +181,7 @@ pub struct Manifest {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Signed {
-    /// The manifest, as JSON text.
+    /// The manifest (or another document), as JSON text.
     pub manifest: String,
     /// The signer's Ed25519 public key, hex.
     pub public_key: String,
@@ -230,9 +230,13 @@ impl SigningKey {
 
     /// Signs a manifest.
     pub fn sign(&self, manifest: &Manifest) -> Result<Signed, Error> {
-        let text = serde_json::to_string(manifest).map_err(|e| Error::Malformed(e.to_string()))?;
+        Ok(self.sign_text(serde_json::to_string(manifest).map_err(|e| Error::Malformed(e.to_string()))?))
+    }
+
+    /// Signs another document: the receipt of a migration.
+    pub fn sign_text(&self, text: String) -> Signed {
         let signature = hex::encode(self.0.sign(text.as_bytes()).as_ref());
-        Ok(Signed { public_key: self.public_hex(), signature, manifest: text })
+        Signed { public_key: self.public_hex(), signature, manifest: text }
     }
 }
 
@@ -242,6 +246,12 @@ pub fn fingerprint(public_key_hex: &str) -> String {
 }
 
 impl Signed {
+    /// Whether this text was signed so by the owner of this key.
+    pub fn is_good(&self) -> bool {
+        let (Ok(key), Ok(signature)) = (hex::decode(&self.public_key), hex::decode(&self.signature)) else { return false };
+        UnparsedPublicKey::new(&ED25519, key).verify(self.manifest.as_bytes(), &signature).is_ok()
+    }
+
     /// Reads and checks a document; `trust` is a fingerprint or a whole public key.
     pub fn open(bytes: &[u8], trust: Option<&str>) -> Result<(Manifest, Signed), Error> {
         let signed: Signed = serde_json::from_slice(bytes).map_err(|e| Error::Malformed(e.to_string()))?;

@@ -4,6 +4,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::migrate::{Adapt, BootProof, Target};
+
 macro_rules! words {
     ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $word:literal,)* }) => {
         $(#[$doc])*
@@ -157,6 +159,15 @@ pub struct Options {
     /// Waits for a clean grid, within the deadline.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub carbon_aware: Option<bool>,
+    /// Of a migration: where the VM goes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub target: Option<Target>,
+    /// Of a migration: whether the guest is adapted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adapt: Option<Adapt>,
+    /// Of a migration: the proof that it comes up.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub boot_proof: Option<BootProof>,
 }
 
 impl Options {

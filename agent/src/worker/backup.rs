@@ -223,7 +223,7 @@ impl Backup {
         for (file, root) in roots {
             if let Err(e) = points::open_disk(folder, parent, file, Some(root), None) {
                 let message = format!("what this restore point lies over is not there any more: {}", e.message);
-                return Err(Failure { code: Code::Conflict, message, retryable: true });
+                return Err(Failure::new(Code::Conflict, message, true));
             }
         }
         Ok(())

@@ -26,8 +26,8 @@ use crate::system::audit;
 const EXPORTS: &str = "exports";
 /// What a job's result says once its files are gone.
 const REMOVED: &str = "removed_at";
-/// Whose files go when their time is over. What was imported is the catalogue's, and stays.
-const RETIRED: [JobType; 4] = [JobType::Export, JobType::Convert, JobType::Migrate, JobType::Backup];
+/// Whose files go when their time is over. What was imported is the catalogue's, what was migrated a VM's: these stay.
+const RETIRED: [JobType; 3] = [JobType::Export, JobType::Convert, JobType::Backup];
 /// Largest manifest that is served.
 const LARGEST_MANIFEST: u64 = 256 << 20;
 
@@ -82,6 +82,7 @@ pub async fn remove(app: &App, caller: &str, job: &Job) -> Result<(), Error> {
         let message = format!("what {} imported belongs to the catalogue of its agent, and is no export", job.id);
         return Err(Error::new(Code::Unprocessable, message));
     }
+    still_run_from(app, job, result).await?;
     let destination = job.options.destination.as_deref().unwrap_or(EXPORTS);
     if destination.contains("://") {
         return Err(Error::not_built("removing an export from an object store"));
@@ -93,6 +94,20 @@ pub async fn remove(app: &App, caller: &str, job: &Job) -> Result<(), Error> {
     match removed? {
         true => Ok(()),
         false => Err(Error::not_found(format!("the files of {} are not on the disk of its agent any more", job.id))),
+    }
+}
+
+/// Refuses where a VM runs from these files.
+async fn still_run_from(app: &App, job: &Job, result: &Value) -> Result<(), Error> {
+    let (Some(uuid), Some(target)) = (result.pointer("/domain/uuid").and_then(Value::as_str), &job.options.target) else { return Ok(()) };
+    let Ok(connection) = crate::providers::service::resolve(&app.store, &target.connection).await else { return Ok(()) };
+    match crate::vms::service::resolve(&app.store, &connection, uuid).await {
+        Ok(found) => {
+            let message = format!("the files of {} are the disks of `{}` at `{}`; remove that first", job.id, found.vm.name, connection.name);
+            Err(Error::new(Code::Conflict, message))
+        }
+        Err(e) if e.code() == Code::NotFound => Ok(()),
+        Err(e) => Err(e),
     }
 }
 

@@ -20,6 +20,7 @@ pub mod legacy;
 pub mod lists;
 pub mod logbook;
 pub mod logs;
+pub mod migrate;
 pub mod places;
 pub mod plan;
 pub mod queue;

@@ -6,6 +6,7 @@
 use proto::v1;
 use proto::v1::browse::Question;
 use serde::Serialize;
+use shared::migrate::Adapt;
 use shared::options::{Format, JobType, Options};
 use utoipa::ToSchema;
 
@@ -213,6 +214,21 @@ fn steps(new: &NewJob, found: &Found) -> Vec<Step> {
     });
     if new.options.verifies() {
         steps.push(step("verifying", "read the output back from the disk and compare every block".to_owned(), found.data_bytes));
+    }
+    if let Some(target) = &new.options.target {
+        if new.options.adapt != Some(Adapt::Never) {
+            let does = "make the guest ready for its new hardware with virt-v2v-in-place, on an overlay over the verified disks, unless it is ready";
+            steps.push(step("adapting", does.to_owned(), None));
+        }
+        let proof = new.options.boot_proof.clone().unwrap_or_default();
+        if proof.enabled {
+            let network = if proof.network { ", an address by DHCP and an answer to a ping" } else { "" };
+            let does = format!("boot it apart from everything, on overlays, and wait {} s for a sign of life{network}", proof.timeout_seconds);
+            steps.push(step("deploying", does, None));
+        }
+        let last = format!("sign the manifest, give the folder its name, define `{}` at `{}`, sign the receipt", target.wish.name, target.connection);
+        steps.push(step("publishing", last, None));
+        return steps;
     }
     let last = match new.kind {
         JobType::Import => format!("sign the manifest and put it into the catalogue as {}", new.vm_name),

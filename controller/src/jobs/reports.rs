@@ -274,6 +274,7 @@ fn describe(mut change: Change, finished: &wire::Finished, outcome: &wire::finis
         (wire::finished::Outcome::Failed(failure), status) => {
             job.error = Some(failure.message.clone());
             job.error_code = Some(failure.code.clone());
+            job.result = serde_json::from_str(&failure.result_json).ok().or(job.result.take());
             match status {
                 Status::Failed => ("error", format!("failed: {}", failure.message)),
                 _ => ("warn", format!("the attempt failed and will be repeated: {}", failure.message)),

@@ -5,12 +5,13 @@
 
 use serde::Deserialize;
 use shared::error::Code;
+use shared::migrate::{Adapt, BootProofWish};
 use shared::options::{Algorithm, Format, JobType, Options};
 use shared::vm::Vm;
 use utoipa::ToSchema;
 
 use super::record::NewJob;
-use super::{core, places, sources};
+use super::{core, migrate, places, sources};
 use crate::app::App;
 use crate::http::reply::Error;
 use crate::{providers, vms};
@@ -27,7 +28,7 @@ pub(super) const MOST: usize = 4096;
 }))]
 pub struct Create {
     /// `export` (VM → files); `convert` (file → file), `import` (file → a VM of the connection `images`) and `verify` (read an artifact again)
-    /// name a `source`; `migrate` and `backup` are not built yet.
+    /// name a `source`; `backup` (what changed since the newest restore point); `migrate` (VM → a VM at another hypervisor that has booted).
     #[serde(rename = "type")]
     #[schema(example = "export")]
     pub kind: Option<String>,
@@ -88,9 +89,17 @@ pub struct Wishes {
     pub deadline: Option<String>,
     /// Wait for a clean grid, within the deadline (where none is named: within 24 h).
     pub carbon_aware: Option<bool>,
-    /// Not built yet.
-    #[schema(value_type = Option<Object>)]
-    pub target: Option<serde_json::Value>,
+    /// Migrations only: where the VM goes. Default: the only connection of kind `libvirt`, all else as at the source.
+    pub target: Option<migrate::Wanted>,
+    /// Migrations only: whether the guest is made ready for its new hardware, by virt-v2v-in-place: `auto` (default: unless it is seen to be
+    /// ready as it is), `always` or `never`.
+    #[schema(value_type = Option<String>, example = "auto")]
+    pub adapt: Option<Adapt>,
+    /// Migrations only: `true` (default), `false`, or `{"enabled", "sign", "timeout_seconds", "network"}`. The guest is started apart from
+    /// everything and must show a sign of life on its serial console (`sign`: a text; default: a login prompt) or through its guest agent,
+    /// within `timeout_seconds` (300); with `network` also get an address by DHCP and answer a ping.
+    #[schema(value_type = Option<Object>, example = json!({"sign": "login:", "timeout_seconds": 300}))]
+    pub boot_proof: Option<BootProofWish>,
     /// Answers 200 with the plan and makes nothing.
     pub dry_run: Option<bool>,
 }
@@ -110,25 +119,27 @@ impl From<core::Error> for Error {
 /// Checks a request and makes of it what the queue takes.
 pub async fn check(app: &App, caller: &str, wanted: Create) -> Result<NewJob, Error> {
     match job_type(wanted.kind.as_deref())? {
-        kind @ (JobType::Export | JobType::Backup) => export(app, caller, kind, wanted).await,
+        kind @ (JobType::Export | JobType::Backup | JobType::Migrate) => export(app, caller, kind, wanted).await,
         kind @ (JobType::Convert | JobType::Import | JobType::Verify) => sources::check(app, caller, kind, wanted).await,
-        other => Err(Error::not_built(format!("job type `{other}`"))),
     }
 }
 
-/// An export, or a backup, which is one over an earlier one.
+/// An export, a backup, which is one over an earlier one, or a migration, which begins with one.
 async fn export(app: &App, caller: &str, kind: JobType, wanted: Create) -> Result<NewJob, Error> {
     if wanted.source.is_some() {
-        return Err(Error::bad_request("`source` is for convert, import and verify; exports and backups name `provider` and `vm_name`"));
+        return Err(Error::bad_request("`source` is for convert, import and verify; exports, backups and migrations name `provider` and `vm_name`"));
     }
     let is_backup = kind == JobType::Backup;
-    let format = if is_backup && wanted.format.is_none() { Format::Qcow2 } else { output_format(wanted.format.as_deref())? };
+    let format = match kind {
+        JobType::Migrate => migrate::format(wanted.format.as_deref())?,
+        JobType::Backup if wanted.format.is_none() => Format::Qcow2,
+        _ => output_format(wanted.format.as_deref())?,
+    };
     let mut wishes = wanted.options.unwrap_or_default();
     if is_backup {
         check_backup(format, &mut wishes)?;
     }
     let mut notes = Vec::new();
-    let options = options(kind, wishes, format, &mut notes)?;
     let provider = required("provider", wanted.provider, "a connection's name or kind; GET /providers lists them")?;
     let vm_name = required("vm_name", wanted.vm_name, "a VM's name, path or id; GET /vms/list lists them")?;
     let connection = providers::service::resolve(&app.store, &provider).await?;
@@ -141,6 +152,14 @@ async fn export(app: &App, caller: &str, kind: JobType, wanted: Create) -> Resul
     }
     if found.vm.disks.is_empty() {
         return Err(Error::new(Code::Unprocessable, format!("`{}` has no disks", found.vm.name)));
+    }
+    let plan = match kind {
+        JobType::Migrate => Some(migrate::check(app, &connection, &found.vm, &mut wishes, &mut notes).await?),
+        _ => None,
+    };
+    let mut options = options(kind, wishes, format, &mut notes)?;
+    if let Some(plan) = plan {
+        (options.target, options.adapt, options.boot_proof) = (Some(plan.target), Some(plan.adapt), Some(plan.boot_proof));
     }
     if connection.kind == "vsphere" {
         check_vsphere(&found.vm, &options)?;
@@ -242,13 +261,10 @@ pub(super) fn output_format(word: Option<&str>) -> Result<Format, Error> {
 /// Numbers in range, combinations that make sense, and nothing that is silently left out.
 pub(super) fn options(kind: JobType, wishes: Wishes, format: Format, notes: &mut Vec<String>) -> Result<Options, Error> {
     let unprocessable = |message: String| Err(Error::new(Code::Unprocessable, message));
-    let unbuilt = [(wishes.target.is_some(), "option `target`")];
     if wishes.dry_run == Some(true) {
         return Err(Error::bad_request("`dry_run` belongs to POST /jobs: leave it out here"));
     }
-    if let Some((_, what)) = unbuilt.iter().find(|(asked, _)| *asked) {
-        return Err(Error::not_built(what));
-    }
+    migrate::only_here(&wishes)?;
     if wishes.full.is_some() && kind != JobType::Backup {
         return Err(Error::bad_request(format!("`full` is for backups; {kind} is always of all of it")));
     }
@@ -327,6 +343,9 @@ pub(super) fn options(kind: JobType, wishes: Wishes, format: Format, notes: &mut
         not_before,
         deadline,
         carbon_aware: wishes.carbon_aware,
+        target: None,
+        adapt: None,
+        boot_proof: None,
     })
 }
 
@@ -360,7 +379,9 @@ mod tests {
         }
         assert!(check(Format::Raw, serde_json::json!({"include_snapshots": true})).is_ok());
         assert_eq!(code(Format::Ova, serde_json::json!({"include_snapshots": true})), Code::Unprocessable);
-        assert_eq!(code(Format::Raw, serde_json::json!({"target": {}})), Code::NotBuilt);
+        for elsewhere in [serde_json::json!({"target": {}}), serde_json::json!({"adapt": "never"}), serde_json::json!({"boot_proof": false})] {
+            assert_eq!(code(Format::Raw, elsewhere), Code::BadRequest);
+        }
         assert_eq!(code(Format::Qcow2, serde_json::json!({"full": true})), Code::BadRequest);
         // POST /jobs takes it off before it asks here.
         assert_eq!(code(Format::Raw, serde_json::json!({"dry_run": true})), Code::BadRequest);

@@ -231,7 +231,7 @@ async fn the_better_priority_goes_first_and_an_agent_gets_four() {
     // The two fifties may be of one millisecond; then the id decides.
     expected[2..].sort_by_key(|id| (bench.core.jobs[id].job.created_at, id.clone()));
     assert_eq!(order, expected);
-    let failure = wire::Failure { code: "bad_image".into(), message: "broken".into(), retryable: false };
+    let failure = wire::Failure { code: "bad_image".into(), message: "broken".into(), retryable: false, ..Default::default() };
     let sent = bench.finish(&jobs[1], 1, Outcome::Failed(failure)).await;
     assert!(sent.iter().any(|kind| matches!(kind, Kind::Assign(assign) if assign.job == jobs[5])), "{sent:?}");
     let failed = bench.stored(&jobs[1]).await;
@@ -442,7 +442,7 @@ async fn a_retryable_failure_rests_and_five_in_a_row_fail_the_job() {
     let id = bench.submit(50).await.id;
     let mut now = Instant::now();
     for epoch in 1..=5 {
-        let failure = wire::Failure { code: "bad_gateway".into(), message: "reset".into(), retryable: true };
+        let failure = wire::Failure { code: "bad_gateway".into(), message: "reset".into(), retryable: true, ..Default::default() };
         let finished =
             wire::Finished { job: id.clone(), epoch, data: 100, durable: 0, verified: 0, outcome: Some(Outcome::Failed(failure)) };
         let sent = bench.report(Report::Finished(finished)).await;

@@ -31,6 +31,8 @@ pub struct Capability {
     changed_blocks: bool,
     /// Deploying VMs.
     deploy: bool,
+    /// Migrating VMs of this kind to libvirt: needs a connection of that kind.
+    migrate: bool,
     /// Output formats.
     formats: Vec<&'static str>,
     /// Agents that can.
@@ -50,19 +52,25 @@ pub struct Capabilities {
 /// Finds out.
 pub async fn detect(app: &App) -> Result<Capabilities, Error> {
     let connections = service::all(&app.store).await?;
+    let has_target = connections.iter().any(|row| row.kind == "libvirt");
     let mut data = Vec::new();
     for kind in service::KINDS.iter().copied() {
         let of_kind = connections.iter().filter(|row| row.kind == kind);
         let names: Vec<String> = of_kind.map(|row| row.name.clone()).collect();
-        data.push(match kind {
+        let mut capability = match kind {
             "local" => local(app, names).await?,
             "vsphere" => hypervisor(app, (kind, "vCenter or ESXi"), names, false, "deploy: nothing is deployed to vSphere").await?,
             "libvirt" => {
-                let lacks = "export of a remote host's domains, and deploying there: run an agent on it and connect qemu:///system";
+                let lacks = "export of a remote host's domains, and deploying there: run an agent on it and connect qemu:///system; warm migration, consoles, snapshots";
                 hypervisor(app, (kind, "libvirt"), names, true, lacks).await?
             }
             kind => unbuilt(kind),
-        });
+        };
+        capability.migrate = capability.export && has_target;
+        if capability.export && !has_target {
+            capability.missing.push("migrate: no libvirt is connected that the VM could go to; POST /providers/connect connects one".to_owned());
+        }
+        data.push(capability);
     }
     Ok(Capabilities { data })
 }
@@ -91,6 +99,7 @@ async fn local(app: &App, connections: Vec<String>) -> Result<Capability, Error>
         hot_export: false,
         changed_blocks: false,
         deploy: false,
+        migrate: false,
         formats: if available { formats.collect() } else { Vec::new() },
         agents: agents.into_iter().map(|agent| agent.name).collect(),
         connections,
@@ -124,6 +133,7 @@ async fn hypervisor(
         hot_export: usable,
         changed_blocks: usable,
         deploy: usable && deploys,
+        migrate: false,
         formats: if available { Format::ALL.to_vec() } else { Vec::new() },
         agents: agents.into_iter().map(|agent| agent.name).collect(),
         connections,
@@ -141,6 +151,7 @@ fn unbuilt(kind: &'static str) -> Capability {
         hot_export: false,
         changed_blocks: false,
         deploy: false,
+        migrate: false,
         formats: Vec::new(),
         agents: Vec::new(),
         connections: Vec::new(),

@@ -211,6 +211,16 @@ pub async fn list(store: &Store, filter: Filter, sort: Sort, paging: Paging) -> 
     store.read(work).await
 }
 
+/// Whether a VM of the connection bears this name.
+pub async fn is_named(store: &Store, connection: &str, name: &str) -> Result<bool, Error> {
+    let (connection, name) = (connection.to_owned(), name.to_owned());
+    let work = move |db: sea_orm::DatabaseConnection| async move {
+        let those = vms::Column::Connection.eq(connection).and(vms::Column::Name.eq(name));
+        Ok(vms::Entity::find().filter(those).count(&db).await? > 0)
+    };
+    Ok(store.read(work).await?)
+}
+
 /// Finds a VM of a connection by name, inventory path or id. A name that several bear is refused with their paths.
 pub async fn resolve(store: &Store, connection: &connections::Model, vm_name: &str) -> Result<Found, Error> {
     let (name, wanted) = (connection.name.clone(), vm_name.to_owned());

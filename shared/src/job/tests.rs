@@ -14,7 +14,7 @@ fn events(state: &State) -> Vec<Event> {
         for epoch in [state.epoch.saturating_sub(1), state.epoch] {
             let agent = agent.to_owned();
             events.push(Event::CommitRequested { epoch, agent: agent.clone() });
-            for stage in [Stage::Copying, Stage::Verifying, Stage::Publishing] {
+            for stage in [Stage::Copying, Stage::Verifying, Stage::Deploying, Stage::Publishing] {
                 events.push(Event::Staged { epoch, agent: agent.clone(), stage });
             }
             for outcome in [

@@ -62,7 +62,7 @@ async fn only_the_agent_that_was_asked_answers_and_once() {
     // What the agent refuses comes to whoever asked in its own words; too few bytes are an error and no short file.
     let wanted = fetch(&bench.registry, &a, "exports/a.raw", 4, 6, "");
     let answer = async {
-        let failed = Failure { code: "not_found".into(), message: "no a.raw here".into(), retryable: false };
+        let failed = Failure { code: "not_found".into(), message: "no a.raw here".into(), retryable: false, ..Default::default() };
         let failed = Piece { id: asked(&mut talk).await, kind: Some(Part::Failed(failed)) };
         client.transfer(tokio_stream::iter(vec![failed])).await.unwrap();
     };

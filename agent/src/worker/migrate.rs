@@ -1,0 +1,349 @@
+//! What a migration does beyond an export: the guest is made ready, shown to boot, given its name, and becomes a VM.
+//!
+//! ```text
+//! verified copy ─► sealed ─► adapting ─► deploying (boot proof) ─► commit? ─granted─► rename ─► domain ─► receipt ─► Finished
+//!                    ▲          └──────────────┴─ failed: what is sealed stays, a retry begins here
+//!                    └─ a retry whose copy is sealed begins here
+//! ```
+//! Owns: that order, the kept result `jobs/JOBID.result` in which each step that is done stands, the receipt. Never: changes a verified disk
+//! (overlays lie over it), switches the source, gives two machines that run one address.
+//! A crash here costs the step that it interrupts: what was sealed is sealed, a domain that is half made is noted and undone.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use proto::v1;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use shared::deploy::Wish;
+use shared::error::Code;
+use shared::migrate::{Adapt, BootProof, Target};
+use shared::options::{JobType, Options};
+use shared::vault::{self, Dir};
+use shared::vm::Vm;
+
+use super::{End, Failure, result_name};
+use crate::Agent;
+use crate::deploy::{self, Standing};
+use crate::guest::{self, GuestDisk, Subject, boot};
+use crate::held::Assignment;
+
+/// Name of the receipt in the published folder.
+const RECEIPT: &str = "migration-receipt.json";
+/// Version of the receipt.
+const VERSION: u32 = 1;
+
+/// What came of the adaptation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Adapted {
+    /// virt-v2v-in-place did it.
+    Adapted,
+    /// The guest is ready as it is.
+    NotNeeded,
+    /// It could not be done: converted, not adapted.
+    NotAdapted,
+    /// Nobody wanted it.
+    Off,
+}
+
+/// How far a sealed migration has come: stands in the kept result as `migration`.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Progress {
+    /// The VM as it was read.
+    vm: Vm,
+    /// When the source was read, RFC 3339.
+    sealed_at: String,
+    /// What came of the adaptation, and why; none as long as it was not tried.
+    adapted: Option<(Adapted, String)>,
+    /// The disks that the VM will have: bare name, format, bytes.
+    disks: Vec<(String, String, u64)>,
+    /// How the boot proof went, once it has passed.
+    proof: Option<boot::Proof>,
+}
+
+/// A migration.
+pub(super) struct Migration<'a> {
+    agent: &'a Agent,
+    held: &'a Assignment,
+    source: v1::Connection,
+    vm_id: String,
+    target: Target,
+    connection: v1::Connection,
+    adapt: Adapt,
+    proof: BootProof,
+    /// The domain's, the same in each attempt.
+    uuid: String,
+}
+
+impl<'a> Migration<'a> {
+    /// Of an assignment, where it is one.
+    pub(super) fn of(
+        agent: &'a Agent,
+        held: &'a Assignment,
+        kind: Option<JobType>,
+        assign: &v1::Assign,
+        options: &Options,
+    ) -> Result<Option<Self>, Failure> {
+        if kind != Some(JobType::Migrate) {
+            return Ok(None);
+        }
+        let missing = |what: &str| Failure::fatal(Code::BadRequest, format!("the migration names no {what}"));
+        let target = options.target.clone().ok_or_else(|| missing("target"))?;
+        let source = assign.connection.clone().ok_or_else(|| missing("source"))?;
+        let connection = v1::Connection {
+            name: target.connection.clone(),
+            kind: target.kind.clone(),
+            path: target.path.clone(),
+            account: None,
+        };
+        let uuid = deploy::uuid_of(&held.job);
+        let (adapt, proof) = (options.adapt.unwrap_or_default(), options.boot_proof.clone().unwrap_or_default());
+        Ok(Some(Self { agent, held, source, vm_id: assign.vm_id.clone(), target, connection, adapt, proof, uuid }))
+    }
+
+    /// Whether an attempt that has failed for good left something that a retry goes on from.
+    pub(super) fn is_kept(agent: &Agent, assign: &v1::Assign) -> bool {
+        let is_migration = JobType::from_word(&assign.r#type) == Some(JobType::Migrate);
+        is_migration && agent.ledger.dir().try_exists(result_name(&assign.job)).unwrap_or(false)
+    }
+
+    fn log(&self, level: &str, stage: &str, text: impl Into<String>) {
+        self.agent.table.log(self.held, level, stage, text.into());
+    }
+
+    /// Before a byte is copied: the hypervisor would take the VM.
+    pub(super) fn check(&self) -> Result<(), Failure> {
+        if deploy::stands(&self.connection, &self.uuid)? {
+            return Ok(());
+        }
+        self.address(None)?;
+        Ok(deploy::check(self.agent, &self.connection, &self.target.wish)?)
+    }
+
+    /// The card's address: none, a new one. `vm`: the source as it was read; absent: before that.
+    fn address(&self, vm: Option<&Vm>) -> Result<Option<String>, Failure> {
+        let wanted = self.target.mac.as_deref();
+        let is_same = self.source.name == self.target.connection;
+        match wanted {
+            Some("new") => return Ok(None),
+            Some("keep") | None => {}
+            Some(address) => return Ok(Some(address.to_ascii_lowercase())),
+        }
+        let now = self.agent.source(&self.source).and_then(|source| source.some(&BTreeSet::from([self.vm_id.clone()])));
+        let now = match now {
+            Ok(found) => found.into_iter().next(),
+            Err(_) if wanted.is_none() => return Ok(None),
+            Err(e) => {
+                let message = format!("whether the source is off, so that its address can be kept, cannot be seen: {}", e.message);
+                return Err(Failure { message, ..Failure::from(e) });
+            }
+        };
+        let is_on = now.as_ref().is_some_and(|now| now.power_state == "poweredOn");
+        let mac = vm.or(now.as_ref()).and_then(|vm| vm.nics.first()).map(|nic| nic.mac.clone()).filter(|mac| !mac.is_empty());
+        if wanted == Some("keep") && (is_on || is_same) {
+            let message = "the source runs: its address cannot be kept as long as it does; switch it off and retry, or say `mac: new`";
+            return Err(Failure::fatal(Code::Conflict, message));
+        }
+        Ok(mac.filter(|_| !is_on && !is_same))
+    }
+
+    /// The result of a verified copy with what the steps behind it go by.
+    pub(super) fn seal(&self, result: &str, vm: &Vm) -> Result<String, Failure> {
+        let unreadable = |e: serde_json::Error| Failure::fatal(Code::Internal, format!("the result: {e}"));
+        let mut result: Value = serde_json::from_str(result).map_err(unreadable)?;
+        let mut disks = Vec::new();
+        for file in result["files"].as_array().into_iter().flatten() {
+            let name = file["path"].as_str().and_then(|path| Path::new(path).file_name()?.to_str()).unwrap_or_default();
+            let capacity = result["disks"].as_array().into_iter().flatten().find(|disk| disk["file"] == name);
+            let capacity = capacity.and_then(|disk| disk["capacity"].as_u64()).unwrap_or_default();
+            disks.push((name.to_owned(), file["format"].as_str().unwrap_or_default().to_owned(), capacity));
+        }
+        let sealed_at = shared::clock::rfc3339(shared::clock::now());
+        let progress = Progress { vm: vm.clone(), sealed_at, adapted: None, disks, proof: None };
+        result["migration"] = serde_json::to_value(progress).map_err(unreadable)?;
+        Ok(result.to_string())
+    }
+
+    /// The kept result, where the part folder holds what it names: an earlier attempt has copied and verified it.
+    pub(super) fn sealed(&self, folder: &Dir) -> Result<Option<String>, Failure> {
+        let kept = vault::read_optional(self.agent.ledger.dir(), &result_name(&self.held.job)).map_err(|e| Failure::io("the result", &e))?;
+        let Some(result) = kept.and_then(|bytes| String::from_utf8(bytes).ok()) else { return Ok(None) };
+        let Ok(part) = folder.open_dir(super::part_name(&self.held.job)) else { return Ok(None) };
+        let told: Value = serde_json::from_str(&result).unwrap_or_default();
+        let is_there = |file: &Value| {
+            let name = file["path"].as_str().and_then(|path| Path::new(path).file_name()?.to_str())?;
+            Some(part.metadata(name).ok()?.len() == file["size"].as_u64()?)
+        };
+        let files = told["files"].as_array();
+        let all = files.is_some_and(|files| !files.is_empty() && files.iter().all(|file| is_there(file) == Some(true)));
+        let is_whole = all && serde_json::from_value::<Progress>(told["migration"].clone()).is_ok();
+        Ok(is_whole.then_some(result))
+    }
+
+    fn keep(&self, result: &Value) -> Result<(), Failure> {
+        vault::write_whole(self.agent.ledger.dir(), &result_name(&self.held.job), result.to_string().as_bytes())
+            .map_err(|e| Failure::io("the result", &e))
+    }
+
+    /// Makes the guest ready and has it prove that it boots. Answers the result so far.
+    fn prepare(&self, folder: &Dir, place: &Path, result: &str) -> Result<String, End> {
+        let unreadable = |e: serde_json::Error| Failure::fatal(Code::Internal, format!("the kept result cannot be read: {e}"));
+        let mut result: Value = serde_json::from_str(result).map_err(unreadable)?;
+        let mut progress: Progress = serde_json::from_value(result["migration"].clone()).map_err(unreadable)?;
+        let name = super::part_name(&self.held.job);
+        let (part, path) = (folder.open_dir(&name).map_err(|e| Failure::io("the part folder", &e))?, place.join(&name));
+        let mut wish = self.target.wish.clone();
+        wish.mac = self.address(Some(&progress.vm))?;
+
+        if progress.adapted.is_none() {
+            self.agent.table.progress(self.held, "adapting", self.held.progress());
+            self.adapt(&part, &path, &wish, &mut progress)?;
+            result["migration"] = serde_json::to_value(&progress).map_err(unreadable)?;
+            self.keep(&result)?;
+        }
+        self.agent.table.progress(self.held, "deploying", self.held.progress());
+        if self.proof.enabled && progress.proof.is_none() {
+            let disks = disks_in(&path, &progress);
+            let subject = Subject { wish: &wish, disks: &disks, folder: &part, path: &path };
+            let timeout = Duration::from_secs(self.proof.timeout_seconds);
+            let asked = boot::Asked { sign: self.proof.sign.as_deref(), timeout, network: self.proof.network };
+            let proof = boot::prove(self.agent, self.held, &self.connection, &subject, &asked).map_err(Failure::from)?;
+            let shown = self.shown(&proof, &path);
+            if !proof.passed {
+                let cause = proof.cause.as_deref().unwrap_or("no sign of life");
+                self.log("error", "deploying", format!("the end of its console:\n{}", proof.console_tail));
+                let hint = match &progress.adapted {
+                    Some((Adapted::NotAdapted, why)) => format!("; it was converted, not adapted: {why}"),
+                    Some((Adapted::Off, _)) => "; `adapt` was `never`".to_owned(),
+                    _ => String::new(),
+                };
+                let message = format!("the boot proof failed after {:.0} s: {cause}{hint}; the verified disks are kept for a retry", proof.seconds);
+                let mut told = json!({"boot_proof": shown, "verified": result["verified"], "files": []});
+                told["adapted"] = adapted_json(&progress);
+                return Err(End::Failed(Failure { result: told.to_string(), ..Failure::fatal(Code::VerificationFailed, message) }));
+            }
+            progress.proof = Some(proof);
+            result["migration"] = serde_json::to_value(&progress).map_err(unreadable)?;
+            self.keep(&result)?;
+        }
+        Ok(result.to_string())
+    }
+
+    /// Tries the adaptation. Its disks are overlays over the verified ones.
+    fn adapt(&self, part: &Dir, path: &Path, wish: &Wish, progress: &mut Progress) -> Result<(), End> {
+        let disks = disks_in(path, progress);
+        let outcome = match self.adapt {
+            Adapt::Never => (Adapted::Off, "nobody wanted it".to_owned()),
+            wanted => {
+                let _ = (wanted, &disks, part, wish, guest::adapt_placeholder);
+                (Adapted::NotAdapted, "not built yet".to_owned())
+            }
+        };
+        let (level, line) = match &outcome {
+            (Adapted::Adapted, how) => ("info", format!("adapted: {how}")),
+            (Adapted::NotNeeded, why) => ("info", format!("not adapted, as it needs none: {why}")),
+            (Adapted::NotAdapted, why) => ("warn", format!("converted, not adapted: {why}")),
+            (Adapted::Off, _) => ("info", "not adapted: `adapt` is `never`".to_owned()),
+        };
+        self.log(level, "adapting", line);
+        progress.adapted = Some(outcome);
+        Ok(())
+    }
+
+    /// The proof as the API shows it; the picture by its path.
+    fn shown(&self, proof: &boot::Proof, folder: &Path) -> Value {
+        let mut shown = serde_json::to_value(proof).unwrap_or_default();
+        shown["screenshot"] = json!(proof.screenshot.as_ref().map(|name| folder.join(name).display().to_string()));
+        shown
+    }
+
+    /// From a sealed copy on: the guest is made ready and boots, the folder gets its name by `publish`, the VM is made.
+    pub(super) fn arrive(
+        &self,
+        folder: &Dir,
+        place: &Path,
+        result: &str,
+        publish: impl FnOnce() -> Result<(), Failure>,
+    ) -> Result<End, End> {
+        let mut result = self.prepare(folder, place, result)?;
+        let published = place.join(&self.held.job);
+        super::commit(self.agent, self.held, || {
+            publish()?;
+            result = self.land(folder, &published, &result)?;
+            Ok(())
+        })?;
+        self.log("info", "publishing", format!("published as {}", published.display()));
+        Ok(End::Completed(result))
+    }
+
+    /// Behind the rename: the domain, and the receipt. May be called again after a crash or a failure. `place`: the job's folder, absolute.
+    pub(super) fn land(&self, folder: &Dir, place: &Path, result: &str) -> Result<String, Failure> {
+        let began = self.agent.ledger.read(&self.held.job).map_err(|e| Failure::io("the ledger", &e))?.map_or(0, |entry| entry.created);
+        let published = folder.open_dir(&self.held.job).map_err(|e| Failure::io("the destination", &e))?;
+        let unreadable = |e: serde_json::Error| Failure::fatal(Code::Internal, format!("the kept result cannot be read: {e}"));
+        let mut result: Value = serde_json::from_str(result).map_err(unreadable)?;
+        let progress: Progress = serde_json::from_value(result["migration"].clone()).map_err(unreadable)?;
+        let mut wish = self.target.wish.clone();
+        wish.mac = self.address(Some(&progress.vm))?;
+        let disks: Vec<(PathBuf, &'static str)> = disks_in(place, &progress).into_iter().map(|disk| (disk.path, disk.format)).collect();
+        let standing = Standing { uuid: &self.uuid, disks: &disks };
+        let made = deploy::place(self.agent, &self.connection, &wish, &standing)?;
+        self.log("info", "publishing", format!("`{}` stands at {} as {}", wish.name, self.target.connection, self.uuid));
+
+        let proof = progress.proof.as_ref().map(|proof| self.shown(proof, place));
+        let consistency = if progress.vm.power_state == "poweredOn" { "crash-consistent" } else { "off" };
+        let receipt = json!({
+            "version": VERSION,
+            "job": self.held.job,
+            "source": {
+                "connection": self.source.name, "kind": self.source.kind, "id": self.vm_id, "name": progress.vm.name, "path": progress.vm.path,
+                "power_state": progress.vm.power_state, "consistency": consistency,
+            },
+            "target": {"connection": self.target.connection, "kind": self.target.kind, "domain": made},
+            "disks": result["disks"],
+            "files": result["files"],
+            "verified": result["verified"],
+            "read_back": result["receipt"],
+            "adapted": adapted_json(&progress),
+            "boot_proof": progress.proof.as_ref().map(|proof| json!({
+                "passed": proof.passed, "sign": proof.sign, "seconds": proof.seconds, "address": proof.address, "pinged": proof.pinged,
+            })),
+            "bytes": result["counters"],
+            "began_at": chrono::DateTime::from_timestamp(i64::try_from(began).unwrap_or_default(), 0).map(shared::clock::rfc3339),
+            "copied_at": progress.sealed_at,
+            "ended_at": shared::clock::rfc3339(shared::clock::now()),
+        });
+        let lost = |e: io::Error| Failure::io("the receipt", &e);
+        let signed = self.agent.signing.sign_text(receipt.to_string());
+        let bytes = serde_json::to_vec(&signed).map_err(unreadable)?;
+        vault::write_whole(&published, RECEIPT, &bytes).map_err(lost)?;
+
+        if let Some(result) = result.as_object_mut() {
+            result.remove("migration");
+        }
+        result["boot_proof"] = json!(proof);
+        result["adapted"] = adapted_json(&progress);
+        result["domain"] = made;
+        result["migration_receipt"] = json!(place.join(RECEIPT).display().to_string());
+        Ok(result.to_string())
+    }
+}
+
+fn disks_in(folder: &Path, progress: &Progress) -> Vec<GuestDisk> {
+    let disk = |(name, format, capacity): &(String, String, u64)| GuestDisk {
+        path: folder.join(name),
+        format: if format == "raw" { "raw" } else { "qcow2" },
+        capacity: *capacity,
+    };
+    progress.disks.iter().map(disk).collect()
+}
+
+fn adapted_json(progress: &Progress) -> Value {
+    match &progress.adapted {
+        Some((status, reason)) => json!({"status": status, "reason": reason}),
+        None => Value::Null,
+    }
+}

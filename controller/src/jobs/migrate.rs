@@ -1,0 +1,210 @@
+//! What a migration is asked for beyond an export: where its VM goes, and that it can go there.
+//!
+//! Owns: the option `target`, what is taken over from the source where it says nothing, and every reason to refuse it before a byte is copied.
+//! Never: asks a hypervisor (the agent does, before it copies and again before it deploys). A crash here costs one answer.
+
+use serde::{Deserialize, Serialize};
+use shared::deploy::Wish;
+use shared::error::Code;
+use shared::migrate::{Adapt, BootProof, Target};
+use shared::options::Format;
+use shared::vm::Vm;
+use utoipa::ToSchema;
+
+use super::service::{Wishes, clip};
+use crate::app::App;
+use crate::http::reply::Error;
+use crate::jobs::core::Outbox as _;
+use crate::store::entities::connections;
+use crate::{providers, vms};
+
+/// What POST /vms/deploy takes, without the disks: these are made by the job. What is absent is as at the source.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize, ToSchema)]
+#[serde(default, deny_unknown_fields)]
+#[schema(as = MigrateTarget, example = json!({"target": "libvirt", "name": "web-server-01", "network": "default", "mac": "keep"}))]
+pub struct Wanted {
+    /// A connection's name, or its kind; default `libvirt`.
+    #[schema(example = "libvirt")]
+    pub target: Option<String>,
+    /// Name of the new VM; one that exists is a conflict.
+    pub name: Option<String>,
+    /// Virtual CPUs.
+    pub cpu: Option<u32>,
+    /// MiB.
+    pub memory_mb: Option<u64>,
+    /// A libvirt network's name, or `user`; absent, and without `bridge`: `default`.
+    pub network: Option<String>,
+    /// A bridge of the host, in place of `network`.
+    pub bridge: Option<String>,
+    /// `keep`, `new` or an address; absent: kept where the source is off and stays elsewhere, else new.
+    #[schema(example = "keep")]
+    pub mac: Option<String>,
+    /// `bios` or `uefi`.
+    pub firmware: Option<String>,
+    /// `virtio` (default), `scsi`, `sata` or `ide`.
+    pub disk_bus: Option<String>,
+    /// `virtio` (default), `e1000`, `e1000e`, `rtl8139` or `vmxnet3`.
+    pub nic_model: Option<String>,
+    /// Default false.
+    pub autostart: Option<bool>,
+    /// Default true.
+    pub start: Option<bool>,
+}
+
+/// What a migration adds to a job's options.
+pub(super) struct Plan {
+    pub target: Target,
+    pub adapt: Adapt,
+    pub boot_proof: BootProof,
+}
+
+/// The format of a migration: its disks are run from.
+pub(super) fn format(word: Option<&str>) -> Result<Format, Error> {
+    match super::service::output_format(word.or(Some("qcow2")))? {
+        format @ (Format::Qcow2 | Format::Raw) => Ok(format),
+        format => {
+            Err(Error::new(Code::Unprocessable, format!("a migrated VM runs from its disks: `format` is qcow2 (default) or raw, not {format}")))
+        }
+    }
+}
+
+/// Refuses options that belong to migrations alone.
+pub(super) fn only_here(wishes: &Wishes) -> Result<(), Error> {
+    let given =
+        [("target", wishes.target.is_some()), ("adapt", wishes.adapt.is_some()), ("boot_proof", wishes.boot_proof.is_some())];
+    match given.iter().find(|(_, given)| *given) {
+        Some((name, _)) => Err(Error::bad_request(format!("`{name}` is for jobs of type `migrate`; leave it out"))),
+        None => Ok(()),
+    }
+}
+
+/// Takes the migration's own options out of the wishes and checks them. Notes say what will be other than one might think.
+pub(super) async fn check(
+    app: &App,
+    source: &connections::Model,
+    vm: &Vm,
+    wishes: &mut Wishes,
+    notes: &mut Vec<String>,
+) -> Result<Plan, Error> {
+    if wishes.include_snapshots == Some(true) {
+        return Err(Error::new(Code::Unprocessable, "a migrated VM has one state: leave `include_snapshots` out"));
+    }
+    let wanted = wishes.target.take().unwrap_or_default();
+    let adapt = wishes.adapt.take().unwrap_or_default();
+    let boot_proof: BootProof = wishes.boot_proof.take().map(BootProof::from).unwrap_or_default();
+    if let Some(flaw) = boot_proof.flaw() {
+        return Err(Error::bad_request(flaw));
+    }
+    let named = wanted.target.as_deref().unwrap_or("libvirt");
+    let connection = providers::service::resolve(&app.store, named).await?;
+    if connection.kind != "libvirt" {
+        return Err(Error::not_built(format!("migrating to `{}`", connection.kind)));
+    }
+    if !connection.path.starts_with("qemu:///") {
+        return Err(Error::not_built("migrating to another host: run an agent there and connect qemu:///system"));
+    }
+    if connection.agent_id != source.agent_id {
+        let (from, to) = (app.fleet.name(&source.agent_id), app.fleet.name(&connection.agent_id));
+        let message = format!("migrating through two agents (`{}` is served by `{from}`, `{}` by `{to}`)", source.name, connection.name);
+        return Err(Error::not_built(message));
+    }
+    let is_same = connection.name == source.name;
+    let mac = address(&wanted, vm, is_same)?;
+    let wish = wish(wanted, vm)?;
+    if vms::service::is_named(&app.store, &connection.name, &wish.name).await? {
+        let message = format!("`{}` has a VM `{}` already; give the new one another name in `options.target.name`", connection.name, wish.name);
+        return Err(Error::new(Code::Conflict, message));
+    }
+    if vm.power_state == "poweredOn" {
+        notes.push(format!(
+            "{} is running: what is migrated is its state of one moment, crash-consistent; what it writes later stays behind",
+            vm.name
+        ));
+    }
+    if vm.nics.len() > 1 {
+        notes.push(format!("{} has {} network cards: the new VM gets one, as the first of them", vm.name, vm.nics.len()));
+    }
+    let target = Target { connection: connection.name, kind: connection.kind, path: connection.path, wish, mac };
+    Ok(Plan { target, adapt, boot_proof })
+}
+
+/// What is said of the address, where that can be: a machine that runs must not meet another one with its own address.
+fn address(wanted: &Wanted, vm: &Vm, is_same: bool) -> Result<Option<String>, Error> {
+    let Some(mac) = wanted.mac.clone() else { return Ok(None) };
+    let refused = |code, message: String| Err(Error::new(code, message));
+    match mac.as_str() {
+        "new" => {}
+        "keep" if vm.power_state == "poweredOn" => {
+            return refused(
+                Code::Conflict,
+                format!("`{}` is running: its address cannot be kept as long as it is; switch it off, or say `mac: new`", clip(&vm.name)),
+            );
+        }
+        "keep" if is_same => {
+            let name = clip(&vm.name);
+            return refused(Code::Conflict, format!("`{name}` stays at the same hypervisor with its address: say `mac: new`"));
+        }
+        "keep" if vm.nics.first().is_none_or(|nic| nic.mac.is_empty()) => {
+            return refused(Code::Unprocessable, format!("`{}` has no address that is known: say `mac: new`", clip(&vm.name)));
+        }
+        "keep" => {}
+        address if shared::deploy::is_mac(address) => {}
+        other => return Err(Error::bad_request(format!("`options.target.mac` is `keep`, `new` or an address, not {:?}", clip(other)))),
+    }
+    Ok(Some(mac))
+}
+
+fn wish(wanted: Wanted, vm: &Vm) -> Result<Wish, Error> {
+    let missing = |field: &str| Error::bad_request(format!("`options.target.{field}` is missing: the source does not say"));
+    let firmware = wanted.firmware.or_else(|| Some(vm.firmware.clone()).filter(|word| shared::deploy::FIRMWARES.contains(&word.as_str())));
+    let wish = Wish {
+        name: wanted.name.unwrap_or_else(|| vm.name.clone()),
+        disk_path: String::new(),
+        disks: Vec::new(),
+        cpu: wanted.cpu.or(Some(vm.cpu).filter(|cpu| *cpu > 0)).ok_or_else(|| missing("cpu"))?,
+        memory_mb: wanted.memory_mb.or(Some(vm.memory_mb).filter(|memory| *memory > 0)).ok_or_else(|| missing("memory_mb"))?,
+        network: wanted.network,
+        bridge: wanted.bridge,
+        mac: None,
+        firmware,
+        disk_bus: wanted.disk_bus,
+        nic_model: wanted.nic_model,
+        autostart: wanted.autostart.unwrap_or(false),
+        start: wanted.start.unwrap_or(true),
+    };
+    // The disks are the job's, and there.
+    let whole = Wish { disk_path: "made by the job".to_owned(), ..wish.clone() };
+    match whole.flaw() {
+        Some(flaw) => Err(Error::bad_request(format!("options.target: {flaw}"))),
+        None => Ok(wish),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+    use shared::vm::Nic;
+
+    #[test]
+    fn what_the_source_says_is_taken_over_and_an_address_is_never_there_twice() {
+        let nic = Nic { mac: "00:50:56:00:00:01".into(), ..Nic::default() };
+        let vm = Vm { name: "web".into(), cpu: 2, memory_mb: 512, firmware: "uefi".into(), nics: vec![nic], ..Vm::default() };
+        let made = wish(Wanted::default(), &vm).unwrap();
+        assert_eq!((made.name.as_str(), made.cpu, made.memory_mb, made.firmware.as_deref()), ("web", 2, 512, Some("uefi")));
+        assert!(made.start && !made.autostart);
+        let other = wish(Wanted { name: Some("x".into()), cpu: Some(1), memory_mb: Some(64), ..Wanted::default() }, &vm).unwrap();
+        assert_eq!((other.name.as_str(), other.cpu, other.memory_mb), ("x", 1, 64));
+        assert!(wish(Wanted::default(), &Vm { cpu: 0, ..vm.clone() }).is_err());
+        assert!(wish(Wanted { name: Some("a/b".into()), ..Wanted::default() }, &vm).is_err());
+        let keep = Wanted { mac: Some("keep".into()), ..Wanted::default() };
+        assert_eq!(address(&keep, &vm, false).unwrap().as_deref(), Some("keep"));
+        assert_eq!(address(&keep, &vm, true).unwrap_err().code(), Code::Conflict);
+        let running = Vm { power_state: "poweredOn".into(), ..vm.clone() };
+        assert_eq!(address(&keep, &running, false).unwrap_err().code(), Code::Conflict);
+        assert_eq!(address(&keep, &Vm { nics: Vec::new(), ..vm.clone() }, false).unwrap_err().code(), Code::Unprocessable);
+        let odd = Wanted { mac: Some("01:00:00:00:00:01".into()), ..Wanted::default() };
+        assert_eq!(address(&odd, &vm, false).unwrap_err().code(), Code::BadRequest);
+        assert_eq!(address(&Wanted::default(), &running, false).unwrap(), None);
+    }
+}

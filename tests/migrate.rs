@@ -1,0 +1,215 @@
+//! Migrations: from a VM at the source to one that has booted at libvirt.
+//!
+//! Owns: the promises about this job type on a real libvirt. Never: knows an ESXi that is not there: the double stands for it.
+//! A crash here costs the test; domains go with it.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use crate::harness::client::file_of;
+use crate::harness::double::{self, Double, Kind, USER};
+use crate::harness::fleet::{Fleet, Plan};
+use crate::harness::images::{guest, identical, link};
+use crate::harness::libvirtd::{self, Domain, URI, virsh};
+use crate::harness::{seconds, wait_for};
+
+/// What the tiny guest says last.
+const UP: &str = "TINYGUEST-LOGIN ready";
+
+/// A fleet whose agent serves libvirt and emulates CPUs (KVM is there and runs no guest everywhere).
+async fn fleet(name: &str, fill: impl FnOnce(&Path)) -> Fleet {
+    libvirtd::start();
+    let mut fleet = Fleet::start(name, Plan::plain(), fill).await;
+    fleet.agents[0].set("LIBVIRT_ACCEL", "tcg");
+    fleet.agents[0].process().terminate(seconds(30)).await;
+    fleet.agents[0].start();
+    wait_for("the agent to serve libvirt", seconds(30), async || {
+        let answer = fleet.client.post("/providers/connect", json!({"provider": "libvirt", "name": "kvm", "uri": URI})).await;
+        if answer.status == 201 { Ok(()) } else { Err(answer.text) }
+    })
+    .await;
+    fleet
+}
+
+fn new_name() -> String {
+    format!("moved-{}", shared::ids::random_hex::<4>())
+}
+
+fn order(provider: &str, vm: &str, name: &str, more: Value) -> Value {
+    let mut options = json!({
+        "target": {"target": "libvirt", "name": name, "cpu": 1, "memory_mb": 256, "network": "user"},
+        "adapt": "never", "boot_proof": {"sign": UP, "timeout_seconds": 120},
+    });
+    for (key, value) in more.as_object().unwrap() {
+        match value.as_object() {
+            Some(fields) if options[key].is_object() => options[key].as_object_mut().unwrap().extend(fields.clone()),
+            _ => options[key] = value.clone(),
+        }
+    }
+    json!({"type": "migrate", "provider": provider, "vm_name": vm, "options": options})
+}
+
+/// Domains and networks of proofs, and part folders.
+fn left(fleet: &Fleet, job: &str) -> Vec<String> {
+    let lines = |arguments: &[&str]| virsh(arguments).lines().map(|line| line.trim().to_owned()).collect::<Vec<_>>();
+    let proofs = lines(&["list", "--all", "--name"]).into_iter().filter(|name| name.contains(job));
+    let networks = lines(&["net-list", "--all", "--name"]).into_iter().filter(|name| name.starts_with("hypersdk"));
+    let parts = std::fs::read_dir(fleet.exports()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    proofs.chain(networks).chain(parts.filter(|name| name.contains(job) && name.ends_with(".part"))).collect()
+}
+
+async fn boots(console: &libvirtd::Console) {
+    wait_for("the migrated guest to print its digest", seconds(90), async || {
+        let said = console.said();
+        if said.contains(&format!("TINYGUEST-DATA {}", guest().payload)) { Ok(()) } else { Err(said) }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_vm_of_vcenter_becomes_a_running_domain() {
+    let fleet = fleet("migrate-vc", |_| {}).await;
+    let double = Double::start(&fleet.scratch, Kind::Vcenter, &guest().raw).await;
+    let account = json!({"provider": "vsphere", "name": "vc", "host": double.host, "username": USER, "password": double::PASSWORD, "insecure": true});
+    fleet.client.post("/providers/connect", account).await.expect(201);
+    let vm = Kind::Vcenter.vm();
+    let source = fleet.client.get(&format!("/vms/vc/{vm}")).await.expect(200).body;
+    let mac = source["nics"][0]["mac"].as_str().unwrap().to_owned();
+    let name = new_name();
+    let post = async |body: Value| fleet.client.post("/jobs", body).await;
+
+    // What would not fit is refused before a byte is copied.
+    let other = Kind::Vcenter.other();
+    for (vm, more, status, word) in [
+        (other, json!({"target": {"mac": "keep"}}), 409, "running"),
+        (vm, json!({"target": {"mac": "odd"}}), 400, "mac"),
+        (vm, json!({"target": {"name": "a/b"}}), 400, "name"),
+        (vm, json!({"target": {"target": "vc"}}), 422, "vsphere"),
+        (vm, json!({"target": {"colour": "red"}}), 400, "colour"),
+        (vm, json!({"boot_proof": {"timeout_seconds": 1}}), 400, "timeout_seconds"),
+        (vm, json!({"adapt": "perhaps"}), 400, "auto"),
+        (vm, json!({"include_snapshots": true}), 422, "include_snapshots"),
+    ] {
+        let answer = post(order("vc", vm, &name, more.clone())).await;
+        assert!(answer.status == status && answer.text.contains(word), "{more}: {} {}", answer.status, answer.text);
+    }
+    let foreign = json!({"type": "export", "provider": "vc", "vm_name": vm, "format": "raw", "options": {"adapt": "never"}});
+    assert!(post(foreign).await.refused(400, "bad_request").contains("migrate"));
+    let nowhere = post(order("vc", vm, &name, json!({"target": {"network": "nowhere"}}))).await.expect(201).body;
+    let failed = fleet.client.ended(nowhere["id"].as_str().unwrap(), seconds(30)).await;
+    assert!(failed["status"] == "failed" && failed["error"].as_str().unwrap().contains("nowhere") && failed["bytes_done"] == 0, "{failed:#}");
+
+    let plan = post(order("vc", vm, &name, json!({"dry_run": true}))).await.expect(200).body;
+    let stages: Vec<&str> = plan["steps"].as_array().unwrap().iter().map(|step| step["stage"].as_str().unwrap()).collect();
+    assert_eq!(stages, ["preparing", "copying", "verifying", "deploying", "publishing"], "{plan:#}");
+
+    let began = std::time::Instant::now();
+    let made = post(order("vc", vm, &name, json!({}))).await.expect(201).body;
+    let id = made["id"].as_str().unwrap();
+    let job = fleet.client.completed(id, seconds(180)).await;
+    println!("migrated in {} s, boot proof {} s", began.elapsed().as_secs(), job["result"]["boot_proof"]["seconds"]);
+    let result = &job["result"];
+    let domain = Domain::adopt(&name, result["domain"]["uuid"].as_str().unwrap());
+    let console = domain.console();
+    assert_eq!((&result["verified"], &result["adapted"]["status"], &result["boot_proof"]["passed"]), (&json!(true), &json!("off"), &json!(true)));
+    assert_eq!((&result["domain"]["mac"], &result["domain"]["status"]), (&json!(mac), &json!("running")), "{result:#}");
+    assert!(result["boot_proof"]["console_tail"].as_str().unwrap().contains(&guest().payload), "{result:#}");
+    let picture = std::fs::read(result["boot_proof"]["screenshot"].as_str().unwrap()).unwrap();
+    assert!(picture.starts_with(b"\x89PNG\r\n\x1a\n") && picture.len() > 200, "{} bytes", picture.len());
+    boots(&console).await;
+
+    // The receipt is signed, and says what left and what arrived.
+    let receipt = std::fs::read(result["migration_receipt"].as_str().unwrap()).unwrap();
+    let receipt: shared::manifest::Signed = serde_json::from_slice(&receipt).unwrap();
+    assert!(receipt.is_good(), "{receipt:?}");
+    let told: Value = serde_json::from_str(&receipt.manifest).unwrap();
+    assert_eq!((&told["job"], &told["source"]["name"], &told["source"]["consistency"]), (&json!(id), &json!(vm), &json!("off")), "{told:#}");
+    assert_eq!((&told["disks"], &told["target"]["domain"]["uuid"]), (&result["disks"], &result["domain"]["uuid"]));
+
+    // The source is as it was; the proof has left nothing; what runs is not removed.
+    assert_eq!(fleet.client.get(&format!("/vms/vc/{vm}")).await.expect(200).body["power_state"], "poweredOff");
+    assert_eq!(double.left().await, (0, 0));
+    assert!(left(&fleet, id).is_empty(), "{:?}", left(&fleet, id));
+    wait_for("the new domain to be listed", seconds(10), async || {
+        let answer = fleet.client.get(&format!("/vms/kvm/{name}")).await;
+        if answer.status == 200 { Ok(()) } else { Err(answer.text) }
+    })
+    .await;
+    assert!(fleet.client.delete(&format!("/exports/{id}")).await.refused(409, "conflict").contains(&name));
+    assert!(post(order("vc", vm, &name, json!({}))).await.refused(409, "conflict").contains(&name));
+    let base = double.disk(Kind::Vcenter, &fleet.scratch);
+    drop(domain);
+    identical(("raw", &base), ("qcow2", &file_of(&job, ".qcow2")));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_guest_that_does_not_boot_is_not_handed_over_and_a_retry_copies_nothing_again() {
+    let fleet = fleet("migrate-dead", |vms| {
+        std::fs::File::create(vms.join("blank.raw")).unwrap().set_len(8 << 20).unwrap();
+        link(&guest().raw, &vms.join("guest.raw"));
+    })
+    .await;
+    let mut fleet = fleet;
+    let name = new_name();
+    let made = fleet.client.post("/jobs", order("local", "blank", &name, json!({}))).await.expect(201).body;
+    let id = made["id"].as_str().unwrap().to_owned();
+    let job = fleet.client.ended(&id, seconds(120)).await;
+    assert_eq!((&job["status"], &job["error_code"]), (&json!("failed"), &json!("verification_failed")), "{job:#}");
+    let error = job["error"].as_str().unwrap();
+    assert!(error.contains("boot proof failed") && error.to_lowercase().contains("bootable"), "{error}");
+    assert_eq!(job["result"]["boot_proof"]["passed"], false, "{job:#}");
+    let log = fleet.client.log(&id).await;
+    assert!(log.contains("the end of its console"), "{log}");
+    assert!(!virsh(&["list", "--all", "--name"]).contains(&name));
+
+    // A retry begins at the proof.
+    fleet.client.post(&format!("/jobs/{id}/retry"), json!({})).await.expect(200);
+    let again = fleet.client.ended(&id, seconds(120)).await;
+    assert_eq!((&again["status"], &again["attempt"]), (&json!("failed"), &json!(2)), "{again:#}");
+    assert!(fleet.client.log(&id).await.contains("copied and verified by an earlier attempt"));
+
+    // A proof that is waited for is cancelled at once.
+    let waits = order("local", "blank", &name, json!({"boot_proof": {"sign": "never said"}, "target": {"memory_mb": 128}}));
+    let waits = {
+        let mut waits = waits;
+        waits["vm_name"] = json!("guest");
+        fleet.client.post("/jobs", waits).await.expect(201).body["id"].as_str().unwrap().to_owned()
+    };
+    let said = async |fleet: &Fleet, id: &str, text: &str| {
+        wait_for(&format!("{id} to say {text:?}"), seconds(60), async || {
+            let log = fleet.client.log(id).await;
+            if log.contains(text) { Ok(()) } else { Err(log) }
+        })
+        .await;
+    };
+    said(&fleet, &waits, "is started (tcg)").await;
+    let began = std::time::Instant::now();
+    fleet.client.delete(&format!("/jobs/{waits}")).await.expect(202);
+    assert_eq!(fleet.client.ended(&waits, seconds(15)).await["status"], "cancelled");
+    println!("cancelled in {} ms", began.elapsed().as_millis());
+    wait_for("nothing to be left", seconds(10), async || {
+        let left = left(&fleet, &waits);
+        if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+    })
+    .await;
+
+    // kill -9 of the agent in the middle of a proof: the next attempt goes on from the sealed copy, and nothing is left of the first.
+    let made = fleet.client.post("/jobs", order("local", "guest", &name, json!({}))).await.expect(201).body;
+    let id = made["id"].as_str().unwrap().to_owned();
+    said(&fleet, &id, "is started (tcg)").await;
+    fleet.agents[0].kill();
+    fleet.agents[0].start();
+    let job = fleet.client.completed(&id, seconds(180)).await;
+    let domain = Domain::adopt(&name, job["result"]["domain"]["uuid"].as_str().unwrap());
+    assert!(job["attempt"].as_u64() >= Some(2) && fleet.client.log(&id).await.contains("copied and verified by an earlier attempt"));
+    wait_for("nothing to be left", seconds(30), async || {
+        let left = left(&fleet, &id);
+        if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+    })
+    .await;
+    boots(&domain.console()).await;
+    let disk: PathBuf = file_of(&job, ".qcow2");
+    drop(domain);
+    identical(("raw", &guest().raw), ("qcow2", &disk));
+}
