@@ -44,6 +44,8 @@ pub struct Touched {
     pub asked_at: Option<i64>,
     /// UUIDs of domains that are being made.
     pub domains: Vec<String>,
+    /// UUIDs of networks that are there for a while.
+    pub networks: Vec<String>,
     /// Names of checkpoints that no restore point needs.
     pub checkpoints: Vec<String>,
     /// The tracking of changes was or will be switched on, and no restore point needs it yet.
@@ -83,6 +85,36 @@ pub fn while_noted<T>(
             undo_noted(agent, note);
         }
     }
+    Ok(done)
+}
+
+/// Does something with a domain and a network that are noted before and gone afterwards, whatever became of it; what cannot be undone now stays
+/// noted, and the reaper comes back to it. `note` is the note's name: what an earlier act has noted under it is undone first.
+pub fn for_a_while<T>(
+    agent: &Agent,
+    note: &str,
+    connection: &v1::Connection,
+    domain: &str,
+    network: Option<&str>,
+    act: impl FnOnce() -> T,
+) -> Result<T, crate::sources::Error> {
+    let failed = |e: io::Error| crate::sources::Error::fatal(shared::error::Code::Internal, format!("the ledger cannot be written: {e}"));
+    let _turn = agent.undoing.wait(note);
+    undo_patiently(agent, note);
+    if noted(agent, note).map_err(failed)?.is_some() {
+        let message = format!("what an earlier attempt has left at {} is not gone yet", connection.name);
+        return Err(crate::sources::Error { code: shared::error::Code::Unavailable, message, retryable: true });
+    }
+    let touched = Touched {
+        connection: (connection.name.clone(), connection.kind.clone(), connection.path.clone()),
+        vm: domain.to_owned(),
+        domains: vec![domain.to_owned()],
+        networks: network.map(str::to_owned).into_iter().collect(),
+        ..Touched::default()
+    };
+    write(agent, note, &touched).map_err(failed)?;
+    let done = act();
+    undo_patiently(agent, note);
     Ok(done)
 }
 
@@ -282,6 +314,10 @@ impl Freezing {
 /// the reaper comes back to it.
 pub fn undo(agent: &Agent, job: &str) {
     let _turn = agent.undoing.wait(job);
+    undo_patiently(agent, job);
+}
+
+fn undo_patiently(agent: &Agent, job: &str) {
     let end = Instant::now() + PATIENCE;
     while !undo_noted(agent, job) && Instant::now() < end {
         std::thread::sleep(PAUSE);

@@ -304,6 +304,24 @@ pub fn create_private(dir: &Dir, name: &str) -> io::Result<File> {
     Ok(dir.open_with(name, &options)?.into_std())
 }
 
+/// Makes a named pipe for its owner alone.
+pub fn make_pipe(dir: &Dir, name: &str) -> io::Result<()> {
+    Ok(rustix::fs::mknodat(dir, name, rustix::fs::FileType::Fifo, rustix::fs::Mode::RUSR | rustix::fs::Mode::WUSR, 0)?)
+}
+
+/// Opens a named pipe for reading. It does not wait for whoever writes, nor does a read.
+pub fn open_pipe(dir: &Dir, name: &str) -> io::Result<File> {
+    use cap_std::fs::{FileTypeExt as _, OpenOptionsExt as _};
+    let flags = rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::NOFOLLOW;
+    let mut options = cap_std::fs::OpenOptions::new();
+    options.read(true).custom_flags(flags.bits() as i32);
+    let file = dir.open_with(name, &options)?;
+    if !file.metadata()?.file_type().is_fifo() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a pipe"));
+    }
+    Ok(file.into_std())
+}
+
 /// Makes renames and removals in a folder durable.
 pub fn sync_dir(dir: &Dir) -> io::Result<()> {
     // The handle itself may be a mere path (O_PATH), which cannot be synced.

@@ -15,18 +15,35 @@ fn quoted(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('\'', "&apos;").replace('"', "&quot;")
 }
 
-/// The XML of a domain: its disks (file and format) in order, its card, a serial console, a display on the loopback.
-pub fn domain(wish: &Wish, uuid: &str, mac: &str, disks: &[(&Path, &str)], accelerator: &str) -> String {
+/// What a domain has that is started apart from everything, for a proof and not to stay.
+pub struct Apart<'a> {
+    /// Pipes of this name and `.in`, `.out` are its serial console.
+    pub console: &'a Path,
+    /// Where a UEFI's variables go.
+    pub variables: &'a Path,
+    /// The network that it may have; none: its card has no link.
+    pub network: Option<&'a str>,
+}
+
+/// The XML of a domain: its disks (file and format) in order, its card, a serial console, a display on the loopback. One that is started
+/// apart has no display to look at from elsewhere, and its disks need not survive the host.
+pub fn domain(wish: &Wish, uuid: &str, mac: &str, disks: &[(&Path, &str)], accelerator: &str, apart: Option<&Apart>) -> String {
     let bus = wish.disk_bus.as_deref().unwrap_or("virtio");
     let is_uefi = wish.firmware.as_deref() == Some("uefi");
     // IDE is the older board's; everything else wants the newer one.
     let machine = if bus == "ide" { "pc" } else { "q35" };
     let (kind, cpu) = if accelerator == "kvm" { ("kvm", "<cpu mode='host-passthrough'/>") } else { ("qemu", "<cpu mode='maximum'/>") };
     let firmware = if is_uefi { " firmware='efi'" } else { "" };
+    // What the firmware says is part of what a proof hears.
+    let (os, crash) = match apart {
+        Some(apart) if is_uefi => (format!("<nvram>{}</nvram>", quoted(&apart.variables.display().to_string())), "destroy"),
+        Some(_) => ("<bios useserial='yes'/>".to_owned(), "destroy"),
+        None => (String::new(), "restart"),
+    };
     let mut xml = format!(
         "<domain type='{kind}'><name>{}</name><uuid>{}</uuid><memory unit='MiB'>{}</memory><vcpu>{}</vcpu>\
-         <os{firmware}><type arch='x86_64' machine='{machine}'>hvm</type></os><features><acpi/><apic/></features>{cpu}<clock offset='utc'/>\
-         <on_poweroff>destroy</on_poweroff><on_reboot>restart</on_reboot><on_crash>restart</on_crash><devices>",
+         <os{firmware}><type arch='x86_64' machine='{machine}'>hvm</type>{os}</os><features><acpi/><apic/></features>{cpu}<clock offset='utc'/>\
+         <on_poweroff>destroy</on_poweroff><on_reboot>restart</on_reboot><on_crash>{crash}</on_crash><devices>",
         quoted(&wish.name),
         quoted(uuid),
         wish.memory_mb,
@@ -41,26 +58,34 @@ pub fn domain(wish: &Wish, uuid: &str, mac: &str, disks: &[(&Path, &str)], accel
         "ide" => "hd",
         _ => "sd",
     };
+    let cache = if apart.is_some() { " cache='unsafe'" } else { "" };
     for (n, (letter, (path, format))) in ('a'..='z').zip(disks).enumerate() {
         let file = quoted(&path.display().to_string());
         let _ = write!(
             xml,
-            "<disk type='file' device='disk'><driver name='qemu' type='{format}' discard='unmap'/><source file='{file}'/>\
+            "<disk type='file' device='disk'><driver name='qemu' type='{format}'{cache} discard='unmap'/><source file='{file}'/>\
              <target dev='{prefix}{letter}' bus='{bus}'/><boot order='{}'/></disk>",
             n + 1
         );
     }
-    let (kind, source) = match (wish.network.as_deref(), wish.bridge.as_deref()) {
-        (Some(USER), _) => ("user", String::new()),
-        (_, Some(bridge)) => ("bridge", format!("<source bridge='{}'/>", quoted(bridge))),
-        (name, None) => ("network", format!("<source network='{}'/>", quoted(name.unwrap_or("default")))),
+    let (kind, source) = match (apart.map(|apart| apart.network), wish.network.as_deref(), wish.bridge.as_deref()) {
+        (Some(None), _, _) => ("user", "<link state='down'/>".to_owned()),
+        (Some(Some(name)), _, _) => ("network", format!("<source network='{}'/>", quoted(name))),
+        (None, Some(USER), _) => ("user", String::new()),
+        (None, _, Some(bridge)) => ("bridge", format!("<source bridge='{}'/>", quoted(bridge))),
+        (None, name, None) => ("network", format!("<source network='{}'/>", quoted(name.unwrap_or("default")))),
     };
     let model = wish.nic_model.as_deref().unwrap_or("virtio");
     let _ = write!(xml, "<interface type='{kind}'><mac address='{}'/>{source}<model type='{model}'/></interface>", quoted(mac));
+    match apart {
+        Some(apart) => {
+            let _ = write!(xml, "<serial type='pipe'><source path='{}'/></serial>", quoted(&apart.console.display().to_string()));
+        }
+        None => xml.push_str("<serial type='pty'/><console type='pty'/><graphics type='vnc' autoport='yes' listen='127.0.0.1'/>"),
+    }
     xml.push_str(
-        "<serial type='pty'/><console type='pty'/><channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>\
-         <input type='tablet' bus='usb'/><graphics type='vnc' autoport='yes' listen='127.0.0.1'/><video><model type='vga'/></video>\
-         <rng model='virtio'><backend model='random'>/dev/urandom</backend></rng></devices></domain>",
+        "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel><input type='tablet' bus='usb'/>\
+         <video><model type='vga'/></video><rng model='virtio'><backend model='random'>/dev/urandom</backend></rng></devices></domain>",
     );
     xml
 }
@@ -79,7 +104,8 @@ mod tests {
             disk_bus: Some("ide".into()),
             ..Wish::default()
         };
-        let xml = domain(&wish, "u", "52:54:00:00:00:01", &[(Path::new("/x/a'b.qcow2"), "qcow2"), (Path::new("/x/c.raw"), "raw")], "tcg");
+        let xml =
+            domain(&wish, "u", "52:54:00:00:00:01", &[(Path::new("/x/a'b.qcow2"), "qcow2"), (Path::new("/x/c.raw"), "raw")], "tcg", None);
         let document = roxmltree::Document::parse(&xml).expect("well-formed");
         let text =
             |name: &str| document.descendants().find(|node| node.has_tag_name(name)).and_then(|node| node.text()).unwrap_or_default();
@@ -88,7 +114,18 @@ mod tests {
             document.descendants().filter(|node| node.has_tag_name("target")).filter_map(|node| node.attribute("dev")).collect();
         assert_eq!(targets, ["hda", "hdb"]);
         assert!(xml.contains("type='qemu'") && xml.contains("machine='pc'") && xml.contains("<source bridge='br0'/>"), "{xml}");
-        let uefi = domain(&Wish { firmware: Some("uefi".into()), network: Some(USER.into()), ..wish }, "u", "m", &[], "kvm");
+        let uefi = domain(&Wish { firmware: Some("uefi".into()), network: Some(USER.into()), ..wish.clone() }, "u", "m", &[], "kvm", None);
         assert!(uefi.contains("firmware='efi'") && uefi.contains("<domain type='kvm'>"), "{uefi}");
+
+        // Apart, whatever network was wished for is not reached, and nobody looks in.
+        let apart = |network| Apart { console: Path::new("/x/c"), variables: Path::new("/x/v"), network };
+        let alone = domain(&wish, "u", "m", &[(Path::new("/x/o.qcow2"), "qcow2")], "tcg", Some(&apart(None)));
+        assert!(roxmltree::Document::parse(&alone).is_ok() && !alone.contains("br0") && !alone.contains("vnc"), "{alone}");
+        assert!(
+            alone.contains("<link state='down'/>") && alone.contains("cache='unsafe'") && alone.contains("<source path='/x/c'/>"),
+            "{alone}"
+        );
+        let netted = domain(&wish, "u", "m", &[], "tcg", Some(&apart(Some("n"))));
+        assert!(netted.contains("<source network='n'/>") && !netted.contains("br0") && !netted.contains("link state"), "{netted}");
     }
 }

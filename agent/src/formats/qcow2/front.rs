@@ -25,8 +25,8 @@ pub const MAX_CAPACITY: u64 = (MAX_L1_BYTES / 8) * PER_L2 * CLUSTER - (1 << 40);
 pub(super) struct Front {
     capacity: u64,
     method: Option<Method>,
-    /// Name of the qcow2 beneath, which says what this image leaves unsaid.
-    backing: Option<String>,
+    /// Name and format of the image beneath, which says what this one leaves unsaid.
+    backing: Option<(String, &'static str)>,
     reftable: Vec<u64>,
     l1: Vec<u64>,
 }
@@ -66,13 +66,14 @@ impl Front {
         })
     }
 
-    /// Names the qcow2 beneath, by a path from this image's folder. Refused where the header has no room for it.
-    pub(super) fn set_backing(&mut self, name: &str) -> Result<()> {
+    /// Names the image beneath, by a path, absolute or from this image's folder, and its format: `qcow2` or `raw`. Refused where the header
+    /// has no room for it.
+    pub(super) fn set_backing(&mut self, name: &str, format: &'static str) -> Result<()> {
         if name.is_empty() || name.len() as u64 > header::MAX_BACKING_NAME {
             let most = header::MAX_BACKING_NAME;
             return Err(refused(format!("a backing file's name of {} bytes; 1 to {most} are allowed", name.len())));
         }
-        self.backing = Some(name.to_owned());
+        self.backing = Some((name.to_owned(), format));
         Ok(())
     }
 
@@ -129,13 +130,13 @@ impl Front {
             put(72, &header::COMPRESSION.to_be_bytes());
             put(104, &[1]);
         }
-        if let Some(name) = &self.backing {
+        if let Some((name, format)) = &self.backing {
             // Behind the header: the extension that declares the format, the end of extensions, the name.
             let extension = header::V3_LEN;
             put(extension, &header::BACKING_FORMAT.to_be_bytes());
-            put(extension + 4, &(FORMAT.len() as u32).to_be_bytes());
-            put(extension + 8, FORMAT.as_bytes());
-            let at = extension + 8 + FORMAT.len().next_multiple_of(8) + 8;
+            put(extension + 4, &(format.len() as u32).to_be_bytes());
+            put(extension + 8, format.as_bytes());
+            let at = extension + 8 + format.len().next_multiple_of(8) + 8;
             put(at, name.as_bytes());
             put(8, &(at as u64).to_be_bytes());
             put(16, &(name.len() as u32).to_be_bytes());

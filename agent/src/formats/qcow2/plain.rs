@@ -193,6 +193,12 @@ impl PlainWriter {
         Ok(Self::on(output, tables))
     }
 
+    /// Makes the image a layer over the image of this name and format (`qcow2` or `raw`): what it leaves unsaid is that one's.
+    pub fn over(mut self, name: &str, format: &'static str) -> Result<Self> {
+        self.tables.front.set_backing(name, format)?;
+        Ok(self)
+    }
+
     fn on(output: Output, tables: Tables) -> Self {
         Self { output, places: Arc::new(Places::new(&tables.occupied)), piece: Piece::from(tables.next_unit), tables }
     }

@@ -82,7 +82,7 @@ impl Writer {
     /// Makes the image a layer over the qcow2 of this name (a path from its own folder): what it leaves unsaid is that one's.
     pub fn over(mut self, backing: Option<&str>) -> Result<Self> {
         if let Some(name) = backing {
-            self.front.set_backing(name)?;
+            self.front.set_backing(name, super::FORMAT)?;
         }
         Ok(self)
     }

@@ -129,7 +129,7 @@ pub fn begin(uri: &Uri, domain: &Domain, wanted: &Wanted, place: &Place, name: &
 }
 
 /// Whether these words say that what is to be gone is gone.
-fn says_gone(words: &str) -> bool {
+pub fn says_gone(words: &str) -> bool {
     let words = words.to_ascii_lowercase();
     [
         "no domain backup job present",
@@ -138,6 +138,9 @@ fn says_gone(words: &str) -> bool {
         "failed to get domain",
         "domain not found",
         "no domain with matching",
+        "failed to get network",
+        "no network with matching",
+        "network is not active",
         "no domain checkpoint",
         "domain checkpoint not found",
         // Its bitmap cannot be removed now; the next backup of the running domain does.
@@ -196,6 +199,11 @@ pub fn forget(uri: &Uri, domain: &str, checkpoint: &str) -> Result<(), exec::Err
 pub fn remove(uri: &Uri, domain: &str) -> Result<(), exec::Error> {
     unless_gone(uri.ask(&["destroy", domain]))?;
     unless_gone(uri.ask(&["undefine", domain, "--nvram"])).map(drop)
+}
+
+/// Removes a network that was made for a while.
+pub fn remove_network(uri: &Uri, network: &str) -> Result<(), exec::Error> {
+    unless_gone(uri.ask(&["net-destroy", network])).map(drop)
 }
 
 /// The domain's checkpoints.

@@ -28,6 +28,7 @@ use shared::vault::{Dir, Root, Vault};
 use shared::vm::Vm;
 
 use self::domain::Domain;
+pub use self::hot::says_gone;
 use self::hot::{Failed, Place, Wanted};
 use self::nbd::Exported;
 use self::virsh::Uri;
@@ -41,6 +42,9 @@ use crate::touched::Touched;
 const SCRATCH: u64 = 256 << 20;
 /// For how long a job that nobody has answered may still begin, milliseconds: libvirt waits 30 s for a busy domain.
 const UNANSWERED: i64 = 90_000;
+
+/// How the name of a domain begins that is started for a proof: it is nobody's VM, and no inventory shows it.
+pub const PROOF: &str = "hypersdk-proof-";
 
 /// Folders that a running domain's export needs.
 pub struct Folders {
@@ -230,6 +234,7 @@ impl Source for Libvirt {
         let mut vms = Vec::with_capacity(described.len());
         for (xml, facts) in &described {
             match domain::read(xml, facts) {
+                Ok(domain) if domain.vm.name.starts_with(PROOF) => {}
                 Ok(domain) => vms.push(domain.vm),
                 Err(e) => tracing::warn!(error = e, "a domain is left out"),
             }
@@ -385,8 +390,9 @@ impl Source for Libvirt {
         }
         // All of them, whatever becomes of one.
         let domains = touched.domains.iter().map(|domain| remove_domain(&self.uri, domain));
+        let networks = touched.networks.iter().map(|network| hot::remove_network(&self.uri, network).map_err(told));
         let checkpoints = touched.checkpoints.iter().map(|id| hot::forget(&self.uri, &touched.vm, hot::checkpoint_of(id)).map_err(told));
-        domains.chain(checkpoints).collect::<Vec<_>>().into_iter().collect::<Result<Vec<()>, Error>>()?;
+        domains.chain(networks).chain(checkpoints).collect::<Vec<_>>().into_iter().collect::<Result<Vec<()>, Error>>()?;
         // A job that was asked for, and that nobody has answered: libvirt may still begin it.
         let waited = touched.asked_at.map(|at| shared::clock::now().timestamp_millis().saturating_sub(at));
         match waited {
