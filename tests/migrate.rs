@@ -71,7 +71,8 @@ async fn boots(console: &libvirtd::Console) {
 async fn a_vm_of_vcenter_becomes_a_running_domain() {
     let fleet = fleet("migrate-vc", |_| {}).await;
     let double = Double::start(&fleet.scratch, Kind::Vcenter, &guest().raw).await;
-    let account = json!({"provider": "vsphere", "name": "vc", "host": double.host, "username": USER, "password": double::PASSWORD, "insecure": true});
+    let account =
+        json!({"provider": "vsphere", "name": "vc", "host": double.host, "username": USER, "password": double::PASSWORD, "insecure": true});
     fleet.client.post("/providers/connect", account).await.expect(201);
     let vm = Kind::Vcenter.vm();
     let source = fleet.client.get(&format!("/vms/vc/{vm}")).await.expect(200).body;
@@ -98,7 +99,10 @@ async fn a_vm_of_vcenter_becomes_a_running_domain() {
     assert!(post(foreign).await.refused(400, "bad_request").contains("migrate"));
     let nowhere = post(order("vc", vm, &name, json!({"target": {"network": "nowhere"}}))).await.expect(201).body;
     let failed = fleet.client.ended(nowhere["id"].as_str().unwrap(), seconds(30)).await;
-    assert!(failed["status"] == "failed" && failed["error"].as_str().unwrap().contains("nowhere") && failed["bytes_done"] == 0, "{failed:#}");
+    assert!(
+        failed["status"] == "failed" && failed["error"].as_str().unwrap().contains("nowhere") && failed["bytes_done"] == 0,
+        "{failed:#}"
+    );
 
     let plan = post(order("vc", vm, &name, json!({"dry_run": true}))).await.expect(200).body;
     let stages: Vec<&str> = plan["steps"].as_array().unwrap().iter().map(|step| step["stage"].as_str().unwrap()).collect();
@@ -112,7 +116,10 @@ async fn a_vm_of_vcenter_becomes_a_running_domain() {
     let result = &job["result"];
     let domain = Domain::adopt(&name, result["domain"]["uuid"].as_str().unwrap());
     let console = domain.console();
-    assert_eq!((&result["verified"], &result["adapted"]["status"], &result["boot_proof"]["passed"]), (&json!(true), &json!("off"), &json!(true)));
+    assert_eq!(
+        (&result["verified"], &result["adapted"]["status"], &result["boot_proof"]["passed"]),
+        (&json!(true), &json!("off"), &json!(true))
+    );
     assert_eq!((&result["domain"]["mac"], &result["domain"]["status"]), (&json!(mac), &json!("running")), "{result:#}");
     assert!(result["boot_proof"]["console_tail"].as_str().unwrap().contains(&guest().payload), "{result:#}");
     let picture = std::fs::read(result["boot_proof"]["screenshot"].as_str().unwrap()).unwrap();
@@ -124,7 +131,11 @@ async fn a_vm_of_vcenter_becomes_a_running_domain() {
     let receipt: shared::manifest::Signed = serde_json::from_slice(&receipt).unwrap();
     assert!(receipt.is_good(), "{receipt:?}");
     let told: Value = serde_json::from_str(&receipt.manifest).unwrap();
-    assert_eq!((&told["job"], &told["source"]["name"], &told["source"]["consistency"]), (&json!(id), &json!(vm), &json!("off")), "{told:#}");
+    assert_eq!(
+        (&told["job"], &told["source"]["name"], &told["source"]["consistency"]),
+        (&json!(id), &json!(vm), &json!("off")),
+        "{told:#}"
+    );
     assert_eq!((&told["disks"], &told["target"]["domain"]["uuid"]), (&result["disks"], &result["domain"]["uuid"]));
 
     // The source is as it was; the proof has left nothing; what runs is not removed.

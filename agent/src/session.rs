@@ -349,7 +349,8 @@ fn answer(agent: &Arc<Agent>, browse: v1::Browse, tell: &mpsc::Sender<v1::AgentM
         let reply = match answered {
             Ok(json) => v1::BrowseReply { id: browse.id, json: json.to_string(), failure: None },
             Err(e) => {
-                let failure = v1::Failure { code: e.code.word().to_owned(), message: e.message, retryable: e.retryable, ..Default::default() };
+                let failure =
+                    v1::Failure { code: e.code.word().to_owned(), message: e.message, retryable: e.retryable, ..Default::default() };
                 v1::BrowseReply { id: browse.id, json: String::new(), failure: Some(failure) }
             }
         };
@@ -436,7 +437,8 @@ mod tests {
         let whole = base.join("data/pulled").join(job).join("whole");
         std::fs::create_dir_all(&whole).unwrap();
         std::fs::write(whole.join("disk.raw"), b"x").unwrap();
-        let failure = v1::Failure { code: Code::BadGateway.word().to_owned(), message: String::new(), retryable: true, ..Default::default() };
+        let failure =
+            v1::Failure { code: Code::BadGateway.word().to_owned(), message: String::new(), retryable: true, ..Default::default() };
         let ends = [Outcome::Parked(true), Outcome::Failed(failure), Outcome::Completed("{}".to_owned())];
         for (epoch, outcome) in (1..).zip(ends) {
             let is_completed = matches!(outcome, Outcome::Completed(_));

@@ -210,7 +210,12 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
     if let Some(migration) = &migration {
         if let Some(result) = migration.sealed(&folder)? {
             agent.table.progress(held, "verifying", counters_of(&result));
-            agent.table.log(held, "info", "preparing", "the disks were copied and verified by an earlier attempt: it goes on from there".to_owned());
+            agent.table.log(
+                held,
+                "info",
+                "preparing",
+                "the disks were copied and verified by an earlier attempt: it goes on from there".to_owned(),
+            );
             return migration.arrive(&folder, &place.absolute(), &result, || publish(agent, held, &folder, None, name));
         }
         migration.check()?;
@@ -328,9 +333,7 @@ fn failure(agent: &Agent, folder: &Dir, error: &pipeline::Error) -> Failure {
             Failure::new(Code::BadGateway, message, true)
         }
         pipeline::Error::Source { .. } => Failure::fatal(Code::BadImage, message),
-        pipeline::Error::Output(FormatError::Io(_)) | pipeline::Error::Journal(_) => {
-            Failure::new(Code::Internal, message, true)
-        }
+        pipeline::Error::Output(FormatError::Io(_)) | pipeline::Error::Journal(_) => Failure::new(Code::Internal, message, true),
         pipeline::Error::Output(_) => Failure::fatal(Code::Unprocessable, message),
         pipeline::Error::Cancelled | pipeline::Error::Parked => Failure::new(Code::Conflict, message, true),
     }

@@ -110,7 +110,10 @@ pub fn results(result: &Value, least: usize) {
     output::pairs(
         least,
         &[
-            ("domain", format!("{} at {}, {}, {}", told(domain, "name"), told(domain, "target"), told(domain, "status"), told(domain, "uuid"))),
+            (
+                "domain",
+                format!("{} at {}, {}, {}", told(domain, "name"), told(domain, "target"), told(domain, "status"), told(domain, "uuid")),
+            ),
             ("address", told(domain, "mac")),
             ("adapted", format!("{status}: {}", told(adapted, "reason"))),
             ("booted", proven),

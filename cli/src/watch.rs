@@ -63,13 +63,7 @@ async fn follow_with(client: &Client, id: &str, poll: Duration, log: Option<usiz
 /// The same for a caller that minds interrupts itself.
 ///
 /// `log`: lines of its log are shown as well, but for so many.
-pub async fn until_end(
-    client: &Client,
-    id: &str,
-    poll: Duration,
-    display: &mut Display,
-    mut log: Option<usize>,
-) -> Result<Value, Failure> {
+pub async fn until_end(client: &Client, id: &str, poll: Duration, display: &mut Display, mut log: Option<usize>) -> Result<Value, Failure> {
     let mut patience = Patience::default();
     let mut waited_for = String::new();
     loop {

@@ -27,7 +27,7 @@ use shared::vm::Vm;
 use super::{End, Failure, result_name};
 use crate::Agent;
 use crate::deploy::{self, Standing};
-use crate::guest::{self, GuestDisk, Subject, boot};
+use crate::guest::{GuestDisk, Subject, boot};
 use crate::held::Assignment;
 
 /// Name of the receipt in the published folder.
@@ -93,12 +93,8 @@ impl<'a> Migration<'a> {
         let missing = |what: &str| Failure::fatal(Code::BadRequest, format!("the migration names no {what}"));
         let target = options.target.clone().ok_or_else(|| missing("target"))?;
         let source = assign.connection.clone().ok_or_else(|| missing("source"))?;
-        let connection = v1::Connection {
-            name: target.connection.clone(),
-            kind: target.kind.clone(),
-            path: target.path.clone(),
-            account: None,
-        };
+        let connection =
+            v1::Connection { name: target.connection.clone(), kind: target.kind.clone(), path: target.path.clone(), account: None };
         let uuid = deploy::uuid_of(&held.job);
         let (adapt, proof) = (options.adapt.unwrap_or_default(), options.boot_proof.clone().unwrap_or_default());
         Ok(Some(Self { agent, held, source, vm_id: assign.vm_id.clone(), target, connection, adapt, proof, uuid }))
@@ -169,7 +165,8 @@ impl<'a> Migration<'a> {
 
     /// The kept result, where the part folder holds what it names: an earlier attempt has copied and verified it.
     pub(super) fn sealed(&self, folder: &Dir) -> Result<Option<String>, Failure> {
-        let kept = vault::read_optional(self.agent.ledger.dir(), &result_name(&self.held.job)).map_err(|e| Failure::io("the result", &e))?;
+        let kept =
+            vault::read_optional(self.agent.ledger.dir(), &result_name(&self.held.job)).map_err(|e| Failure::io("the result", &e))?;
         let Some(result) = kept.and_then(|bytes| String::from_utf8(bytes).ok()) else { return Ok(None) };
         let Ok(part) = folder.open_dir(super::part_name(&self.held.job)) else { return Ok(None) };
         let told: Value = serde_json::from_str(&result).unwrap_or_default();
@@ -220,7 +217,8 @@ impl<'a> Migration<'a> {
                     Some((Adapted::Off, _)) => "; `adapt` was `never`".to_owned(),
                     _ => String::new(),
                 };
-                let message = format!("the boot proof failed after {:.0} s: {cause}{hint}; the verified disks are kept for a retry", proof.seconds);
+                let message =
+                    format!("the boot proof failed after {:.0} s: {cause}{hint}; the verified disks are kept for a retry", proof.seconds);
                 let mut told = json!({"boot_proof": shown, "verified": result["verified"], "files": []});
                 told["adapted"] = adapted_json(&progress);
                 return Err(End::Failed(Failure { result: told.to_string(), ..Failure::fatal(Code::VerificationFailed, message) }));
@@ -238,7 +236,7 @@ impl<'a> Migration<'a> {
         let outcome = match self.adapt {
             Adapt::Never => (Adapted::Off, "nobody wanted it".to_owned()),
             wanted => {
-                let _ = (wanted, &disks, part, wish, guest::adapt_placeholder);
+                let _ = (wanted, &disks, part, wish);
                 (Adapted::NotAdapted, "not built yet".to_owned())
             }
         };

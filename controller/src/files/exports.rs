@@ -103,7 +103,8 @@ async fn still_run_from(app: &App, job: &Job, result: &Value) -> Result<(), Erro
     let Ok(connection) = crate::providers::service::resolve(&app.store, &target.connection).await else { return Ok(()) };
     match crate::vms::service::resolve(&app.store, &connection, uuid).await {
         Ok(found) => {
-            let message = format!("the files of {} are the disks of `{}` at `{}`; remove that first", job.id, found.vm.name, connection.name);
+            let message =
+                format!("the files of {} are the disks of `{}` at `{}`; remove that first", job.id, found.vm.name, connection.name);
             Err(Error::new(Code::Conflict, message))
         }
         Err(e) if e.code() == Code::NotFound => Ok(()),

@@ -62,16 +62,16 @@ pub(super) struct Plan {
 pub(super) fn format(word: Option<&str>) -> Result<Format, Error> {
     match super::service::output_format(word.or(Some("qcow2")))? {
         format @ (Format::Qcow2 | Format::Raw) => Ok(format),
-        format => {
-            Err(Error::new(Code::Unprocessable, format!("a migrated VM runs from its disks: `format` is qcow2 (default) or raw, not {format}")))
-        }
+        format => Err(Error::new(
+            Code::Unprocessable,
+            format!("a migrated VM runs from its disks: `format` is qcow2 (default) or raw, not {format}"),
+        )),
     }
 }
 
 /// Refuses options that belong to migrations alone.
 pub(super) fn only_here(wishes: &Wishes) -> Result<(), Error> {
-    let given =
-        [("target", wishes.target.is_some()), ("adapt", wishes.adapt.is_some()), ("boot_proof", wishes.boot_proof.is_some())];
+    let given = [("target", wishes.target.is_some()), ("adapt", wishes.adapt.is_some()), ("boot_proof", wishes.boot_proof.is_some())];
     match given.iter().find(|(_, given)| *given) {
         Some((name, _)) => Err(Error::bad_request(format!("`{name}` is for jobs of type `migrate`; leave it out"))),
         None => Ok(()),
@@ -112,7 +112,8 @@ pub(super) async fn check(
     let mac = address(&wanted, vm, is_same)?;
     let wish = wish(wanted, vm)?;
     if vms::service::is_named(&app.store, &connection.name, &wish.name).await? {
-        let message = format!("`{}` has a VM `{}` already; give the new one another name in `options.target.name`", connection.name, wish.name);
+        let message =
+            format!("`{}` has a VM `{}` already; give the new one another name in `options.target.name`", connection.name, wish.name);
         return Err(Error::new(Code::Conflict, message));
     }
     if vm.power_state == "poweredOn" {

@@ -223,10 +223,14 @@ fn steps(new: &NewJob, found: &Found) -> Vec<Step> {
         let proof = new.options.boot_proof.clone().unwrap_or_default();
         if proof.enabled {
             let network = if proof.network { ", an address by DHCP and an answer to a ping" } else { "" };
-            let does = format!("boot it apart from everything, on overlays, and wait {} s for a sign of life{network}", proof.timeout_seconds);
+            let does =
+                format!("boot it apart from everything, on overlays, and wait {} s for a sign of life{network}", proof.timeout_seconds);
             steps.push(step("deploying", does, None));
         }
-        let last = format!("sign the manifest, give the folder its name, define `{}` at `{}`, sign the receipt", target.wish.name, target.connection);
+        let last = format!(
+            "sign the manifest, give the folder its name, define `{}` at `{}`, sign the receipt",
+            target.wish.name, target.connection
+        );
         steps.push(step("publishing", last, None));
         return steps;
     }

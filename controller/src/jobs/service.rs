@@ -127,7 +127,9 @@ pub async fn check(app: &App, caller: &str, wanted: Create) -> Result<NewJob, Er
 /// An export, a backup, which is one over an earlier one, or a migration, which begins with one.
 async fn export(app: &App, caller: &str, kind: JobType, wanted: Create) -> Result<NewJob, Error> {
     if wanted.source.is_some() {
-        return Err(Error::bad_request("`source` is for convert, import and verify; exports, backups and migrations name `provider` and `vm_name`"));
+        return Err(Error::bad_request(
+            "`source` is for convert, import and verify; exports, backups and migrations name `provider` and `vm_name`",
+        ));
     }
     let is_backup = kind == JobType::Backup;
     let format = match kind {
@@ -379,7 +381,9 @@ mod tests {
         }
         assert!(check(Format::Raw, serde_json::json!({"include_snapshots": true})).is_ok());
         assert_eq!(code(Format::Ova, serde_json::json!({"include_snapshots": true})), Code::Unprocessable);
-        for elsewhere in [serde_json::json!({"target": {}}), serde_json::json!({"adapt": "never"}), serde_json::json!({"boot_proof": false})] {
+        for elsewhere in
+            [serde_json::json!({"target": {}}), serde_json::json!({"adapt": "never"}), serde_json::json!({"boot_proof": false})]
+        {
             assert_eq!(code(Format::Raw, elsewhere), Code::BadRequest);
         }
         assert_eq!(code(Format::Qcow2, serde_json::json!({"full": true})), Code::BadRequest);

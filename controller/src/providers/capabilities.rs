@@ -68,7 +68,9 @@ pub async fn detect(app: &App) -> Result<Capabilities, Error> {
         };
         capability.migrate = capability.export && has_target;
         if capability.export && !has_target {
-            capability.missing.push("migrate: no libvirt is connected that the VM could go to; POST /providers/connect connects one".to_owned());
+            capability
+                .missing
+                .push("migrate: no libvirt is connected that the VM could go to; POST /providers/connect connects one".to_owned());
         }
         data.push(capability);
     }
