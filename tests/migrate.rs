@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::harness::client::file_of;
 use crate::harness::double::{self, Double, Kind, USER};
 use crate::harness::fleet::{Fleet, Plan};
-use crate::harness::images::{guest, identical, link};
+use crate::harness::images::{convert, guest, identical, link};
 use crate::harness::libvirtd::{self, Domain, URI, virsh};
 use crate::harness::{seconds, wait_for};
 
@@ -223,4 +223,110 @@ async fn a_guest_that_does_not_boot_is_not_handed_over_and_a_retry_copies_nothin
     let disk: PathBuf = file_of(&job, ".qcow2");
     drop(domain);
     identical(("raw", &guest().raw), ("qcow2", &disk));
+}
+
+/// A domain that runs, with the tiny guest in a qcow2 image, and a copy of its disk file's name.
+fn running(fleet: &Fleet, name: &str) -> (Domain, PathBuf) {
+    let disk = fleet.vms().join(format!("{name}.qcow2"));
+    convert(("raw", &guest().raw), ("qcow2", &disk), &[]);
+    let domain = Domain::define(name, &disk, "qcow2");
+    virsh(&["start", &domain.name]);
+    (domain, disk)
+}
+
+async fn listed(fleet: &Fleet, vm: &str, state: &str) {
+    wait_for(&format!("{vm} to be {state}"), seconds(15), async || {
+        let answer = fleet.client.get(&format!("/vms/kvm/{vm}")).await;
+        if answer.status == 200 && answer.body["power_state"] == state { Ok(()) } else { Err(answer.text) }
+    })
+    .await;
+}
+
+fn warm(vm: &str, name: &str, more: Value) -> Value {
+    let mut body = order("kvm", vm, name, more);
+    if body["options"]["warm"].is_null() {
+        body["options"]["warm"] = json!(true);
+    }
+    body
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_vm_that_runs_is_copied_while_it_writes_and_is_away_for_seconds() {
+    let mut fleet = fleet("migrate-warm", |_| {}).await;
+    let (source, disk) = running(&fleet, "warm");
+    listed(&fleet, &source.name, "poweredOn").await;
+    let off = json!({"warm": {"max_downtime_seconds": 0}});
+    fleet.client.post("/jobs", warm(&source.name, &new_name(), off)).await.refused(400, "bad_request");
+
+    // It is copied, and what it writes follows, until somebody says so; the new VM is not started, so that it can be compared.
+    let name = new_name();
+    let more = json!({"warm": {"cutover": "manual"}, "target": {"start": false}});
+    let made = fleet.client.post("/jobs", warm(&source.name, &name, more)).await.expect(201).body;
+    let id = made["id"].as_str().unwrap().to_owned();
+    let said = async |fleet: &Fleet, id: &str, text: &str| {
+        wait_for(&format!("{id} to say {text:?}"), seconds(90), async || {
+            let log = fleet.client.log(id).await;
+            if log.contains(text) { Ok(()) } else { Err(log) }
+        })
+        .await;
+    };
+    // What is acknowledged while it is rehearsed, and what is acknowledged between two passes.
+    said(&fleet, &id, "is started (tcg)").await;
+    source.write('a', 200 << 20, 3 << 20, 0x5a);
+    said(&fleet, &id, "pass-1: ").await;
+    source.write('a', (210 << 20) + 4096, 64 << 10, 0x77);
+    fleet.client.post(&format!("/jobs/{id}/cutover"), json!({})).await.expect(202);
+    let job = fleet.client.completed(&id, seconds(90)).await;
+    let told = &job["result"]["warm"];
+    println!("{told:#}");
+    let passes = told["passes"].as_array().unwrap();
+    assert!(passes[0]["kind"] == "full" && passes[1..].iter().all(|pass| pass["kind"] == "incremental"), "{told:#}");
+    assert!(passes[1..].iter().all(|pass| pass["bytes_moved"] == pass["bytes_changed"]), "{told:#}");
+    let last = passes.last().unwrap()["bytes_changed"].as_u64().unwrap();
+    assert!((64 << 10..4 << 20).contains(&last), "{told:#}");
+    assert!(told["downtime_seconds"].as_f64().is_some_and(|seconds| seconds < 5.0), "{told:#}");
+    let target = Domain::adopt(&name, job["result"]["domain"]["uuid"].as_str().unwrap());
+    listed(&fleet, &source.name, "poweredOff").await;
+    assert_eq!((source.left(), target.left().0), ((false, Vec::new(), 0), false));
+    let copy = PathBuf::from(job["result"]["domain"]["disk_path"].as_str().unwrap());
+    identical(("qcow2", &disk), ("qcow2", &copy));
+    drop(target);
+
+    // The same by itself; and an agent that is killed while the VM is stopped lets it go on, and compares.
+    virsh(&["start", &source.name]);
+    listed(&fleet, &source.name, "poweredOn").await;
+    let name = new_name();
+    let made = fleet.client.post("/jobs", warm(&source.name, &name, json!({"target": {"start": false}}))).await.expect(201).body;
+    let id = made["id"].as_str().unwrap().to_owned();
+    said(&fleet, &id, "the VM is stopped for the last pass").await;
+    fleet.agents[0].kill();
+    let state = virsh(&["domstate", &source.name]).trim().to_owned();
+    fleet.agents[0].start();
+    let job = fleet.client.completed(&id, seconds(120)).await;
+    println!("killed while it was {state}, attempt {}: {:#}", job["attempt"], job["result"]["warm"]);
+    let target = Domain::adopt(&name, job["result"]["domain"]["uuid"].as_str().unwrap());
+    listed(&fleet, &source.name, "poweredOff").await;
+    assert_eq!(source.left(), (false, Vec::new(), 0));
+    let copy = PathBuf::from(job["result"]["domain"]["disk_path"].as_str().unwrap());
+    identical(("qcow2", &disk), ("qcow2", &copy));
+    drop(target);
+
+    // Where the new VM cannot be made the old one goes on.
+    virsh(&["start", &source.name]);
+    listed(&fleet, &source.name, "poweredOn").await;
+    let name = new_name();
+    let more = json!({"warm": {"cutover": "manual"}, "target": {"bridge": "nobridge0", "network": null}});
+    let made = fleet.client.post("/jobs", warm(&source.name, &name, more)).await.expect(201).body;
+    let id = made["id"].as_str().unwrap().to_owned();
+    said(&fleet, &id, "pass-1: ").await;
+    fleet.client.post(&format!("/jobs/{id}/cutover"), json!({})).await.expect(202);
+    let failed = fleet.client.ended(&id, seconds(60)).await;
+    assert!(failed["status"] == "failed" && failed["error"].as_str().unwrap().contains("nobridge0"), "{failed:#}");
+    wait_for("the source to go on", seconds(15), async || {
+        let state = virsh(&["domstate", &source.name]);
+        if state.trim() == "running" { Ok(()) } else { Err(state) }
+    })
+    .await;
+    assert_eq!(source.left(), (false, Vec::new(), 0));
+    assert!(!virsh(&["list", "--all", "--name"]).contains(&name));
 }

@@ -10,7 +10,7 @@
 //! A crash here costs nothing durable: the journals and the ledger say what was going on.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -37,6 +37,8 @@ pub struct Assignment {
     /// Its epoch.
     pub epoch: u64,
     stop: Arc<AtomicU8>,
+    /// Somebody wants the VM of a warm migration to be stopped now.
+    cutover: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -92,6 +94,16 @@ impl Assignment {
         self.changed.notify_all();
     }
 
+    /// Asks a warm migration to cut over.
+    pub fn ask_to_cut_over(&self) {
+        self.cutover.store(true, Ordering::Release);
+    }
+
+    /// Whether it was asked to.
+    pub fn is_to_cut_over(&self) -> bool {
+        self.cutover.load(Ordering::Acquire)
+    }
+
     /// Waits until the worker's thread has ended.
     pub fn wait_gone(&self) {
         let mut state = self.lock();
@@ -144,6 +156,7 @@ impl Table {
             job: job.to_owned(),
             epoch,
             stop: Arc::default(),
+            cutover: AtomicBool::default(),
             state: Mutex::new(State { stage: "preparing".to_owned(), ..State::default() }),
             changed: Condvar::new(),
         });

@@ -183,6 +183,20 @@ impl Needed {
     }
 }
 
+/// Name of the folder of a warm migration's pass, which lies beside those of the others.
+pub fn pass_name(number: u32) -> String {
+    format!("{PASS}{number}")
+}
+
+/// How these names begin.
+const PASS: &str = "pass-";
+
+/// Whether a point may lie in a folder of this name: a job's, or a pass's.
+fn is_folder(name: &str) -> bool {
+    let is_pass = |rest: &str| (1..=4).contains(&rest.len()) && rest.bytes().all(|byte| byte.is_ascii_digit());
+    name.parse::<JobId>().is_ok() || name.strip_prefix(PASS).is_some_and(is_pass)
+}
+
 /// A signed manifest of a point, and what it says of one file.
 struct Told {
     folder: Dir,
@@ -194,8 +208,10 @@ struct Told {
 /// The signed manifest of a file of a point; `signer`: whose it must be.
 fn manifest(points: &Dir, job: &str, file: &str, signer: Option<&str>) -> Result<Told, Error> {
     let bad = |what: String| Error::fatal(Code::BadImage, format!("the restore point {job}: {what}"));
-    let id: JobId = job.parse().map_err(bad)?;
-    let folder = points.open_dir(id.as_str()).map_err(|e| match e.kind() {
+    if !is_folder(job) {
+        return Err(bad("that is no job's name".to_owned()));
+    }
+    let folder = points.open_dir(job).map_err(|e| match e.kind() {
         io::ErrorKind::NotFound => Error::fatal(Code::NotFound, format!("the restore point {job} is not there")),
         _ => bad(e.to_string()),
     })?;

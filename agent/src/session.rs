@@ -261,6 +261,11 @@ async fn handle(agent: &Arc<Agent>, kind: FromController, tell: &mpsc::Sender<v1
         FromController::Drain(_) => agent.table.stop_all(Stop::Park),
         FromController::Browse(browse) => answer(agent, browse, tell),
         FromController::Fetch(fetch) => transfer::serve(agent, fetch),
+        FromController::Cutover(cutover) => {
+            if let Some(held) = agent.table.get(&cutover.job).filter(|held| held.epoch == cutover.epoch) {
+                held.ask_to_cut_over();
+            }
+        }
         FromController::Forget(forget) => agent.forget_question(forget.id),
         FromController::Renew(_) => {}
     }

@@ -22,6 +22,8 @@ use crate::Agent;
 const LATE: Duration = Duration::from_secs(900);
 /// How long an attempt's end tries to undo by itself, before it leaves the rest to the reaper.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How long the end of a pass may take.
+const THAW: Duration = Duration::from_secs(120);
 /// Between two of these tries.
 const PAUSE: Duration = Duration::from_millis(500);
 
@@ -50,8 +52,30 @@ pub struct Touched {
     pub checkpoints: Vec<String>,
     /// The tracking of changes was or will be switched on, and no restore point needs it yet.
     pub tracking: bool,
+    /// The VM was or will be stopped, so that another one takes its place.
+    pub halted: Option<Halted>,
     /// When something was noted last, milliseconds since 1970.
     pub noted_ms: i64,
+}
+
+/// A VM that is stopped for the last pass of a warm migration. It goes on where the new one is not made.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Halted {
+    /// Name, kind and path of the connection that the new VM is made at.
+    pub target: (String, String, String),
+    /// The new VM's UUID.
+    pub uuid: String,
+    /// All that it held has arrived and the copy is being published: the new VM will be made, so that the old one waits for it.
+    pub committed: bool,
+}
+
+impl Halted {
+    /// Whether the VM stays stopped: its successor is there, or will be.
+    fn stays(&self) -> Result<bool, crate::sources::Error> {
+        let (name, kind, path) = self.target.clone();
+        Ok(self.committed || crate::deploy::stands(&v1::Connection { name, kind, path, account: None }, &self.uuid)?)
+    }
 }
 
 impl Touched {
@@ -281,6 +305,51 @@ pub fn restore_note(agent: &Agent, job: &str, noted: &Touched) -> io::Result<()>
     write(agent, job, noted)
 }
 
+/// Changes what is noted of a VM that a job stops; durable when it returns.
+pub fn note_halted(agent: &Agent, job: &str, halted: Option<Halted>) -> io::Result<()> {
+    let _turn = agent.undoing.wait(job);
+    let Some(noted) = noted(agent, job)? else {
+        return if halted.is_none() { Ok(()) } else { Err(io::Error::other("nothing is noted of the VM that is to be stopped")) };
+    };
+    write(agent, job, &Touched { halted, ..noted })
+}
+
+/// Whether the VM of a job is noted as stopped for it.
+pub fn is_halted(agent: &Agent, job: &str) -> io::Result<bool> {
+    Ok(noted(agent, job)?.is_some_and(|noted| noted.halted.is_some()))
+}
+
+/// A pass is over: what froze the VM goes, and the checkpoints that are `obsolete`; what the next pass begins from stays, noted.
+pub fn thaw(agent: &Agent, job: &str, obsolete: &BTreeSet<String>) -> Result<(), crate::sources::Error> {
+    let failed = |e: io::Error| crate::sources::Error::fatal(shared::error::Code::Internal, format!("the ledger cannot be written: {e}"));
+    let _turn = agent.undoing.wait(job);
+    let Some(noted) = noted(agent, job).map_err(failed)? else { return Ok(()) };
+    let name = |id: &str| id.split(' ').next().map(str::to_owned).unwrap_or_default();
+    let old: BTreeSet<String> = obsolete.iter().map(|id| name(id)).collect();
+    let (gone, stay): (Vec<String>, Vec<String>) = noted.checkpoints.iter().cloned().partition(|id| old.contains(&name(id)));
+    let (connection, kind, path) = noted.connection.clone();
+    let source = agent.source(&v1::Connection { name: connection, kind, path, account: None })?;
+    let frozen = Touched {
+        connection: noted.connection.clone(),
+        vm: noted.vm.clone(),
+        snapshots: noted.snapshots.clone(),
+        leases: noted.leases.clone(),
+        asked_at: noted.asked_at,
+        checkpoints: gone,
+        noted_ms: noted.noted_ms,
+        ..Touched::default()
+    };
+    let end = Instant::now() + THAW;
+    while let Err(e) = source.undo(&frozen) {
+        if !e.retryable || Instant::now() > end {
+            return Err(e);
+        }
+        std::thread::sleep(PAUSE);
+    }
+    let rest = Touched { snapshots: Vec::new(), leases: Vec::new(), asked_at: None, checkpoints: stay, ..noted };
+    write(agent, job, &rest).map_err(failed)
+}
+
 /// VMs that a job has frozen, or is about to.
 #[derive(Default)]
 pub struct Freezing {
@@ -337,12 +406,28 @@ fn undo_noted(agent: &Agent, job: &str) -> bool {
         }
     };
     let (name, kind, path) = noted.connection.clone();
-    let undone = if kind.is_empty() {
-        Ok(Vec::new())
-    } else {
-        agent.source(&v1::Connection { name, kind, path, account: None }).and_then(|source| source.undo(&noted))
+    let mut waits = None;
+    let undone = match noted.halted.as_ref().map(Halted::stays).transpose() {
+        Err(e) => Err(e),
+        _ if kind.is_empty() => Ok(Vec::new()),
+        Ok(stays) => {
+            waits = noted.halted.clone().filter(|_| stays == Some(true));
+            let to_undo = Touched { halted: noted.halted.clone().filter(|_| waits.is_none()), ..noted.clone() };
+            agent.source(&v1::Connection { name, kind, path, account: None }).and_then(|source| source.undo(&to_undo))
+        }
     };
     match undone {
+        Ok(_) if waits.is_some() => {
+            // The attempt that makes the new VM forgets it.
+            let (connection, vm, noted_ms) = (noted.connection.clone(), noted.vm.clone(), noted.noted_ms);
+            let rest = Touched { connection, vm, noted_ms, halted: waits, ..Touched::default() };
+            if rest != noted
+                && let Err(e) = write(agent, job, &rest)
+            {
+                tracing::error!(job, error = %e, "what is left of a job's notes cannot be written");
+            }
+            true
+        }
         Ok(not_seen) if !not_seen.is_empty() && noted.may_come(shared::clock::now().timestamp_millis()) => {
             tracing::debug!(job, vm = noted.vm, ?not_seen, "what a job was about to make is not there; it is looked for again");
             // The rest is undone, and must not be undone again under whoever comes next.

@@ -12,6 +12,7 @@ mod backup;
 mod catalogue;
 mod migrate;
 mod verify;
+mod warm;
 mod watcher;
 mod wishes;
 
@@ -189,13 +190,10 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
         // What the earlier attempt did is what this one found, so that the last figures of the job are true ones.
         agent.table.progress(held, "publishing", counters_of(&result));
         agent.table.log(held, "info", "publishing", "the output was published before the connection or the process was lost".to_owned());
-        let mut ended = result;
-        commit(agent, held, || {
-            let Some(migration) = &migration else { return Ok(()) };
-            ended = migration.land(&folder, &published, &ended)?;
-            Ok(())
-        })?;
-        return Ok(End::Completed(ended));
+        let Some(migration) = &migration else {
+            return commit(agent, held, || Ok(())).map(|()| End::Completed(result));
+        };
+        return migration.arrive_again(&folder, &published, &result);
     }
 
     agent.table.progress(held, "preparing", held.progress());
@@ -208,7 +206,8 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
     agent.ledger.write(&entry).map_err(|e| Failure::io("the ledger", &e))?;
 
     if let Some(migration) = &migration {
-        if let Some(result) = migration.sealed(&folder)? {
+        // A VM that ran on has changed since: its copy is gone over once more.
+        if let Some(result) = migration.sealed(&folder)?.filter(|_| !migration.is_warm()) {
             agent.table.progress(held, "verifying", counters_of(&result));
             agent.table.log(
                 held,
@@ -219,6 +218,9 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
             return migration.arrive(&folder, &place.absolute(), &result, || publish(agent, held, &folder, None, name));
         }
         migration.check()?;
+        if migration.is_warm() {
+            return warm::run(migration, assign, &options, &folder, &place.absolute(), created);
+        }
     }
     let (mut vm, disks, backup, roots) = match kind {
         Some(JobType::Backup) => {
@@ -233,21 +235,7 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
     if let Some(import) = &import {
         vm.name.clone_from(&import.name);
     }
-    let job = pipeline::Job {
-        id: held.job.clone(),
-        vm,
-        disks,
-        format,
-        compression: compression(format, &options),
-        // Who asks for a level wants that level.
-        pass_on: options.level.is_none(),
-        sha256: true,
-        verify: options.verifies(),
-        bandwidth: options.bandwidth_limit,
-        cid: crc32fast::hash(held.job.as_bytes()),
-        created,
-        tuning: pipeline::Tuning { checkpoint_bytes: CHECKPOINT, ..pipeline::Tuning::default() },
-    };
+    let job = copy_job(held, &options, vm, disks, format, created);
     let outcome = copy(agent, held, &folder, &job)?;
 
     check_roots(&roots, &outcome)?;
@@ -272,7 +260,7 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
         result = backup.describe(&result, &published);
     }
     if let Some(migration) = &migration {
-        result = migration.seal(&result, &job.vm)?;
+        result = migration.seal(&result, &job.vm, &migrate::disks_of(&outcome))?;
     }
     vault::write_whole(agent.ledger.dir(), &result_name(&held.job), result.as_bytes()).map_err(|e| Failure::io("the result", &e))?;
     if let Some(migration) = &migration {
@@ -299,17 +287,54 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
     Ok(End::Completed(result))
 }
 
+/// The copy that an assignment asks for.
+fn copy_job(
+    held: &Assignment,
+    options: &Options,
+    vm: shared::vm::Vm,
+    disks: Vec<SourceDisk>,
+    format: pipeline::Format,
+    created: u64,
+) -> pipeline::Job {
+    pipeline::Job {
+        id: held.job.clone(),
+        vm,
+        disks,
+        format,
+        compression: compression(format, options),
+        // Who asks for a level wants that level.
+        pass_on: options.level.is_none(),
+        sha256: true,
+        verify: options.verifies(),
+        bandwidth: options.bandwidth_limit,
+        cid: crc32fast::hash(held.job.as_bytes()),
+        created,
+        tuning: pipeline::Tuning { checkpoint_bytes: CHECKPOINT, ..pipeline::Tuning::default() },
+    }
+}
+
 fn copy(agent: &Agent, held: &Assignment, folder: &Dir, job: &pipeline::Job) -> Result<pipeline::Outcome, End> {
-    let name = part_name(&held.job);
-    folder.create_dir_all(&name).map_err(|e| Failure::io("the part folder", &e))?;
+    copy_into(agent, held, folder, &part_name(&held.job), job, None)
+}
+
+/// Copies into the folder `name`. `shown`: see [`Watcher::shown`].
+fn copy_into(
+    agent: &Agent,
+    held: &Assignment,
+    folder: &Dir,
+    name: &str,
+    job: &pipeline::Job,
+    shown: Option<Progress>,
+) -> Result<pipeline::Outcome, End> {
+    folder.create_dir_all(name).map_err(|e| Failure::io("the part folder", &e))?;
     vault::sync_dir(folder).map_err(|e| Failure::io("the destination", &e))?;
-    let part = PartDir::new(folder.open_dir(&name).map_err(|e| Failure::io("the part folder", &e))?);
+    let part = PartDir::new(folder.open_dir(name).map_err(|e| Failure::io("the part folder", &e))?);
     let mut journal = open_journal(agent, held, job)?;
     // Without a journal that goes on, whatever lies there belongs to nothing and must not be published.
     if !journal.adopted() {
         part.clear().map_err(|e| Failure::io("the part folder", &e))?;
     }
-    let watch = Watcher { agent, held, folder, job, checked: std::sync::OnceLock::new() };
+    let watch = Watcher { agent, held, folder, job, shown, checked: std::sync::OnceLock::new() };
     let outcome = pipeline::run(job, &part, &mut journal, &watch);
     if let Some(message) = watch.checked.get().and_then(|lack| lack.clone()) {
         return Err(Failure::fatal(Code::NoSpace, message).into());

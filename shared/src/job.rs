@@ -1,7 +1,7 @@
 //! The job machine: which state follows which, and what is to be done about it.
 //!
 //! ```text
-//!  queued{hold: none | not_before | carbon | paused | agent} ─assign→ running{preparing ▸ copying ▸ verifying ▸ adapting ▸ deploying ▸ publishing} ─ok→ completed
+//!  queued{hold: none | not_before | carbon | paused | agent} ─assign→ running{preparing ▸ copying ▸ verifying ▸ syncing ▸ adapting ▸ deploying ▸ publishing} ─ok→ completed
 //!    ▲      ▲            │ lease lost or parked: checkpoint kept, next assign raises the epoch; strikes spent → failed ─retry→ queued
 //!    │      └─ pause ────┤
 //!    └─ hold: carbon ────┘     any live state before publishing ─cancel→ cancelling ─stopped│lease lost→ cancelled
@@ -93,6 +93,8 @@ words! {
         Copying = "copying",
         /// The output is read back.
         Verifying = "verifying",
+        /// What a VM that runs has changed since follows, pass by pass, until it is stopped for the last one.
+        Syncing = "syncing",
         /// The guest is made ready for its new hardware.
         Adapting = "adapting",
         /// The guest proves that it boots, before it is given its place.

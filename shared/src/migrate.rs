@@ -79,6 +79,64 @@ impl BootProof {
     }
 }
 
+/// When a warm migration cuts over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Cutover {
+    /// As soon as the downtime that is to be expected fits.
+    #[default]
+    Auto,
+    /// When somebody says so: `POST /jobs/{id}/cutover`.
+    Manual,
+}
+
+/// A warm migration: the VM runs on while it is copied; what it changes follows in passes, and it is stopped only for the last one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Warm {
+    /// Seconds that the VM may be away.
+    pub max_downtime_seconds: u64,
+    /// When it is stopped.
+    pub cutover: Cutover,
+}
+
+/// Seconds that a VM may be away, where nobody says otherwise.
+pub const DOWNTIME: u64 = 30;
+
+impl Default for Warm {
+    fn default() -> Self {
+        Self { max_downtime_seconds: DOWNTIME, cutover: Cutover::Auto }
+    }
+}
+
+impl Warm {
+    /// What is wrong with it, in a sentence that says what would be right.
+    pub fn flaw(&self) -> Option<String> {
+        let good = (1..=86_400).contains(&self.max_downtime_seconds);
+        (!good).then(|| format!("warm.max_downtime_seconds must be 1 to 86400, not {}", self.max_downtime_seconds))
+    }
+}
+
+/// As the API takes it: `true`, `false`, or an object.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+#[serde(untagged)]
+pub enum WarmWish {
+    /// With what is usual, or not at all.
+    Plain(bool),
+    /// In detail.
+    Detailed(Warm),
+}
+
+impl From<WarmWish> for Option<Warm> {
+    fn from(wish: WarmWish) -> Self {
+        match wish {
+            WarmWish::Plain(false) => None,
+            WarmWish::Plain(true) => Some(Warm::default()),
+            WarmWish::Detailed(warm) => Some(warm),
+        }
+    }
+}
+
 /// As the API takes it: `true`, `false`, or an object.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(untagged)]

@@ -4,7 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::migrate::{Adapt, BootProof, Target};
+use crate::migrate::{Adapt, BootProof, Target, Warm};
 
 macro_rules! words {
     ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $word:literal,)* }) => {
@@ -168,6 +168,9 @@ pub struct Options {
     /// Of a migration: the proof that it comes up.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub boot_proof: Option<BootProof>,
+    /// Of a migration: the VM runs on while it is copied.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub warm: Option<Warm>,
 }
 
 impl Options {

@@ -330,6 +330,10 @@ pub async fn rows(fleet: &Fleet, people: &People) -> Vec<Row> {
             .at(format!("/jobs/{held}/pause"))
             .fails_at(409, "conflict", format!("/jobs/{done}/pause"))
             .gives(200, job()),
+        // Its happy answer stands in `migrate`: it stops a VM.
+        row("POST", "/jobs/{id}/cutover", Operator)
+            .at(format!("/jobs/{running}/cutover"))
+            .fails_at(409, "conflict", format!("/jobs/{done}/cutover")),
         row("POST", "/jobs/{id}/resume", Operator)
             .at(format!("/jobs/{paused}/resume"))
             .fails_at(409, "conflict", format!("/jobs/{done}/resume"))

@@ -176,6 +176,19 @@ pub trait Source: Send + Sync {
         Err(Error::fatal(Code::Unprocessable, format!("{action} is for VMs of a hypervisor; these are disk images")))
     }
 
+    /// Stops a VM for good, so that another one takes its place, with what it holds as it is: nothing is written to its disks any more. `undo`
+    /// of a note that it is halted lets it go on.
+    fn halt(&self, vm_id: &str) -> Result<(), Error> {
+        let _ = vm_id;
+        Err(Error::fatal(Code::NotBuilt, "this kind of provider stops no VM for a warm migration"))
+    }
+
+    /// Switches a VM off that was halted.
+    fn retire(&self, vm_id: &str) -> Result<(), Error> {
+        let _ = vm_id;
+        Ok(())
+    }
+
     /// Whether disks that were read without being frozen are still what they were when they were opened.
     fn confirm(&self, vm_id: &str, identities: &[String]) -> Result<(), Error> {
         let _ = (vm_id, identities);

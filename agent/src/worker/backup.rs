@@ -29,7 +29,7 @@ use crate::formats::over::{Allocated, Over};
 use crate::held::Assignment;
 use crate::pipeline::{Base, Outcome, SourceDisk};
 use crate::points::{self, Kind, Point, PointDisk};
-use crate::sources::{Areas, Frozen, Moved, Since};
+use crate::sources::{Areas, Frozen, Moved, Since, Source};
 use crate::{Agent, touched};
 
 /// A restore point in the making.
@@ -58,15 +58,29 @@ pub(super) fn open(agent: &Agent, held: &Assignment, assign: &v1::Assign, folder
     // Before anything is looked at: what another job at this VM is about to publish or to undo decides all of it.
     pen.wait_for_vm().map_err(|e| Failure::io("waiting for the VM", &e))?;
     let before = if full { None } else { newest(agent, folder, &connection.name, &assign.vm_id, &log)? };
-    let had_snapshots = before.as_ref().is_some_and(|before| before.point.vm.snapshots > 0);
-    let since: Vec<Since> = before.iter().flat_map(|before| before.disks.iter().map(|(disk, _)| since(disk, had_snapshots))).collect();
-    let earlier: BTreeSet<String> = since.iter().filter_map(|since| since.change_id.clone()).collect();
     if let Some(before) = &before {
         // Nobody removes what this one is going to lie over.
         agent.needed.pin(&before.point.job, &held.job);
     }
     let source = source_of(agent, assign)?;
-    let (vm, frozen) = source.open_frozen(&assign.vm_id, &since, &pen).map_err(Failure::from)?;
+    let (vm, disks, backup) = freeze(source.as_ref(), &connection.name, &assign.vm_id, &pen, before, &held.job, &log)?;
+    Ok((vm, disks, Some(backup)))
+}
+
+/// Freezes the VM and lays its disks over an earlier point, for a new one in the folder `name` beside it.
+pub(super) fn freeze(
+    source: &dyn Source,
+    connection: &str,
+    vm_id: &str,
+    pen: &touched::Pen<'_>,
+    before: Option<Before>,
+    name: &str,
+    log: &dyn Fn(&str, String),
+) -> Result<(Vm, Vec<SourceDisk>, Backup), Failure> {
+    let had_snapshots = before.as_ref().is_some_and(|before| before.point.vm.snapshots > 0);
+    let since: Vec<Since> = before.iter().flat_map(|before| before.disks.iter().map(|(disk, _)| since(disk, had_snapshots))).collect();
+    let earlier: BTreeSet<String> = since.iter().filter_map(|since| since.change_id.clone()).collect();
+    let (vm, frozen) = source.open_frozen(vm_id, &since, pen).map_err(Failure::from)?;
     let created_at = shared::clock::rfc3339(shared::clock::now());
 
     let layers = before.as_ref().map_or(0, |before| before.point.layers + 1);
@@ -98,10 +112,10 @@ pub(super) fn open(agent: &Agent, held: &Assignment, assign: &v1::Assign, folder
         before.as_ref().map(|before| before.disks.iter().map(|(disk, standing)| (disk.file.clone(), standing.root.clone())).collect());
     let point = Point {
         version: points::VERSION,
-        job: held.job.clone(),
+        job: name.to_owned(),
         created_at,
         kind,
-        connection: connection.name,
+        connection: connection.to_owned(),
         vm: vm.clone(),
         parent: before.map(|before| before.point.job).filter(|_| is_layer),
         layers: if is_layer { layers } else { 0 },
@@ -109,7 +123,7 @@ pub(super) fn open(agent: &Agent, held: &Assignment, assign: &v1::Assign, folder
     };
     let needed: BTreeSet<String> = point.disks.iter().filter_map(|disk| disk.change_id.clone()).collect();
     let obsolete = earlier.difference(&needed).cloned().collect();
-    Ok((vm, disks, Some(Backup { point, needed, obsolete, roots, moved, changed })))
+    Ok((vm, disks, Backup { point, needed, obsolete, roots, moved, changed }))
 }
 
 fn since(disk: &PointDisk, had_snapshots: bool) -> Since {
@@ -117,12 +131,27 @@ fn since(disk: &PointDisk, had_snapshots: bool) -> Since {
 }
 
 /// An earlier point with its disks open.
-struct Before {
+pub(super) struct Before {
     point: Point,
     disks: Vec<(PointDisk, points::Standing)>,
 }
 
 impl Before {
+    /// The point in the folder `name` of `points`, as `key` has signed it; none where there is none.
+    pub(super) fn open(points: &Dir, name: &str, key: &str) -> Result<Option<Self>, Failure> {
+        let read = points.open_dir(name).and_then(|folder| points::read(&folder));
+        let Some(point) =
+            read.or_else(|e| if e.kind() == io::ErrorKind::NotFound { Ok(None) } else { Err(e) }).map_err(|e| Failure::io(name, &e))?
+        else {
+            return Ok(None);
+        };
+        let mut disks = Vec::with_capacity(point.disks.len());
+        for disk in &point.disks {
+            disks.push((disk.clone(), points::open_disk(points, &point.job, &disk.file, None, Some(key))?));
+        }
+        Ok(Some(Self { point, disks }))
+    }
+
     /// The disk as it was, where it is the same disk and has the same size.
     fn disk(&self, now: &Frozen) -> Option<&(PointDisk, points::Standing)> {
         self.disks.iter().find(|(disk, _)| disk.key == now.key && disk.capacity == now.opened.disk.capacity())
@@ -215,6 +244,11 @@ impl Backup {
         vault::write_whole(part, points::FILE, &json)?;
         vault::sync_dir(part)?;
         Ok(digest)
+    }
+
+    /// How it came to be, how many bytes had changed as the source said, and how many came from it.
+    pub(super) fn facts(&self) -> (Kind, Option<u64>, u64) {
+        (self.point.kind, self.changed, self.moved.iter().map(|moved| moved.load(Ordering::Relaxed)).sum())
     }
 
     /// Whether what this point lies over is still what it was.

@@ -12,14 +12,14 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use proto::v1;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use shared::deploy::Wish;
 use shared::error::Code;
-use shared::migrate::{Adapt, BootProof, Target};
+use shared::migrate::{Adapt, BootProof, Target, Warm};
 use shared::options::{JobType, Options};
 use shared::vault::{self, Dir};
 use shared::vm::Vm;
@@ -29,6 +29,8 @@ use crate::Agent;
 use crate::deploy::{self, Standing};
 use crate::guest::{GuestDisk, Subject, boot};
 use crate::held::Assignment;
+use crate::pipeline::Outcome;
+use crate::touched::{self, Halted};
 
 /// Name of the receipt in the published folder.
 const RECEIPT: &str = "migration-receipt.json";
@@ -54,6 +56,8 @@ enum Adapted {
 struct Progress {
     /// The VM as it was read.
     vm: Vm,
+    /// The address of the new VM's card: decided once, since the guest may be told of it.
+    mac: String,
     /// When the source was read, RFC 3339.
     sealed_at: String,
     /// What came of the adaptation, and why; none as long as it was not tried.
@@ -66,14 +70,15 @@ struct Progress {
 
 /// A migration.
 pub(super) struct Migration<'a> {
-    agent: &'a Agent,
-    held: &'a Assignment,
+    pub(super) agent: &'a Agent,
+    pub(super) held: &'a Assignment,
     source: v1::Connection,
     vm_id: String,
     target: Target,
     connection: v1::Connection,
     adapt: Adapt,
     proof: BootProof,
+    warm: Option<Warm>,
     /// The domain's, the same in each attempt.
     uuid: String,
 }
@@ -97,13 +102,25 @@ impl<'a> Migration<'a> {
             v1::Connection { name: target.connection.clone(), kind: target.kind.clone(), path: target.path.clone(), account: None };
         let uuid = deploy::uuid_of(&held.job);
         let (adapt, proof) = (options.adapt.unwrap_or_default(), options.boot_proof.clone().unwrap_or_default());
-        Ok(Some(Self { agent, held, source, vm_id: assign.vm_id.clone(), target, connection, adapt, proof, uuid }))
+        let warm = options.warm.clone();
+        Ok(Some(Self { agent, held, source, vm_id: assign.vm_id.clone(), target, connection, adapt, proof, warm, uuid }))
     }
 
     /// Whether an attempt that has failed for good left something that a retry goes on from.
     pub(super) fn is_kept(agent: &Agent, assign: &v1::Assign) -> bool {
         let is_migration = JobType::from_word(&assign.r#type) == Some(JobType::Migrate);
         is_migration && agent.ledger.dir().try_exists(result_name(&assign.job)).unwrap_or(false)
+    }
+
+    /// Whether the VM runs on while it is copied.
+    pub(super) fn is_warm(&self) -> bool {
+        self.warm.is_some()
+    }
+
+    /// What is noted of a source that is stopped for this migration.
+    pub(super) fn halted(&self, committed: bool) -> Halted {
+        let v1::Connection { name, kind, path, .. } = self.connection.clone();
+        Halted { target: (name, kind, path), uuid: self.uuid.clone(), committed }
     }
 
     fn log(&self, level: &str, stage: &str, text: impl Into<String>) {
@@ -115,12 +132,15 @@ impl<'a> Migration<'a> {
         if deploy::stands(&self.connection, &self.uuid)? {
             return Ok(());
         }
-        self.address(None)?;
+        // The source of a warm one is off by then.
+        if !self.is_warm() {
+            self.address(None, false)?;
+        }
         Ok(deploy::check(self.agent, &self.connection, &self.target.wish)?)
     }
 
-    /// The card's address: none, a new one. `vm`: the source as it was read; absent: before that.
-    fn address(&self, vm: Option<&Vm>) -> Result<Option<String>, Failure> {
+    /// The card's address: none, a new one. `vm`: the source as it was read; absent: before that. `will_stop`: what runs now will not by then.
+    fn address(&self, vm: Option<&Vm>, will_stop: bool) -> Result<Option<String>, Failure> {
         let wanted = self.target.mac.as_deref();
         let is_same = self.source.name == self.target.connection;
         match wanted {
@@ -137,7 +157,7 @@ impl<'a> Migration<'a> {
                 return Err(Failure { message, ..Failure::from(e) });
             }
         };
-        let is_on = now.as_ref().is_some_and(|now| now.power_state == "poweredOn");
+        let is_on = !will_stop && now.as_ref().is_some_and(|now| now.power_state == "poweredOn");
         let mac = vm.or(now.as_ref()).and_then(|vm| vm.nics.first()).map(|nic| nic.mac.clone()).filter(|mac| !mac.is_empty());
         if wanted == Some("keep") && (is_on || is_same) {
             let message = "the source runs: its address cannot be kept as long as it does; switch it off and retry, or say `mac: new`";
@@ -146,21 +166,17 @@ impl<'a> Migration<'a> {
         Ok(mac.filter(|_| !is_on && !is_same))
     }
 
-    /// The result of a verified copy with what the steps behind it go by.
-    pub(super) fn seal(&self, result: &str, vm: &Vm) -> Result<String, Failure> {
-        let unreadable = |e: serde_json::Error| Failure::fatal(Code::Internal, format!("the result: {e}"));
+    /// The result of a verified copy with what the steps behind it go by. `disks`: path from the job's folder, format, bytes.
+    pub(super) fn seal(&self, result: &str, vm: &Vm, disks: &[(String, String, u64)]) -> Result<String, Failure> {
         let mut result: Value = serde_json::from_str(result).map_err(unreadable)?;
-        let mut disks = Vec::new();
-        for file in result["files"].as_array().into_iter().flatten() {
-            let name = file["path"].as_str().and_then(|path| Path::new(path).file_name()?.to_str()).unwrap_or_default();
-            let capacity = result["disks"].as_array().into_iter().flatten().find(|disk| disk["file"] == name);
-            let capacity = capacity.and_then(|disk| disk["capacity"].as_u64()).unwrap_or_default();
-            disks.push((name.to_owned(), file["format"].as_str().unwrap_or_default().to_owned(), capacity));
-        }
-        let sealed_at = shared::clock::rfc3339(shared::clock::now());
-        let progress = Progress { vm: vm.clone(), sealed_at, adapted: None, disks, proof: None };
-        result["migration"] = serde_json::to_value(progress).map_err(unreadable)?;
+        result["migration"] = serde_json::to_value(self.begin(vm, disks, false)?).map_err(unreadable)?;
         Ok(result.to_string())
+    }
+
+    fn begin(&self, vm: &Vm, disks: &[(String, String, u64)], will_stop: bool) -> Result<Progress, Failure> {
+        let mac = self.address(Some(vm), will_stop)?.unwrap_or_else(deploy::new_mac);
+        let sealed_at = shared::clock::rfc3339(shared::clock::now());
+        Ok(Progress { vm: vm.clone(), mac, sealed_at, adapted: None, disks: disks.to_vec(), proof: None })
     }
 
     /// The kept result, where the part folder holds what it names: an earlier attempt has copied and verified it.
@@ -185,58 +201,66 @@ impl<'a> Migration<'a> {
             .map_err(|e| Failure::io("the result", &e))
     }
 
-    /// Makes the guest ready and has it prove that it boots. Answers the result so far.
-    fn prepare(&self, folder: &Dir, place: &Path, result: &str) -> Result<String, End> {
-        let unreadable = |e: serde_json::Error| Failure::fatal(Code::Internal, format!("the kept result cannot be read: {e}"));
+    /// Makes the guest ready and, where `proves`, has it prove that it boots. Answers the result so far.
+    pub(super) fn make_ready(&self, part: &Dir, path: &Path, result: &str, proves: bool) -> Result<String, End> {
         let mut result: Value = serde_json::from_str(result).map_err(unreadable)?;
         let mut progress: Progress = serde_json::from_value(result["migration"].clone()).map_err(unreadable)?;
-        let name = super::part_name(&self.held.job);
-        let (part, path) = (folder.open_dir(&name).map_err(|e| Failure::io("the part folder", &e))?, place.join(&name));
-        let mut wish = self.target.wish.clone();
-        wish.mac = self.address(Some(&progress.vm))?;
-
         if progress.adapted.is_none() {
             self.agent.table.progress(self.held, "adapting", self.held.progress());
-            self.adapt(&part, &path, &wish, &mut progress)?;
+            self.adapt(part, path, &mut progress)?;
             result["migration"] = serde_json::to_value(&progress).map_err(unreadable)?;
             self.keep(&result)?;
         }
         self.agent.table.progress(self.held, "deploying", self.held.progress());
-        if self.proof.enabled && progress.proof.is_none() {
-            let disks = disks_in(&path, &progress);
-            let subject = Subject { wish: &wish, disks: &disks, folder: &part, path: &path };
-            let timeout = Duration::from_secs(self.proof.timeout_seconds);
-            let asked = boot::Asked { sign: self.proof.sign.as_deref(), timeout, network: self.proof.network };
-            let proof = boot::prove(self.agent, self.held, &self.connection, &subject, &asked).map_err(Failure::from)?;
-            let shown = self.shown(&proof, &path);
-            if !proof.passed {
-                let cause = proof.cause.as_deref().unwrap_or("no sign of life");
-                self.log("error", "deploying", format!("the end of its console:\n{}", proof.console_tail));
-                let hint = match &progress.adapted {
-                    Some((Adapted::NotAdapted, why)) => format!("; it was converted, not adapted: {why}"),
-                    Some((Adapted::Off, _)) => "; `adapt` was `never`".to_owned(),
-                    _ => String::new(),
-                };
-                let message =
-                    format!("the boot proof failed after {:.0} s: {cause}{hint}; the verified disks are kept for a retry", proof.seconds);
-                let mut told = json!({"boot_proof": shown, "verified": result["verified"], "files": []});
-                told["adapted"] = adapted_json(&progress);
-                return Err(End::Failed(Failure { result: told.to_string(), ..Failure::fatal(Code::VerificationFailed, message) }));
-            }
-            progress.proof = Some(proof);
+        if proves && self.proof.enabled && progress.proof.is_none() {
+            progress.proof = Some(self.prove(part, path, &progress, result["verified"].as_bool())?);
             result["migration"] = serde_json::to_value(&progress).map_err(unreadable)?;
             self.keep(&result)?;
         }
         Ok(result.to_string())
     }
 
+    /// Has a copy of a VM that runs on show that it would come up, before the VM is stopped for it.
+    pub(super) fn rehearse(&self, part: &Dir, path: &Path, vm: &Vm, disks: &[(String, String, u64)]) -> Result<(), End> {
+        if !self.proof.enabled {
+            return Ok(());
+        }
+        let mut progress = self.begin(vm, disks, true)?;
+        self.adapt(part, path, &mut progress)?;
+        self.prove(part, path, &progress, Some(true)).map(drop)
+    }
+
+    fn prove(&self, part: &Dir, path: &Path, progress: &Progress, verified: Option<bool>) -> Result<boot::Proof, End> {
+        let wish = Wish { mac: Some(progress.mac.clone()), ..self.target.wish.clone() };
+        let disks = disks_in(path, progress);
+        let subject = Subject { wish: &wish, disks: &disks, folder: part, path };
+        let timeout = Duration::from_secs(self.proof.timeout_seconds);
+        let asked = boot::Asked { sign: self.proof.sign.as_deref(), timeout, network: self.proof.network };
+        let proof = boot::prove(self.agent, self.held, &self.connection, &subject, &asked).map_err(Failure::from)?;
+        if proof.passed {
+            return Ok(proof);
+        }
+        let cause = proof.cause.as_deref().unwrap_or("no sign of life");
+        self.log("error", "deploying", format!("the end of its console:\n{}", proof.console_tail));
+        let hint = match &progress.adapted {
+            Some((Adapted::NotAdapted, why)) => format!("; it was converted, not adapted: {why}"),
+            Some((Adapted::Off, _)) => "; `adapt` was `never`".to_owned(),
+            _ => String::new(),
+        };
+        let message = format!("the boot proof failed after {:.0} s: {cause}{hint}; the verified disks are kept for a retry", proof.seconds);
+        let told = json!({
+            "boot_proof": shown(&proof, path), "verified": verified, "files": [], "adapted": adapted_json(progress),
+        });
+        Err(End::Failed(Failure { result: told.to_string(), ..Failure::fatal(Code::VerificationFailed, message) }))
+    }
+
     /// Tries the adaptation. Its disks are overlays over the verified ones.
-    fn adapt(&self, part: &Dir, path: &Path, wish: &Wish, progress: &mut Progress) -> Result<(), End> {
+    fn adapt(&self, part: &Dir, path: &Path, progress: &mut Progress) -> Result<(), End> {
         let disks = disks_in(path, progress);
         let outcome = match self.adapt {
             Adapt::Never => (Adapted::Off, "nobody wanted it".to_owned()),
             wanted => {
-                let _ = (wanted, &disks, part, wish);
+                let _ = (wanted, &disks, part);
                 (Adapted::NotAdapted, "not built yet".to_owned())
             }
         };
@@ -251,13 +275,6 @@ impl<'a> Migration<'a> {
         Ok(())
     }
 
-    /// The proof as the API shows it; the picture by its path.
-    fn shown(&self, proof: &boot::Proof, folder: &Path) -> Value {
-        let mut shown = serde_json::to_value(proof).unwrap_or_default();
-        shown["screenshot"] = json!(proof.screenshot.as_ref().map(|name| folder.join(name).display().to_string()));
-        shown
-    }
-
     /// From a sealed copy on: the guest is made ready and boots, the folder gets its name by `publish`, the VM is made.
     pub(super) fn arrive(
         &self,
@@ -266,33 +283,68 @@ impl<'a> Migration<'a> {
         result: &str,
         publish: impl FnOnce() -> Result<(), Failure>,
     ) -> Result<End, End> {
-        let mut result = self.prepare(folder, place, result)?;
+        let name = super::part_name(&self.held.job);
+        let part = folder.open_dir(&name).map_err(|e| Failure::io("the part folder", &e))?;
+        let mut result = self.make_ready(&part, &place.join(&name), result, true)?;
         let published = place.join(&self.held.job);
         super::commit(self.agent, self.held, || {
             publish()?;
-            result = self.land(folder, &published, &result)?;
+            result = self.land(folder, &published, &result, None)?;
             Ok(())
         })?;
         self.log("info", "publishing", format!("published as {}", published.display()));
         Ok(End::Completed(result))
     }
 
+    /// An attempt that finds the folder published: what is left is the VM.
+    pub(super) fn arrive_again(&self, folder: &Dir, published: &Path, result: &str) -> Result<End, End> {
+        let is_halted = touched::is_halted(self.agent, &self.held.job).map_err(|e| Failure::io("the ledger", &e))?;
+        if self.is_warm() && !is_halted && !deploy::stands(&self.connection, &self.uuid).map_err(Failure::from)? {
+            let message = "the source went on after this copy was published, which is its state of that time; migrate it again";
+            return Err(Failure::fatal(Code::Conflict, message).into());
+        }
+        let mut ended = result.to_owned();
+        super::commit(self.agent, self.held, || {
+            let landed = self.land(folder, published, &ended, None);
+            if is_halted && landed.is_err() {
+                touched::note_halted(self.agent, &self.held.job, Some(self.halted(false))).map_err(|e| Failure::io("the ledger", &e))?;
+            }
+            ended = landed?;
+            if is_halted {
+                self.agent.source(&self.source).and_then(|source| source.retire(&self.vm_id))?;
+                touched::note_halted(self.agent, &self.held.job, None).map_err(|e| Failure::io("the ledger", &e))?;
+            }
+            Ok(())
+        })?;
+        Ok(End::Completed(ended))
+    }
+
     /// Behind the rename: the domain, and the receipt. May be called again after a crash or a failure. `place`: the job's folder, absolute.
-    pub(super) fn land(&self, folder: &Dir, place: &Path, result: &str) -> Result<String, Failure> {
+    /// `warm`: the passes, and since when the source is stopped.
+    pub(super) fn land(&self, folder: &Dir, place: &Path, result: &str, warm: Option<(&Value, Instant)>) -> Result<String, Failure> {
         let began = self.agent.ledger.read(&self.held.job).map_err(|e| Failure::io("the ledger", &e))?.map_or(0, |entry| entry.created);
         let published = folder.open_dir(&self.held.job).map_err(|e| Failure::io("the destination", &e))?;
-        let unreadable = |e: serde_json::Error| Failure::fatal(Code::Internal, format!("the kept result cannot be read: {e}"));
         let mut result: Value = serde_json::from_str(result).map_err(unreadable)?;
         let progress: Progress = serde_json::from_value(result["migration"].clone()).map_err(unreadable)?;
-        let mut wish = self.target.wish.clone();
-        wish.mac = self.address(Some(&progress.vm))?;
+        let stands = deploy::stands(&self.connection, &self.uuid)?;
+        let is_kept = progress.vm.nics.first().is_some_and(|nic| nic.mac == progress.mac);
+        if is_kept && !stands && self.address(Some(&progress.vm), false)?.as_ref() != Some(&progress.mac) {
+            let message = "the source runs: its address cannot be kept as long as it does; switch it off and retry";
+            return Err(Failure::fatal(Code::Conflict, message));
+        }
+        let wish = Wish { mac: Some(progress.mac.clone()), ..self.target.wish.clone() };
         let disks: Vec<(PathBuf, &'static str)> = disks_in(place, &progress).into_iter().map(|disk| (disk.path, disk.format)).collect();
         let standing = Standing { uuid: &self.uuid, disks: &disks };
         let made = deploy::place(self.agent, &self.connection, &wish, &standing)?;
         self.log("info", "publishing", format!("`{}` stands at {} as {}", wish.name, self.target.connection, self.uuid));
 
-        let proof = progress.proof.as_ref().map(|proof| self.shown(proof, place));
-        let consistency = if progress.vm.power_state == "poweredOn" { "crash-consistent" } else { "off" };
+        let passes = warm.map(|(passes, down)| {
+            let downtime = (down.elapsed().as_secs_f64() * 1000.0).round() / 1000.0;
+            self.log("info", "publishing", format!("the VM was away for {downtime:.1} s"));
+            json!({"passes": passes, "downtime_seconds": downtime})
+        });
+        let proof = progress.proof.as_ref().map(|proof| shown(proof, place));
+        let consistency = if progress.vm.power_state == "poweredOff" { "off" } else { "crash-consistent" };
         let receipt = json!({
             "version": VERSION,
             "job": self.held.job,
@@ -310,6 +362,7 @@ impl<'a> Migration<'a> {
                 "passed": proof.passed, "sign": proof.sign, "seconds": proof.seconds, "address": proof.address, "pinged": proof.pinged,
             })),
             "bytes": result["counters"],
+            "warm": passes,
             "began_at": chrono::DateTime::from_timestamp(i64::try_from(began).unwrap_or_default(), 0).map(shared::clock::rfc3339),
             "copied_at": progress.sealed_at,
             "ended_at": shared::clock::rfc3339(shared::clock::now()),
@@ -325,9 +378,27 @@ impl<'a> Migration<'a> {
         result["boot_proof"] = json!(proof);
         result["adapted"] = adapted_json(&progress);
         result["domain"] = made;
+        result["warm"] = json!(passes);
         result["migration_receipt"] = json!(place.join(RECEIPT).display().to_string());
         Ok(result.to_string())
     }
+}
+
+fn unreadable(e: serde_json::Error) -> Failure {
+    Failure::fatal(Code::Internal, format!("the kept result cannot be read: {e}"))
+}
+
+/// The proof as the API shows it; the picture by its path.
+fn shown(proof: &boot::Proof, folder: &Path) -> Value {
+    let mut shown = serde_json::to_value(proof).unwrap_or_default();
+    shown["screenshot"] = json!(proof.screenshot.as_ref().map(|name| folder.join(name).display().to_string()));
+    shown
+}
+
+/// The disks of a copy: bare name, format, bytes.
+pub(super) fn disks_of(outcome: &Outcome) -> Vec<(String, String, u64)> {
+    let format = |name: &str| outcome.files.iter().find(|file| file.path == name).map_or("qcow2", |file| file.format.as_str()).to_owned();
+    outcome.disks.iter().map(|disk| (disk.file.clone(), format(&disk.file), disk.capacity)).collect()
 }
 
 fn disks_in(folder: &Path, progress: &Progress) -> Vec<GuestDisk> {

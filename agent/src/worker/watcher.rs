@@ -16,6 +16,8 @@ pub(super) struct Watcher<'a> {
     pub(super) held: &'a Assignment,
     pub(super) folder: &'a Dir,
     pub(super) job: &'a pipeline::Job,
+    /// What is shown in place of the pipeline's own counters: those of the whole disks, while only what has changed is copied.
+    pub(super) shown: Option<Progress>,
     /// Set once the data is counted: the sentence when there is too little space.
     pub(super) checked: std::sync::OnceLock<Option<String>>,
 }
@@ -48,11 +50,15 @@ impl Watch for Watcher<'_> {
             verified: snapshot.verified,
             resumed: snapshot.resumed,
         };
-        self.agent.table.progress(self.held, stage_word(snapshot.stage), progress);
+        match self.shown {
+            Some(shown) => self.agent.table.progress(self.held, SYNCING, shown),
+            None => self.agent.table.progress(self.held, stage_word(snapshot.stage), progress),
+        }
     }
 
     fn log(&self, level: tracing::Level, stage: Stage, text: &str) {
-        self.agent.table.log(self.held, &level.to_string().to_ascii_lowercase(), stage_word(stage), text.to_owned());
+        let stage = if self.shown.is_some() { SYNCING } else { stage_word(stage) };
+        self.agent.table.log(self.held, &level.to_string().to_ascii_lowercase(), stage, text.to_owned());
     }
 
     fn stop(&self) -> Option<pipeline::Stop> {
@@ -65,6 +71,9 @@ impl Watch for Watcher<'_> {
         })
     }
 }
+
+/// The stage in which what has changed follows.
+pub(super) const SYNCING: &str = "syncing";
 
 fn stage_word(stage: Stage) -> &'static str {
     match stage {

@@ -67,6 +67,7 @@ fn table(at: &mut dyn FnMut(&str, Vec<Operation>)) {
     at("/jobs/{id}/manifest", vec![get(files::routes::manifest)]);
     at("/jobs/{id}/retry", vec![post(jobs::routes::retry)]);
     at("/jobs/{id}/pause", vec![post(jobs::routes::pause)]);
+    at("/jobs/{id}/cutover", vec![post(jobs::routes::cutover)]);
     at("/jobs/{id}/resume", vec![post(jobs::routes::resume)]);
     at("/exports/{id}", vec![delete(files::routes::export_remove)]);
 

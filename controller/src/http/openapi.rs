@@ -22,7 +22,7 @@ use crate::{access, alerts, carbon, files, fleet, jobs, live, providers, schedul
         access::routes::user_list, access::routes::user_create, access::routes::user_update, access::routes::user_delete,
         access::api_tokens::routes::list, access::api_tokens::routes::create, access::api_tokens::routes::revoke,
         jobs::routes::create, jobs::routes::list, jobs::routes::get, jobs::routes::cancel, jobs::routes::logs,
-        jobs::routes::retry, jobs::routes::pause, jobs::routes::resume, jobs::routes::stats, jobs::routes::batch,
+        jobs::routes::retry, jobs::routes::pause, jobs::routes::cutover, jobs::routes::resume, jobs::routes::stats, jobs::routes::batch,
         jobs::legacy::submit, jobs::legacy::query, jobs::legacy::cancel, jobs::legacy::progress, jobs::legacy::status,
         vms::routes::list, vms::routes::browse, vms::routes::get, vms::power::switch, vms::deploy::deploy,
         providers::routes::list, providers::connect::connect, providers::routes::capabilities, providers::routes::get,

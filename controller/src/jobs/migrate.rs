@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 use shared::deploy::Wish;
 use shared::error::Code;
-use shared::migrate::{Adapt, BootProof, Target};
+use shared::migrate::{Adapt, BootProof, Target, Warm};
 use shared::options::Format;
 use shared::vm::Vm;
 use utoipa::ToSchema;
@@ -56,6 +56,7 @@ pub(super) struct Plan {
     pub target: Target,
     pub adapt: Adapt,
     pub boot_proof: BootProof,
+    pub warm: Option<Warm>,
 }
 
 /// The format of a migration: its disks are run from.
@@ -71,7 +72,12 @@ pub(super) fn format(word: Option<&str>) -> Result<Format, Error> {
 
 /// Refuses options that belong to migrations alone.
 pub(super) fn only_here(wishes: &Wishes) -> Result<(), Error> {
-    let given = [("target", wishes.target.is_some()), ("adapt", wishes.adapt.is_some()), ("boot_proof", wishes.boot_proof.is_some())];
+    let given = [
+        ("target", wishes.target.is_some()),
+        ("adapt", wishes.adapt.is_some()),
+        ("boot_proof", wishes.boot_proof.is_some()),
+        ("warm", wishes.warm.is_some()),
+    ];
     match given.iter().find(|(_, given)| *given) {
         Some((name, _)) => Err(Error::bad_request(format!("`{name}` is for jobs of type `migrate`; leave it out"))),
         None => Ok(()),
@@ -95,6 +101,10 @@ pub(super) async fn check(
     if let Some(flaw) = boot_proof.flaw() {
         return Err(Error::bad_request(flaw));
     }
+    let warm: Option<Warm> = wishes.warm.take().and_then(Into::into);
+    if let Some(warm) = &warm {
+        fits_warm(warm, source, vm)?;
+    }
     let named = wanted.target.as_deref().unwrap_or("libvirt");
     let connection = providers::service::resolve(&app.store, named).await?;
     if connection.kind != "libvirt" {
@@ -109,14 +119,14 @@ pub(super) async fn check(
         return Err(Error::not_built(message));
     }
     let is_same = connection.name == source.name;
-    let mac = address(&wanted, vm, is_same)?;
+    let mac = address(&wanted, vm, is_same, warm.is_some())?;
     let wish = wish(wanted, vm)?;
     if vms::service::is_named(&app.store, &connection.name, &wish.name).await? {
         let message =
             format!("`{}` has a VM `{}` already; give the new one another name in `options.target.name`", connection.name, wish.name);
         return Err(Error::new(Code::Conflict, message));
     }
-    if vm.power_state == "poweredOn" {
+    if vm.power_state == "poweredOn" && warm.is_none() {
         notes.push(format!(
             "{} is running: what is migrated is its state of one moment, crash-consistent; what it writes later stays behind",
             vm.name
@@ -126,16 +136,31 @@ pub(super) async fn check(
         notes.push(format!("{} has {} network cards: the new VM gets one, as the first of them", vm.name, vm.nics.len()));
     }
     let target = Target { connection: connection.name, kind: connection.kind, path: connection.path, wish, mac };
-    Ok(Plan { target, adapt, boot_proof })
+    Ok(Plan { target, adapt, boot_proof, warm })
+}
+
+/// Whether the VM can be copied while it runs, again and again.
+fn fits_warm(warm: &Warm, source: &connections::Model, vm: &Vm) -> Result<(), Error> {
+    if let Some(flaw) = warm.flaw() {
+        return Err(Error::bad_request(flaw));
+    }
+    if !matches!(source.kind.as_str(), "libvirt" | "vsphere") {
+        return Err(Error::new(Code::Unprocessable, format!("nothing runs at a connection of kind `{}`: leave `warm` out", source.kind)));
+    }
+    if vm.power_state != "poweredOn" {
+        let message = format!("`{}` is {}: there is nothing to keep running, leave `warm` out", clip(&vm.name), vm.power_state);
+        return Err(Error::new(Code::Conflict, message));
+    }
+    Ok(())
 }
 
 /// What is said of the address, where that can be: a machine that runs must not meet another one with its own address.
-fn address(wanted: &Wanted, vm: &Vm, is_same: bool) -> Result<Option<String>, Error> {
+fn address(wanted: &Wanted, vm: &Vm, is_same: bool, is_stopped: bool) -> Result<Option<String>, Error> {
     let Some(mac) = wanted.mac.clone() else { return Ok(None) };
     let refused = |code, message: String| Err(Error::new(code, message));
     match mac.as_str() {
         "new" => {}
-        "keep" if vm.power_state == "poweredOn" => {
+        "keep" if vm.power_state == "poweredOn" && !is_stopped => {
             return refused(
                 Code::Conflict,
                 format!("`{}` is running: its address cannot be kept as long as it is; switch it off, or say `mac: new`", clip(&vm.name)),
@@ -199,13 +224,14 @@ mod tests {
         assert!(wish(Wanted::default(), &Vm { cpu: 0, ..vm.clone() }).is_err());
         assert!(wish(Wanted { name: Some("a/b".into()), ..Wanted::default() }, &vm).is_err());
         let keep = Wanted { mac: Some("keep".into()), ..Wanted::default() };
-        assert_eq!(address(&keep, &vm, false).unwrap().as_deref(), Some("keep"));
-        assert_eq!(address(&keep, &vm, true).unwrap_err().code(), Code::Conflict);
+        assert_eq!(address(&keep, &vm, false, false).unwrap().as_deref(), Some("keep"));
+        assert_eq!(address(&keep, &vm, true, false).unwrap_err().code(), Code::Conflict);
         let running = Vm { power_state: "poweredOn".into(), ..vm.clone() };
-        assert_eq!(address(&keep, &running, false).unwrap_err().code(), Code::Conflict);
-        assert_eq!(address(&keep, &Vm { nics: Vec::new(), ..vm.clone() }, false).unwrap_err().code(), Code::Unprocessable);
+        assert_eq!(address(&keep, &running, false, false).unwrap_err().code(), Code::Conflict);
+        assert_eq!(address(&keep, &running, false, true).unwrap().as_deref(), Some("keep"));
+        assert_eq!(address(&keep, &Vm { nics: Vec::new(), ..vm.clone() }, false, false).unwrap_err().code(), Code::Unprocessable);
         let odd = Wanted { mac: Some("01:00:00:00:00:01".into()), ..Wanted::default() };
-        assert_eq!(address(&odd, &vm, false).unwrap_err().code(), Code::BadRequest);
-        assert_eq!(address(&Wanted::default(), &running, false).unwrap(), None);
+        assert_eq!(address(&odd, &vm, false, false).unwrap_err().code(), Code::BadRequest);
+        assert_eq!(address(&Wanted::default(), &running, false, false).unwrap(), None);
     }
 }

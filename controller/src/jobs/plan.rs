@@ -6,7 +6,7 @@
 use proto::v1;
 use proto::v1::browse::Question;
 use serde::Serialize;
-use shared::migrate::Adapt;
+use shared::migrate::{Adapt, Cutover};
 use shared::options::{Format, JobType, Options};
 use utoipa::ToSchema;
 
@@ -216,6 +216,14 @@ fn steps(new: &NewJob, found: &Found) -> Vec<Step> {
         steps.push(step("verifying", "read the output back from the disk and compare every block".to_owned(), found.data_bytes));
     }
     if let Some(target) = &new.options.target {
+        if let Some(warm) = &new.options.warm {
+            let when = match warm.cutover {
+                Cutover::Auto => format!("until at most {} s of downtime are to be expected", warm.max_downtime_seconds),
+                Cutover::Manual => "until somebody says so".to_owned(),
+            };
+            let does = format!("copy what the running VM has changed, pass by pass, {when}; stop it, and copy the rest");
+            steps.push(step("syncing", does, None));
+        }
         if new.options.adapt != Some(Adapt::Never) {
             let does = "make the guest ready for its new hardware with virt-v2v-in-place, on an overlay over the verified disks, unless it is ready";
             steps.push(step("adapting", does.to_owned(), None));

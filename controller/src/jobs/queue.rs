@@ -181,6 +181,11 @@ impl Handle {
         self.ask(work!(|core| core.person(&id, Event::Pause, &format!("paused by {who}")).await)).await?
     }
 
+    /// Tells a warm migration to cut over.
+    pub async fn cutover(&self, id: String, _: String) -> Result<Job, Error> {
+        self.ask(work!(|core| core.cutover(&id).await)).await?
+    }
+
     /// Lets a paused job go on.
     pub async fn resume(&self, id: String, who: String) -> Result<Job, Error> {
         self.ask(work!(|core| core.person(&id, Event::Resume, &format!("resumed by {who}")).await)).await?

@@ -279,6 +279,21 @@ pub async fn pause(caller: Operator, app: web::Data<App>, id: web::Path<String>)
     Ok(web::Json(act!(app, caller, id, "job.pause", pause)))
 }
 
+/// Stops the VM of a warm migration now, copies the rest and starts the new one, whatever the downtime.
+#[utoipa::path(post, path = "/jobs/{id}/cutover", tag = "Jobs", security(("token" = [])), params(("id" = String, Path)), responses(
+    (status = 202, description = "its agent was told", body = View),
+    (status = 401, description = "no valid token", body = ErrorBody),
+    (status = 403, description = "not an operator", body = ErrorBody),
+    (status = 404, description = "no such job", body = ErrorBody),
+    (status = 409, description = "it is no warm migration, does not run, or is past it", body = ErrorBody),
+    (status = 429, description = "too many requests", body = ErrorBody),
+    (status = 503, description = "the database or the agent is away", body = ErrorBody),
+))]
+pub async fn cutover(caller: Operator, app: web::Data<App>, id: web::Path<String>) -> Result<HttpResponse, Error> {
+    let view = act!(app, caller, id, "job.cutover", cutover);
+    Ok(HttpResponse::Accepted().json(view))
+}
+
 /// Lets a paused job go on from its checkpoint.
 #[utoipa::path(post, path = "/jobs/{id}/resume", tag = "Jobs", security(("token" = [])), params(("id" = String, Path)), responses(
     (status = 200, description = "the job, queued", body = View),

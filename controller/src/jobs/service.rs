@@ -5,7 +5,7 @@
 
 use serde::Deserialize;
 use shared::error::Code;
-use shared::migrate::{Adapt, BootProofWish};
+use shared::migrate::{Adapt, BootProofWish, WarmWish};
 use shared::options::{Algorithm, Format, JobType, Options};
 use shared::vm::Vm;
 use utoipa::ToSchema;
@@ -100,6 +100,11 @@ pub struct Wishes {
     /// within `timeout_seconds` (300); with `network` also get an address by DHCP and answer a ping.
     #[schema(value_type = Option<Object>, example = json!({"sign": "login:", "timeout_seconds": 300}))]
     pub boot_proof: Option<BootProofWish>,
+    /// Migrations only: `true`, `false` (default), or `{"max_downtime_seconds", "cutover"}`. The VM runs on while it is copied, and what it
+    /// changes follows in passes; it is stopped for the last one, once the downtime to expect is at most `max_downtime_seconds` (30), or, with
+    /// `cutover: "manual"`, at `POST /jobs/{id}/cutover`. Where the new VM is not made, the old one goes on.
+    #[schema(value_type = Option<Object>, example = json!({"max_downtime_seconds": 30, "cutover": "auto"}))]
+    pub warm: Option<WarmWish>,
     /// Answers 200 with the plan and makes nothing.
     pub dry_run: Option<bool>,
 }
@@ -110,7 +115,9 @@ impl From<core::Error> for Error {
         match error {
             core::Error::NotFound(id) => Error::not_found(format!("no job `{id}`; GET /jobs lists them")),
             core::Error::Refused(_) | core::Error::Raced => Error::new(Code::Conflict, error.to_string()),
-            core::Error::Draining | core::Error::Gone => Error::new(Code::Unavailable, error.to_string()).retry_after(5),
+            core::Error::Draining | core::Error::Gone | core::Error::Away(_) => {
+                Error::new(Code::Unavailable, error.to_string()).retry_after(5)
+            }
             core::Error::Store(error) => error.into(),
         }
     }
@@ -162,6 +169,7 @@ async fn export(app: &App, caller: &str, kind: JobType, wanted: Create) -> Resul
     let mut options = options(kind, wishes, format, &mut notes)?;
     if let Some(plan) = plan {
         (options.target, options.adapt, options.boot_proof) = (Some(plan.target), Some(plan.adapt), Some(plan.boot_proof));
+        options.warm = plan.warm;
     }
     if connection.kind == "vsphere" {
         check_vsphere(&found.vm, &options)?;
@@ -348,6 +356,7 @@ pub(super) fn options(kind: JobType, wishes: Wishes, format: Format, notes: &mut
         target: None,
         adapt: None,
         boot_proof: None,
+        warm: None,
     })
 }
 

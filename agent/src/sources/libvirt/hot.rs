@@ -184,6 +184,14 @@ pub fn end(uri: &Uri, domain: &str, folder: Option<&Dir>, name: &str) -> Result<
     Ok(is_there)
 }
 
+/// Lets a guest go on that was stopped between two instructions; one that runs, is off or is gone is left as it is.
+pub fn resume(uri: &Uri, domain: &str) -> Result<(), exec::Error> {
+    match unless_gone(uri.ask(&["domstate", domain]))?.as_deref().map(str::trim) {
+        Some("paused") => unless_gone(uri.ask(&["resume", domain])).map(drop),
+        _ => Ok(()),
+    }
+}
+
 /// Removes a checkpoint, where it still is. Of a domain that is off it cannot be removed: the next backup of the running domain does.
 pub fn forget(uri: &Uri, domain: &str, checkpoint: &str) -> Result<(), exec::Error> {
     match unless_gone(uri.ask(&["checkpoint-delete", domain, checkpoint])) {

@@ -356,6 +356,18 @@ impl Source for Libvirt {
         Ok(self.found(vm_id)?.vm.power_state)
     }
 
+    /// The guest stops between two instructions; what it had written is on its disks, and QEMU still knows what has changed.
+    fn halt(&self, vm_id: &str) -> Result<(), Error> {
+        self.uri.ask(&["suspend", vm_id]).map(drop).map_err(told)
+    }
+
+    fn retire(&self, vm_id: &str) -> Result<(), Error> {
+        match self.found(vm_id)?.is_off {
+            true => Ok(()),
+            false => self.uri.ask(&["destroy", vm_id]).map(drop).map_err(told),
+        }
+    }
+
     /// A domain that was read from its files was off from the first byte to the last.
     fn confirm(&self, vm_id: &str, identities: &[String]) -> Result<(), Error> {
         if identities.iter().any(|identity| identity.contains(&self.ours)) {
@@ -384,6 +396,9 @@ impl Source for Libvirt {
                 return Err(Error { code: Code::BadGateway, message: format!("{}: {e}", self.folders.qemu.display()), retryable: true });
             }
         };
+        if touched.halted.is_some() {
+            hot::resume(&self.uri, &touched.vm).map_err(told)?;
+        }
         let mut was_there = false;
         for name in &touched.snapshots {
             was_there |= hot::end(&self.uri, &touched.vm, folder.as_ref().map(Root::dir), name).map_err(told)?;

@@ -57,6 +57,8 @@ const ON: &str = "poweredOn";
 
 /// Largest descriptor of a disk, bytes.
 const DESCRIPTOR: u64 = 1 << 20;
+/// How long a guest may take to shut down before it is switched off.
+const SHUTDOWN: Duration = Duration::from_secs(120);
 /// How long the server may keep a question for changes open.
 const WAIT: Duration = Duration::from_secs(30);
 
@@ -451,7 +453,28 @@ impl Source for Vsphere {
         Ok(self.found(vm_id)?.vm.power_state)
     }
 
+    /// The guest is asked to shut down where its tools run; one that does not, or has none, is switched off.
+    fn halt(&self, vm_id: &str) -> Result<(), Error> {
+        let found = self.found(vm_id)?;
+        if found.vm.power_state == OFF {
+            return Ok(());
+        }
+        if found.vm.tools_status == "running" && self.runtime.block_on(power::switch(&self.client, vm_id, Action::Shutdown)).is_ok() {
+            let end = std::time::Instant::now() + SHUTDOWN;
+            while std::time::Instant::now() < end {
+                if self.found(vm_id)?.vm.power_state == OFF {
+                    return Ok(());
+                }
+                std::thread::sleep(Duration::from_millis(500));
+            }
+        }
+        self.runtime.block_on(power::switch(&self.client, vm_id, Action::Stop)).map_err(|e| self.told(&e))
+    }
+
     fn undo(&self, touched: &Touched) -> Result<Vec<String>, Error> {
+        if touched.halted.is_some() && self.found(&touched.vm).is_ok_and(|found| found.vm.power_state == OFF) {
+            self.runtime.block_on(power::switch(&self.client, &touched.vm, Action::Start)).map_err(|e| self.told(&e))?;
+        }
         for lease in &touched.leases {
             self.runtime.block_on(lease::abort(&self.client, lease)).map_err(|e| self.told(&e))?;
         }
