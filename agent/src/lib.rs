@@ -16,6 +16,7 @@ mod digests;
 mod egress;
 mod exec;
 pub mod formats;
+mod guest;
 mod held;
 mod hypervisors;
 mod identity;
