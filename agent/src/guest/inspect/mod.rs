@@ -38,7 +38,7 @@ use self::volume::{Blocks, Bounds, Volume};
 use crate::formats::Disk;
 
 /// How long a look may take.
-pub const PATIENCE: Duration = Duration::from_secs(5);
+const PATIENCE: Duration = Duration::from_secs(5);
 /// Most bytes of the disks that are read for one.
 const MOST: u64 = 1 << 30;
 /// Most disks of a VM that are looked at.
@@ -46,7 +46,7 @@ const MAX_DISKS: usize = 16;
 /// Longest word of a guest that is told, characters.
 const LONGEST: usize = 200;
 
-/// Looks into a guest, for [`PATIENCE`] at most.
+/// Looks into a guest, for 5 s at most.
 pub fn inspect(disks: &[Arc<dyn Disk>]) -> Guest {
     inspect_for(disks, PATIENCE)
 }

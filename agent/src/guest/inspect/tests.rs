@@ -208,7 +208,7 @@ fn a_damaged_guest_is_told_in_time() {
     };
     for round in 0..400 {
         let mut bad = good.clone();
-        for _ in 0..1 << (round % 8) {
+        for _ in 0..1 << (round % 13) {
             let place = used[random() as usize % used.len()];
             // Half of them where the file system describes itself.
             let at = if random() % 2 == 0 { place } else { (1 << 20) + random() as usize % (1 << 20) };

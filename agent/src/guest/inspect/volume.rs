@@ -162,11 +162,6 @@ impl Volume {
         self.len
     }
 
-    /// The disks under it, for their bounds.
-    pub fn blocks(&self) -> &Blocks {
-        &self.blocks
-    }
-
     /// Fills `buf` from `offset`, or fails.
     pub fn read_at(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
         let end = offset.checked_add(buf.len() as u64).filter(|end| *end <= self.len);
