@@ -44,6 +44,18 @@ async fn virt_v2v_imports_our_ova() {
     run(&mut boot);
 }
 
+/// The same Debian, looked into: no virtio in its initrd, an interface that will have another name.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_debian_of_vmware_is_looked_into() {
+    only_when_asked();
+    let raw = std::env::var_os("HYPERSDK_TEST_DEBIAN").map(std::path::PathBuf::from).unwrap_or_else(|| {
+        let dir = lab().join("debian");
+        run(Command::new(workspace().join("tests/lab/guest/debian.sh")).arg(&dir).env("MODULES", "vmware"));
+        dir.join("debian.raw")
+    });
+    crate::guest::a_debian_without_virtio(&raw).await;
+}
+
 /// A token that has run out by the clock, not by a revocation.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_token_runs_out() {

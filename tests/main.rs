@@ -18,6 +18,7 @@ mod cli;
 mod contract;
 mod deploy;
 mod files;
+mod guest;
 mod identity;
 mod inventory;
 mod jobs;

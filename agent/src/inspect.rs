@@ -1,27 +1,37 @@
 //! What a job that is not made yet would read and write.
 //!
 //! Owns: the answer to the controller's `Inspect`: the source opened as an inventory opens it, the names of the files that would be made, the
-//! room at the destination. Never: makes a file or a folder, reads a disk through. A crash here costs one answer.
+//! room at the destination; and what lies on the disks, where somebody asks. Never: makes a file or a folder, reads a disk through, looks into
+//! a guest that could only be read by touching its source. A crash here costs one answer.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use proto::v1;
 use serde_json::{Value, json};
 use shared::error::Code;
+use shared::guest::Guest;
 use shared::manifest::{Manifest, Signed};
 use shared::options::JobType;
 use shared::vm::Vm;
 
+use crate::formats::Disk;
 use crate::sources::file::FileSource;
 use crate::sources::local::Depth;
 use crate::sources::{Error, Opened};
-use crate::{Agent, config, pipeline, points, proof, worker};
+use crate::{Agent, config, guest, pipeline, points, proof, worker};
 
 /// How long data is counted; the controller waits 10 s for the whole answer.
 const COUNT: Duration = Duration::from_secs(6);
+/// How long a look inside takes at most beside that.
+const LOOK: Duration = Duration::from_secs(2);
+/// Looks into guests that run at a time, each with up to 64 MiB of memory; and how long one waits for its turn.
+pub const AT_ONCE: usize = 4;
+const TURN: Duration = Duration::from_secs(3);
 
 /// Answers `{"vm", "format", "size", "source", "disks": [{"name","capacity","data_bytes","format"}], "data_bytes", "files", "manifest",
-/// "destination": {"root","path","free_bytes","total_bytes"}, "taken"}`.
+/// "destination": {"root","path","free_bytes","total_bytes"}, "taken"}`; with `guest` also `guest` (`shared::guest::Guest`), or null and why not
+/// in `guest_unknown`.
 pub fn inspect(agent: &Agent, asked: &v1::Inspect) -> Result<Value, Error> {
     let kind = JobType::from_word(&asked.r#type);
     let point = if asked.source.is_empty() { None } else { points::find(&agent.vault, &asked.source)? };
@@ -97,6 +107,13 @@ fn of_disks(agent: &Agent, asked: &v1::Inspect, file: Option<&FileSource>, point
         }
         (_, None, None) => return Err(Error::fatal(Code::BadRequest, "neither a source nor a connection is named")),
     };
+    let guest = asked.guest.then(|| match &asked.connection {
+        Some(connection) if file.is_none() && point.is_none() => {
+            let (_, opened) = agent.source(connection)?.glance(&asked.vm_id)?;
+            guest_on(agent, &opened, |disks| guest::inspect::inspect_for(disks, LOOK))
+        }
+        _ => guest_on(agent, &opened, |disks| guest::inspect::inspect_for(disks, LOOK)),
+    });
     let deadline = Instant::now() + COUNT;
     let mut disks = Vec::with_capacity(opened.len());
     let mut sum = asked.count.then_some(0u64);
@@ -114,5 +131,27 @@ fn of_disks(agent: &Agent, asked: &v1::Inspect, file: Option<&FileSource>, point
         Ok(format) => pipeline::output_names(&name, format, &disks_to_write),
         Err(_) => Vec::new(),
     };
-    Ok(json!({"vm": vm.name, "disks": disks, "data_bytes": sum, "manifest": null, "files": files}))
+    let mut answer = json!({"vm": vm.name, "disks": disks, "data_bytes": sum, "manifest": null, "files": files});
+    match guest {
+        Some(Ok(guest)) => answer["guest"] = json!(guest),
+        Some(Err(e)) => answer["guest_unknown"] = json!(e.message),
+        None => {}
+    }
+    Ok(answer)
+}
+
+/// Looks into a VM whose disks can be read without touching anything at its source; else says why not.
+pub fn look_inside(agent: &Agent, asked: &v1::LookInside) -> Result<Value, Error> {
+    let connection = asked.connection.as_ref().ok_or_else(|| Error::fatal(Code::BadRequest, "no connection is named"))?;
+    let (_, opened) = agent.source(connection)?.glance(&asked.vm_id)?;
+    let guest = guest_on(agent, &opened, guest::inspect::inspect)?;
+    serde_json::to_value(guest).map_err(|e| Error::fatal(Code::Internal, e.to_string()))
+}
+
+fn guest_on(agent: &Agent, opened: &[Opened], look: fn(&[Arc<dyn Disk>]) -> Guest) -> Result<Guest, Error> {
+    let busy = |_| Error { code: Code::Unavailable, message: "other guests are being looked into; ask again".to_owned(), retryable: true };
+    let turn = agent.runtime.block_on(async { tokio::time::timeout(TURN, agent.looks.acquire()).await });
+    let _turn = turn.map_err(busy)?.map_err(|_| Error::fatal(Code::Internal, "the agent is ending"))?;
+    let disks: Vec<_> = opened.iter().filter(|opened| opened.snapshot.is_none()).map(|opened| opened.disk.clone()).collect();
+    Ok(look(&disks))
 }

@@ -16,8 +16,6 @@ mod digests;
 mod egress;
 mod exec;
 pub mod formats;
-// Until the migration calls it.
-#[cfg_attr(not(test), allow(dead_code))]
 mod guest;
 mod held;
 mod hypervisors;
@@ -97,6 +95,8 @@ struct Agent {
     identity: Mutex<Option<Arc<Identity>>>,
     /// Transfers that may run at a time.
     transfers: Arc<Semaphore>,
+    /// Looks into guests that may run at a time.
+    looks: Semaphore,
     /// For threads of workers that have to dial.
     runtime: tokio::runtime::Handle,
     /// Questions of this session that take long, by number; set to true they are given up.
@@ -147,6 +147,7 @@ impl Agent {
             last_heard: Mutex::new(Instant::now()),
             identity: Mutex::default(),
             transfers: Arc::new(Semaphore::new(transfer::AT_ONCE)),
+            looks: Semaphore::new(inspect::AT_ONCE),
             runtime: tokio::runtime::Handle::current(),
             asked: Mutex::default(),
             vault,

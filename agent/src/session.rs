@@ -339,6 +339,7 @@ fn answer(agent: &Arc<Agent>, browse: v1::Browse, tell: &mpsc::Sender<v1::AgentM
             Some(Question::FreeSpace(path)) => agent.free_space(&path),
             Some(Question::Inspect(asked)) => inspect::inspect(&agent, &asked),
             Some(Question::Describe(asked)) => describe(&agent, &asked),
+            Some(Question::LookInside(asked)) => inspect::look_inside(&agent, &asked),
             Some(Question::List(list)) => browse::list(&agent.vault, &list),
             Some(Question::Stat(path)) => browse::stat(&agent.vault, &path),
             Some(Question::Power(wanted)) => power(&agent, &wanted),

@@ -10,6 +10,7 @@ pub mod deploy;
 pub mod details;
 pub mod error;
 pub mod folder;
+pub mod guest;
 pub mod ids;
 pub mod job;
 pub mod lease;

@@ -1,4 +1,4 @@
-//! A guest that has moved: adapted to its new hardware, and shown to boot.
+//! A guest: what lies on its disks, and, when it has moved, that it is adapted to its new hardware and shown to boot.
 //!
 //! ```text
 //! adapt (virt-v2v-in-place, interface names) ─► overlays over verified disks          boot: the result started apart, watched, thrown away
@@ -9,6 +9,7 @@
 
 pub mod boot;
 mod console;
+pub mod inspect;
 mod isolated;
 mod picture;
 #[cfg(test)]

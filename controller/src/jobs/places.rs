@@ -239,6 +239,10 @@ pub struct Found {
     pub destination: Option<Room>,
     /// Of an import: the catalogue has a VM of that name.
     pub taken: bool,
+    /// What lies on the disks, where that was asked.
+    pub guest: Option<shared::guest::Guest>,
+    /// Why nobody could look.
+    pub guest_unknown: Option<String>,
 }
 
 impl Found {

@@ -85,6 +85,12 @@ pub struct Plan {
     pub estimated_duration: Option<String>,
     /// What somebody should know before.
     pub warnings: Vec<String>,
+    /// What lies on the disks, as /vms/browse tells it; null where nobody could look, and for `verify`.
+    #[schema(value_type = Option<Object>)]
+    pub guest: Option<shared::guest::Guest>,
+    /// Why nobody could look.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub guest_unknown: Option<String>,
     /// As the job would have them.
     #[schema(value_type = Object)]
     pub options: Options,
@@ -129,6 +135,8 @@ pub async fn of(app: &App, new: NewJob) -> Result<Plan, Error> {
         estimated_seconds: seconds,
         estimated_duration: seconds.map(shared::clock::duration_words),
         warnings,
+        guest: found.guest,
+        guest_unknown: found.guest_unknown,
         options: new.options,
     })
 }
@@ -151,6 +159,7 @@ async fn of_upload(app: &App, new: &NewJob) -> Result<Found, Error> {
 fn question(new: &NewJob) -> v1::Inspect {
     let mut question = sources::question(new.kind, &new.source, new.format, &new.options);
     question.count = true;
+    question.guest = new.kind != JobType::Verify;
     if new.source.is_empty() {
         let connection =
             v1::Connection { name: new.provider.clone(), kind: new.provider_kind.clone(), path: new.provider_path.clone(), account: None };

@@ -1,10 +1,11 @@
 //! Whether one VM is ready to be moved.
 //!
-//! Owns: the checks of `GET /readiness?provider=&vm_name=`. Never: reads a disk; what only the copy can find out is not claimed.
+//! Owns: the checks of `GET /readiness?provider=&vm_name=`. Never: reads a disk itself; what only the copy can find out is not claimed.
 //! A crash here costs one answer.
 
 use proto::v1;
 use proto::v1::browse::Question;
+use shared::guest::{Finding, Status};
 use shared::vm::Vm;
 
 use super::findings;
@@ -35,7 +36,7 @@ pub async fn checks(app: &App, provider: &str, vm_name: &str) -> Result<Vec<Chec
         }
         Err(e) => return Err(e),
     };
-    let details = vms::service::describe(app, &found, true).await;
+    let (details, inside) = tokio::join!(vms::service::describe(app, &found, true), vms::service::look_inside(app, &found));
     let vm = found.vm;
     if let Err(e) = &details
         && e.code() == shared::error::Code::NotFound
@@ -55,7 +56,25 @@ pub async fn checks(app: &App, provider: &str, vm_name: &str) -> Result<Vec<Chec
         )),
     }
     checks.push(space(app, &connection, &vm).await);
+    match inside {
+        Ok(guest) => checks.extend(guest.findings(&vm.firmware).into_iter().map(of_guest)),
+        Err(e) => checks.push(warn(
+            "guest",
+            format!("unknown: {}", e.message()),
+            "an export does not need it; before a move to KVM look at it while it is off, or prove the boot",
+        )),
+    }
     Ok(checks)
+}
+
+/// A finding about what lies on the disks.
+fn of_guest(finding: Finding) -> Check {
+    let Finding { check, status, message, fix } = finding;
+    match status {
+        Status::Pass => pass(check, message),
+        Status::Warn => warn(check, message, fix),
+        Status::Fail => fail(check, message, fix),
+    }
 }
 
 fn connected(app: &App, row: &connections::Model) -> Check {

@@ -4,6 +4,7 @@ use actix_web::{HttpRequest, web};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use shared::error::Code;
+use shared::guest::{Finding, Guest};
 use utoipa::ToSchema;
 
 use super::service::{self, Filter, Found};
@@ -229,6 +230,21 @@ pub struct Details {
     /// Why the provider could not be asked; what stands here then is what the inventory knows.
     #[serde(skip_serializing_if = "Option::is_none")]
     unasked: Option<String>,
+    /// What lies on its disks: `system`, `kernels` with their virtio drivers, `virtio` (`yes`, `no`, `unknown`), `mounts`, `interfaces`, `boot`,
+    /// `software`, `partitions`, `volume_groups`, `notes`, and `findings`, what of it matters to a move. Null where nobody could look.
+    #[schema(value_type = Option<Object>)]
+    inspection: Option<Inspection>,
+    /// Why nobody could look.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    inspection_unknown: Option<String>,
+}
+
+/// What lies on a VM's disks, and what of it matters.
+#[derive(Serialize)]
+struct Inspection {
+    #[serde(flatten)]
+    guest: Guest,
+    findings: Vec<Finding>,
 }
 
 /// Where a disk lies.
@@ -253,13 +269,18 @@ pub struct Source {
 pub async fn browse(_: Viewer, app: web::Data<App>, body: Json<Which>) -> Result<web::Json<Details>, Error> {
     let found = find(&app, &body.value.provider, &body.value.vm_name).await?;
     let sources = found.vm.disks.iter().map(|disk| Source { disk: disk.name.clone(), path: disk.source.clone() }).collect();
-    let (more, unasked) = match service::describe(&app, &found, false).await {
+    let (described, inside) = tokio::join!(service::describe(&app, &found, false), service::look_inside(&app, &found));
+    let (more, unasked) = match described {
         Ok(more) => (more, None),
         // It is gone, though the inventory does not know it yet.
         Err(e) if e.code() == Code::NotFound => return Err(e),
         Err(e) => (None, Some(e.message().to_owned())),
     };
-    Ok(web::Json(Details { vm: VmView::of_found(found), sources, more, unasked }))
+    let (inspection, inspection_unknown) = match inside {
+        Ok(guest) => (Some(Inspection { findings: guest.findings(&found.vm.firmware), guest }), None),
+        Err(e) => (None, Some(e.message().to_owned())),
+    };
+    Ok(web::Json(Details { vm: VmView::of_found(found), sources, more, unasked, inspection, inspection_unknown }))
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ use sea_orm::{
 };
 use shared::details::Details;
 use shared::error::Code;
+use shared::guest::Guest;
 use shared::vm::Vm;
 
 use crate::app::App;
@@ -63,6 +64,22 @@ pub async fn describe(app: &App, found: &Found, privileges: bool) -> Result<Opti
     let question = Question::Describe(v1::Describe { connection: Some(connection), vm_id: found.vm.id.clone(), privileges });
     let answer = app.fleet.ask_within(&row.agent_id, question, crate::providers::service::patience(&row.kind)).await?;
     serde_json::from_value(answer).map(Some).map_err(|e| Error::new(Code::BadGateway, format!("the agent's answer cannot be read: {e}")))
+}
+
+/// What lies on a VM's disks, looked at now. Refused where that would touch its source: while it is not off.
+pub async fn look_inside(app: &App, found: &Found) -> Result<Guest, Error> {
+    let (row, vm) = (&found.connection, &found.vm);
+    if !vm.problem.is_empty() {
+        return Err(Error::new(Code::Unprocessable, vm.problem.clone()));
+    }
+    if vm.power_state != "poweredOff" {
+        let message = format!("`{}` is {}: its disks are looked at while it is off", vm.name, vm.power_state);
+        return Err(Error::new(Code::Unprocessable, message));
+    }
+    let connection = v1::Connection { name: row.name.clone(), kind: row.kind.clone(), path: row.path.clone(), account: None };
+    let question = Question::LookInside(v1::LookInside { connection: Some(connection), vm_id: vm.id.clone() });
+    let answer = app.fleet.ask_within(&row.agent_id, question, crate::providers::service::patience(&row.kind)).await?;
+    serde_json::from_value(answer).map_err(|e| Error::new(Code::BadGateway, format!("the agent's answer cannot be read: {e}")))
 }
 
 /// Takes the inventory of a connection over. Nothing happens when the connection is not that agent's (any more).

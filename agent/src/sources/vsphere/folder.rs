@@ -335,7 +335,9 @@ impl Chunked {
     /// The chunk of this number, on its way if it was not there; those behind it are sent for as well, up to `end` of the extent.
     fn slot(&self, number: u64, end: u64) -> Option<Arc<Slot>> {
         let mut slots = self.slots.lock().unwrap_or_else(PoisonError::into_inner);
-        for wanted in number..number + AHEAD {
+        // Whoever reads here and there wants no more than what he asks for.
+        let is_in_order = slots.contains_key(&number) || number == 0 || slots.contains_key(&(number - 1));
+        for wanted in number..number + if is_in_order { AHEAD } else { 1 } {
             let Some(chunk) = self.chunk(wanted, end) else { break };
             slots.entry(wanted).or_insert_with(|| self.begin(chunk));
         }
