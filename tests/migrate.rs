@@ -282,8 +282,9 @@ async fn a_vm_that_runs_is_copied_while_it_writes_and_is_away_for_seconds() {
     let passes = told["passes"].as_array().unwrap();
     assert!(passes[0]["kind"] == "full" && passes[1..].iter().all(|pass| pass["kind"] == "incremental"), "{told:#}");
     assert!(passes[1..].iter().all(|pass| pass["bytes_moved"] == pass["bytes_changed"]), "{told:#}");
-    let last = passes.last().unwrap()["bytes_changed"].as_u64().unwrap();
-    assert!((64 << 10..4 << 20).contains(&last), "{told:#}");
+    let changed = |passes: &[Value]| passes.iter().map(|pass| pass["bytes_changed"].as_u64().unwrap()).sum::<u64>();
+    // Whole clusters of 64 KiB: the second write touches two.
+    assert!(changed(&passes[1..2]) >= 3 << 20 && (128 << 10..4 << 20).contains(&changed(&passes[2..])), "{told:#}");
     assert!(told["downtime_seconds"].as_f64().is_some_and(|seconds| seconds < 5.0), "{told:#}");
     let target = Domain::adopt(&name, job["result"]["domain"]["uuid"].as_str().unwrap());
     listed(&fleet, &source.name, "poweredOff").await;

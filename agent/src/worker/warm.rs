@@ -100,7 +100,7 @@ pub(super) fn run(
     let mut before = warm.standing()?;
     let mut last = None;
     if before.is_none() {
-        let done = warm.pass(None)?;
+        let done = warm.pass(None, false)?;
         before = warm.after(&done)?;
         last = Some(done);
     }
@@ -109,7 +109,7 @@ pub(super) fn run(
         migration.rehearse(&warm.part, &path, &done.vm, &disks_of(done))?;
     }
     loop {
-        let done = warm.pass(before.take())?;
+        let done = warm.pass(before.take(), false)?;
         before = warm.after(&done)?;
         let expected = done.took + OVERHEAD;
         let fits = expected <= Duration::from_secs(wish.max_downtime_seconds);
@@ -159,8 +159,8 @@ impl Warm<'_> {
         Ok(found)
     }
 
-    /// Copies what has changed since, or all of it.
-    fn pass(&mut self, before: Option<Before>) -> Result<Done, End> {
+    /// Copies what has changed since, or all of it. `is_last`: none follows.
+    fn pass(&mut self, before: Option<Before>, is_last: bool) -> Result<Done, End> {
         let (agent, held) = (self.migration.agent, self.migration.held);
         let began = Instant::now();
         let is_first = before.is_none();
@@ -174,7 +174,9 @@ impl Warm<'_> {
         let digest = backup.write(&folder, &outcome).map_err(|e| Failure::io("the pass", &e))?;
         let manifests = proof::write_manifests(&folder, &agent.signing, (&held.job, &job.vm.name), &outcome, digest)
             .map_err(|e| Failure::io("the manifest", &e))?;
-        touched::thaw(agent, &held.job, &backup.obsolete).map_err(Failure::from)?;
+        // No pass begins from the last one, and a domain that is off keeps its checkpoints.
+        let obsolete = if is_last { &backup.obsolete | &backup.needed } else { backup.obsolete.clone() };
+        touched::thaw(agent, &held.job, &obsolete).map_err(Failure::from)?;
         let (kind, changed, moved) = backup.facts();
         let took = began.elapsed();
         self.told.push(json!({
@@ -213,7 +215,7 @@ impl Warm<'_> {
         self.log("info", "the VM is stopped for the last pass".to_owned());
         let down = Instant::now();
         self.source.halt(self.vm_id).map_err(Failure::from)?;
-        let done = self.pass(before)?;
+        let done = self.pass(before, true)?;
 
         let published = place.join(&held.job);
         let result = proof::result_json(&published.join(&done.name), &done.manifests, &agent.signing, &done.outcome);
