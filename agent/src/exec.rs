@@ -1,12 +1,14 @@
 //! The only starter of processes.
 //!
-//! Owns: how a tool is started (arguments as a list, never through a shell; a fixed search path and no other environment; no input), how
-//! long it may take and how much it may say. Never: starts what is not in [`Tool`], keeps a process beyond its time or its caller.
+//! Owns: how a tool is started (arguments as a list, never through a shell; a fixed search path and hardly any environment; no input), how
+//! long it may take and how much it may say, and that its children end with it. Never: starts what is not in [`Tool`], keeps a process beyond its time or its caller.
 //! A crash here ends what was started: the kernel sees to it.
 
 use std::ffi::OsStr;
 use std::io::{self, BufRead, BufReader, Read};
+use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -29,6 +31,10 @@ pub enum Tool {
     Virsh,
     /// The emulator, to see whether a virtual CPU runs.
     Qemu,
+    /// Makes a guest ready for KVM, in place.
+    V2v,
+    /// Looks and writes into a guest that is off.
+    Guestfish,
 }
 
 impl Tool {
@@ -36,6 +42,8 @@ impl Tool {
         match self {
             Self::Virsh => "virsh",
             Self::Qemu => "qemu-system-x86_64",
+            Self::V2v => "virt-v2v-in-place",
+            Self::Guestfish => "guestfish",
         }
     }
 
@@ -44,6 +52,8 @@ impl Tool {
         match self {
             Self::Virsh => "libvirt-clients",
             Self::Qemu => "qemu-system-x86",
+            Self::V2v => "virt-v2v",
+            Self::Guestfish => "guestfish",
         }
     }
 }
@@ -68,22 +78,25 @@ pub enum Error {
     /// It said more than anybody reads.
     #[error("{0} said more than {1} bytes")]
     TooMuch(&'static str, usize),
+    /// It was ended, as nobody wanted it any more.
+    #[error("{0} was stopped")]
+    Stopped(&'static str),
     /// The system did not start it.
     #[error("{0} cannot be started: {1}")]
     System(&'static str, io::Error),
 }
 
-#[allow(clippy::disallowed_methods)]
 fn command<S: AsRef<OsStr>>(tool: Tool, arguments: &[S]) -> Command {
-    // It dies with the thread that started it, and so with the agent, however that ends.
-    let mut command = Command::new("setpriv");
+    let mut command = mortal(&[]);
+    command.arg(tool.name()).args(arguments);
     command
-        .args(["--pdeathsig", "KILL", "--", tool.name()])
-        .args(arguments)
-        .env_clear()
-        .env("PATH", PATH)
-        .env("LC_ALL", "C.UTF-8")
-        .stdin(Stdio::null());
+}
+
+/// A command without its program. It dies with the thread that started it, and so with the agent, however that ends.
+#[allow(clippy::disallowed_methods)]
+fn mortal(behind: &[&str]) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--"]).args(behind).env_clear().env("PATH", PATH).env("LC_ALL", "C.UTF-8").stdin(Stdio::null());
     // Keys and known hosts of a remote libvirt.
     if let Some(home) = std::env::var_os("HOME") {
         command.env("HOME", home);
@@ -177,6 +190,100 @@ impl Drop for Reaped {
     }
 }
 
+/// What makes a process's children die with it, whatever groups they make: the first process of a PID namespace takes all others with it.
+const NAMESPACE: &[&str] = &["unshare", "--pid", "--fork", "--kill-child=KILL", "--"];
+
+/// Whether this process may make a PID namespace. Where it may not (an agent that is not root, most containers), the children of a tool die
+/// with its process group when they are stopped, and a crash of the agent may leave those that do not watch their parent.
+fn may_make_namespaces() -> bool {
+    static MAY: OnceLock<bool> = OnceLock::new();
+    *MAY.get_or_init(|| {
+        let mut probe = mortal(NAMESPACE);
+        probe.arg("true").stdout(Stdio::null()).stderr(Stdio::null());
+        probe.status().is_ok_and(|status| status.success())
+    })
+}
+
+/// How a tool is run that works for long and has children of its own.
+pub struct Long<'a> {
+    /// Variables beside the few that every tool gets.
+    pub environment: &'a [(&'static str, &'a OsStr)],
+    /// Longest time.
+    pub time: Duration,
+    /// Whether it is to be ended; looked at ten times a second.
+    pub is_stopped: &'a dyn Fn() -> bool,
+}
+
+/// Runs a tool to its end and tells every line that it says, on either stream. It ends with all its children, or is ended with them.
+///
+/// # Errors
+/// As [`run`]; its own words are the last lines of its complaints.
+pub fn follow<S: AsRef<OsStr>>(tool: Tool, arguments: &[S], how: &Long, line: &mut dyn FnMut(&str)) -> Result<(), Error> {
+    let mut command = mortal(if may_make_namespaces() { NAMESPACE } else { &[] });
+    command.arg(tool.name()).args(arguments).envs(how.environment.iter().copied());
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).process_group(0);
+    let mut child = Grouped(Reaped(spawn(tool, command)?));
+    let (send, lines) = sync_channel(LINES);
+    let (stdout, stderr) = (child.0.0.stdout.take(), child.0.0.stderr.take());
+    let complaints = send.clone();
+    thread::spawn(move || tell_lines(stdout, |line| send.send((false, line)).is_ok()));
+    thread::spawn(move || tell_lines(stderr, |line| complaints.send((true, line)).is_ok()));
+    let end = Instant::now() + how.time;
+    let mut last = String::new();
+    loop {
+        match lines.recv_timeout(Duration::from_millis(100)) {
+            Ok((is_complaint, text)) => {
+                if is_complaint && !text.trim().is_empty() {
+                    text.trim().clone_into(&mut last);
+                }
+                line(&text);
+            }
+            // It has ended; who still holds its streams has nothing to say for it.
+            Err(RecvTimeoutError::Timeout) if matches!(child.0.0.try_wait(), Ok(Some(_))) => break,
+            Err(RecvTimeoutError::Timeout) => {}
+            // All that could write has ended, or has closed its streams.
+            Err(RecvTimeoutError::Disconnected) => break,
+        }
+        if (how.is_stopped)() {
+            return Err(Error::Stopped(tool.name()));
+        }
+        if Instant::now() > end {
+            return Err(Error::Late(tool.name(), how.time.as_secs()));
+        }
+    }
+    let status = child.0.wait(tool, end.saturating_duration_since(Instant::now()).max(LOOK))?;
+    match status.code() {
+        Some(0) => Ok(()),
+        Some(127) => Err(Error::Missing { tool: tool.name(), package: tool.package() }),
+        _ => Err(Error::Failed(words(tool, last.as_bytes(), status))),
+    }
+}
+
+/// A process that is the first of its group, and takes the group with it.
+struct Grouped(Reaped);
+
+impl Drop for Grouped {
+    fn drop(&mut self) {
+        // As long as it was not waited for, the number is its own.
+        if matches!(self.0.0.try_wait(), Ok(None)) {
+            let _ = rustix::process::kill_process_group(rustix::process::Pid::from_child(&self.0.0), rustix::process::Signal::KILL);
+        }
+    }
+}
+
+/// Reads lines until there are no more, or nobody wants them.
+fn tell_lines(source: Option<impl Read>, mut tell: impl FnMut(String) -> bool) {
+    let Some(mut reader) = source.map(BufReader::new) else { return };
+    loop {
+        let mut line = Vec::new();
+        match reader.by_ref().take(LINE).read_until(b'\n', &mut line) {
+            Ok(0) | Err(_) => return,
+            Ok(_) if !tell(String::from_utf8_lossy(&line).trim_end().to_owned()) => return,
+            Ok(_) => {}
+        }
+    }
+}
+
 /// A process whose lines are read as they come. It ends with this value.
 pub struct Following {
     _child: Reaped,
@@ -202,17 +309,7 @@ impl Following {
         let mut child = Reaped(spawn(tool, command)?);
         let (send, lines) = sync_channel(LINES);
         let stdout = child.0.stdout.take();
-        thread::spawn(move || {
-            let Some(mut reader) = stdout.map(BufReader::new) else { return };
-            loop {
-                let mut line = Vec::new();
-                match reader.by_ref().take(LINE).read_until(b'\n', &mut line) {
-                    Ok(0) | Err(_) => return,
-                    Ok(_) if send.send(String::from_utf8_lossy(&line).trim_end().to_owned()).is_err() => return,
-                    Ok(_) => {}
-                }
-            }
-        });
+        thread::spawn(move || tell_lines(stdout, |line| send.send(line).is_ok()));
         Ok(Self { _child: child, lines })
     }
 

@@ -11,7 +11,8 @@ use shared::deploy::Wish;
 /// The network that needs nothing of the host.
 pub const USER: &str = "user";
 
-fn quoted(text: &str) -> String {
+/// As it stands in XML.
+pub fn quoted(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('\'', "&apos;").replace('"', "&quot;")
 }
 

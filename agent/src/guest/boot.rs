@@ -113,7 +113,7 @@ pub fn prove(
         mac: subject.wish.mac.as_ref().map_or_else(deploy::new_mac, |mac| mac.to_ascii_lowercase()),
         accelerator: deploy::accelerator(agent),
     };
-    let log = |text: String| agent.table.log(held, "info", "proving", text);
+    let log = |text: String| agent.table.log(held, "info", "deploying", text);
     // One proof of a job at a time: what an earlier one has left goes first.
     let note = format!("proof-{}", held.job);
     let done = touched::for_a_while(agent, &note, connection, &begin.domain, begin.network.as_deref(), || {
@@ -130,7 +130,7 @@ pub fn prove(
         (_, Some(cause)) => format!("the boot proof failed after {:.0} s: {cause}", proof.seconds),
         (sign, None) => format!("the boot proof passed after {:.0} s: {}", proof.seconds, sign.as_deref().unwrap_or_default()),
     };
-    agent.table.log(held, if proof.passed { "info" } else { "warn" }, "proving", verdict);
+    agent.table.log(held, if proof.passed { "info" } else { "warn" }, "deploying", verdict);
     Ok(proof)
 }
 

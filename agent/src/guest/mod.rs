@@ -7,6 +7,7 @@
 //! Owns: what is done with a guest's inside. Never: writes to a disk that was verified; everything goes into overlays beside it.
 //! A crash here costs the overlays, which lie in the job's part folder, and a domain and a network that the ledger names.
 
+pub mod adapt;
 pub mod boot;
 mod console;
 pub mod inspect;

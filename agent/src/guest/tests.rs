@@ -13,7 +13,7 @@ use shared::deploy::Wish;
 use shared::vault::{self, Dir};
 
 use super::boot::{self, Asked, Proof};
-use super::{GuestDisk, Subject};
+use super::{GuestDisk, Subject, adapt};
 use crate::Agent;
 use crate::held::Stop;
 
@@ -71,6 +71,24 @@ impl Bench {
         self.agent.table.end(&held, v1::finished::Outcome::Parked(true));
         self.agent.table.forget(&held.job, held.epoch);
         proof
+    }
+
+    fn adapt(&self, disk: &Path, stop_after: Option<Duration>) -> Result<adapt::Outcome, crate::sources::Error> {
+        let (held, _) = self.agent.table.take("job-0000000000000001", self.agent.table.all().len() as u64 + 1).unwrap();
+        if let Some(after) = stop_after {
+            let held = held.clone();
+            std::thread::spawn(move || {
+                std::thread::sleep(after);
+                held.ask_to_stop(Stop::Discard);
+            });
+        }
+        let disks = [GuestDisk { path: disk.to_owned(), format: "raw", capacity: capacity(disk) }];
+        let wish = wish();
+        let subject = Subject { wish: &wish, disks: &disks, folder: &self.folder, path: &self.part };
+        let outcome = adapt::adapt(&self.agent, &held, &subject, "scsi", &mut |line| println!("  | {line}"));
+        self.agent.table.end(&held, v1::finished::Outcome::Parked(true));
+        self.agent.table.forget(&held.job, held.epoch);
+        outcome
     }
 
     fn notes(&self) -> Vec<String> {
@@ -198,4 +216,57 @@ async fn kill_9_leaves_what_the_reaper_and_the_next_attempt_remove() {
         assert_eq!((left(), bench.notes()), (Vec::new(), Vec::new()), "killed after {after:?}");
         std::fs::remove_dir_all(&bench.base).unwrap();
     }
+}
+
+/// Processes that name the folder.
+fn working_on(folder: &Path) -> Vec<String> {
+    let all = Command::new("ps").args(["-eo", "pid,args"]).output().unwrap();
+    let all = String::from_utf8_lossy(&all.stdout).into_owned();
+    all.lines().filter(|line| line.contains(folder.to_str().unwrap())).map(str::to_owned).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs libvirt, virt-v2v and guests; ten minutes"]
+async fn a_guest_without_virtio_is_adapted_boots_and_has_its_network() {
+    let bench = Bench::new();
+    let disk = bench.part.join("disk-0.raw");
+    std::fs::copy(guests().join("debian.raw"), &disk).unwrap();
+    let digest = blake3::hash(&std::fs::read(&disk).unwrap());
+    let began = Instant::now();
+    let outcome = bench.adapt(&disk, None).unwrap();
+    println!("adapted in {:?}: {outcome:?}", began.elapsed());
+    let adapt::Outcome::Adapted(done) = outcome else { panic!("{outcome:?}") };
+    assert_eq!(done.pinned, [format!("ens192 {MAC}")]);
+    assert_eq!((done.virtio, done.disks.len()), (Some(true), 1));
+    assert_eq!(blake3::hash(&std::fs::read(&disk).unwrap()), digest, "the verified disk is as it was");
+    assert!(!bench.part.join("adapt").exists() && working_on(&bench.base).is_empty(), "{:?}", working_on(&bench.base));
+    let proof = bench.prove(&done.disks[0].path, &wish(), &Asked { network: true, ..asked(240) }, None).unwrap();
+    println!("{}", serde_json::to_string_pretty(&proof).unwrap());
+    assert!(proof.passed && proof.pinged, "{proof:?}");
+    std::fs::remove_dir_all(&bench.base).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs virt-v2v and guests; minutes"]
+async fn what_cannot_be_adapted_says_so_and_a_stop_leaves_nothing() {
+    let bench = Bench::new();
+    let zeros = bench.part.join("disk-0.raw");
+    std::fs::File::create(&zeros).unwrap().set_len(64 << 20).unwrap();
+    let outcome = bench.adapt(&zeros, None).unwrap();
+    println!("zeros: {outcome:?}");
+    assert!(matches!(outcome, adapt::Outcome::NotRecognised(_)), "{outcome:?}");
+    let outcome = bench.adapt(&guests().join("tiny.raw"), None).unwrap();
+    println!("tiny: {outcome:?}");
+    assert!(matches!(outcome, adapt::Outcome::NotRecognised(_)), "{outcome:?}");
+    for after in [2, 12, 45].map(Duration::from_secs) {
+        let began = Instant::now();
+        let stopped = bench.adapt(&guests().join("debian.raw"), Some(after));
+        let took = began.elapsed().saturating_sub(after);
+        println!("stopped after {after:?}: gone {took:?} later");
+        assert!(stopped.is_err() && took < Duration::from_secs(1), "{stopped:?} {took:?}");
+        assert!(working_on(&bench.base).is_empty(), "{:?}", working_on(&bench.base));
+    }
+    let names: Vec<_> = std::fs::read_dir(&bench.part).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names, ["disk-0.raw"]);
+    std::fs::remove_dir_all(&bench.base).unwrap();
 }

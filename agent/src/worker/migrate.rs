@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use shared::deploy::Wish;
 use shared::error::Code;
+use shared::guest::Guest;
 use shared::migrate::{Adapt, BootProof, Target, Warm};
 use shared::options::{JobType, Options};
 use shared::vault::{self, Dir};
@@ -27,9 +28,10 @@ use shared::vm::Vm;
 use super::{End, Failure, result_name};
 use crate::Agent;
 use crate::deploy::{self, Standing};
-use crate::guest::{GuestDisk, Subject, boot};
+use crate::guest::{GuestDisk, Subject, adapt, boot, inspect};
 use crate::held::Assignment;
 use crate::pipeline::Outcome;
+use crate::sources::local::Local;
 use crate::touched::{self, Halted};
 
 /// Name of the receipt in the published folder.
@@ -40,7 +42,7 @@ const VERSION: u32 = 1;
 /// What came of the adaptation.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum Adapted {
+enum Readiness {
     /// virt-v2v-in-place did it.
     Adapted,
     /// The guest is ready as it is.
@@ -61,7 +63,7 @@ struct Progress {
     /// When the source was read, RFC 3339.
     sealed_at: String,
     /// What came of the adaptation, and why; none as long as it was not tried.
-    adapted: Option<(Adapted, String)>,
+    adapted: Option<(Readiness, String)>,
     /// The disks that the VM will have: bare name, format, bytes.
     disks: Vec<(String, String, u64)>,
     /// How the boot proof went, once it has passed.
@@ -243,8 +245,8 @@ impl<'a> Migration<'a> {
         let cause = proof.cause.as_deref().unwrap_or("no sign of life");
         self.log("error", "deploying", format!("the end of its console:\n{}", proof.console_tail));
         let hint = match &progress.adapted {
-            Some((Adapted::NotAdapted, why)) => format!("; it was converted, not adapted: {why}"),
-            Some((Adapted::Off, _)) => "; `adapt` was `never`".to_owned(),
+            Some((Readiness::NotAdapted, why)) => format!("; it was converted, not adapted: {why}"),
+            Some((Readiness::Off, _)) => "; `adapt` was `never`".to_owned(),
             _ => String::new(),
         };
         let message = format!("the boot proof failed after {:.0} s: {cause}{hint}; the verified disks are kept for a retry", proof.seconds);
@@ -256,23 +258,54 @@ impl<'a> Migration<'a> {
 
     /// Tries the adaptation. Its disks are overlays over the verified ones.
     fn adapt(&self, part: &Dir, path: &Path, progress: &mut Progress) -> Result<(), End> {
-        let disks = disks_in(path, progress);
         let outcome = match self.adapt {
-            Adapt::Never => (Adapted::Off, "nobody wanted it".to_owned()),
-            wanted => {
-                let _ = (wanted, &disks, part);
-                (Adapted::NotAdapted, "not built yet".to_owned())
-            }
+            Adapt::Never => (Readiness::Off, "nobody wanted it".to_owned()),
+            Adapt::Auto => match look(part, progress).as_ref().and_then(adapt::is_ready) {
+                Some(why) => (Readiness::NotNeeded, why),
+                None => self.convert(part, path, progress)?,
+            },
+            Adapt::Always => self.convert(part, path, progress)?,
         };
         let (level, line) = match &outcome {
-            (Adapted::Adapted, how) => ("info", format!("adapted: {how}")),
-            (Adapted::NotNeeded, why) => ("info", format!("not adapted, as it needs none: {why}")),
-            (Adapted::NotAdapted, why) => ("warn", format!("converted, not adapted: {why}")),
-            (Adapted::Off, _) => ("info", "not adapted: `adapt` is `never`".to_owned()),
+            (Readiness::Adapted, how) => ("info", format!("adapted: {how}")),
+            (Readiness::NotNeeded, why) => ("info", format!("not adapted, as it needs none: {why}")),
+            (Readiness::NotAdapted, why) => ("warn", format!("converted, not adapted: {why}")),
+            (Readiness::Off, _) => ("info", "not adapted: `adapt` is `never`".to_owned()),
         };
         self.log(level, "adapting", line);
         progress.adapted = Some(outcome);
         Ok(())
+    }
+
+    /// Has the adaptation done; the disks are the overlays then.
+    fn convert(&self, part: &Dir, path: &Path, progress: &mut Progress) -> Result<(Readiness, String), End> {
+        let wish = Wish { mac: Some(progress.mac.clone()), ..self.target.wish.clone() };
+        let disks = disks_in(path, progress);
+        let subject = Subject { wish: &wish, disks: &disks, folder: part, path };
+        let bus = progress.vm.disks.first().map(|disk| disk.bus.clone()).unwrap_or_default();
+        let mut log = |line: &str| self.log("info", "adapting", line);
+        let done = match adapt::adapt(self.agent, self.held, &subject, &bus, &mut log).map_err(Failure::from)? {
+            adapt::Outcome::Adapted(done) => done,
+            adapt::Outcome::NotRecognised(words) => {
+                return Ok((Readiness::NotAdapted, format!("virt-v2v does not know this guest: {words}")));
+            }
+            adapt::Outcome::Missing(what) => return Ok((Readiness::NotAdapted, what)),
+            adapt::Outcome::Failed(words) => return Ok((Readiness::NotAdapted, format!("virt-v2v failed: {words}"))),
+        };
+        for warning in &done.warnings {
+            self.log("warn", "adapting", warning);
+        }
+        let named = |disk: &GuestDisk| Some((disk.path.file_name()?.to_str()?.to_owned(), disk.format.to_owned(), disk.capacity));
+        progress.disks = done.disks.iter().filter_map(named).collect();
+        let names = match done.pinned.as_slice() {
+            [] => String::new(),
+            pinned => format!("; interfaces keep their names: {}", pinned.join(", ")),
+        };
+        let virtio = match done.virtio {
+            Some(false) => "; it has no virtio drivers: give it `disk_bus: sata` and `nic_model: e1000`",
+            _ => "",
+        };
+        Ok((Readiness::Adapted, format!("by virt-v2v-in-place{names}{virtio}")))
     }
 
     /// From a sealed copy on: the guest is made ready and boots, the folder gets its name by `publish`, the VM is made.
@@ -399,6 +432,13 @@ fn shown(proof: &boot::Proof, folder: &Path) -> Value {
 pub(super) fn disks_of(outcome: &Outcome) -> Vec<(String, String, u64)> {
     let format = |name: &str| outcome.files.iter().find(|file| file.path == name).map_or("qcow2", |file| file.format.as_str()).to_owned();
     outcome.disks.iter().map(|disk| (disk.file.clone(), format(&disk.file), disk.capacity)).collect()
+}
+
+/// A look into the guest on these disks; nothing where they cannot be opened.
+fn look(part: &Dir, progress: &Progress) -> Option<Guest> {
+    let folder = Local::new(part.try_clone().ok()?);
+    let open = |(name, format, _): &(String, String, u64)| Some(folder.open_declared(Path::new(name), format).ok()?.disk);
+    Some(inspect::inspect(&progress.disks.iter().map(open).collect::<Option<Vec<_>>>()?))
 }
 
 fn disks_in(folder: &Path, progress: &Progress) -> Vec<GuestDisk> {
