@@ -16,7 +16,7 @@ use crate::harness::{Scratch, binary};
 const MIB: u64 = 1 << 20;
 
 /// Runs `hypersdk` with a home of its own.
-fn hypersdk(home: &Path, args: &[&str], env: &[(&str, &str)]) -> (i32, String, String) {
+pub fn hypersdk(home: &Path, args: &[&str], env: &[(&str, &str)]) -> (i32, String, String) {
     let mut command = Command::new(binary("hypersdk"));
     // What the harness takes out of the environment must be set after that.
     command.args(args).current_dir(home);
@@ -29,8 +29,9 @@ fn hypersdk(home: &Path, args: &[&str], env: &[(&str, &str)]) -> (i32, String, S
     (status.code().unwrap_or(-1), text(stdout), text(stderr))
 }
 
+/// What it printed, where it ended well.
 #[track_caller]
-fn done(result: (i32, String, String)) -> String {
+pub fn done(result: (i32, String, String)) -> String {
     assert_eq!(result.0, 0, "{}\n{}", result.1, result.2);
     result.1
 }

@@ -9,10 +9,12 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::harness::client::{Client, file_of};
+use crate::harness::double::{self, Double, Kind, USER};
 use crate::harness::fleet::{Fleet, PASSWORD, Plan};
 use crate::harness::images::{convert, pattern};
-use crate::harness::process::run;
-use crate::harness::{lab, seconds, workspace};
+use crate::harness::libvirtd::{self, Domain, virsh};
+use crate::harness::process::{output, run};
+use crate::harness::{lab, seconds, wait_for, workspace};
 
 /// `cargo test` without `tests/run` must not start what takes half an hour; it is told so instead.
 fn only_when_asked() {
@@ -67,4 +69,77 @@ async fn a_token_runs_out() {
     client.get("/auth/me").await.expect(200);
     tokio::time::sleep(Duration::from_secs(63)).await;
     client.get("/auth/me").await.refused(401, "unauthorized");
+}
+
+/// A Debian whose initrd knows only VMware's hardware: as it is it stops in the initramfs, and the job says so; adapted it comes up as a domain
+/// that has its address and answers.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_debian_of_vcenter_becomes_a_domain_that_answers() {
+    only_when_asked();
+    let dir = lab().join("debian");
+    run(Command::new(workspace().join("tests/lab/guest/debian.sh")).arg(&dir).env("MODULES", "vmware"));
+    let payload = std::fs::read_to_string(dir.join("payload.sha256")).unwrap().trim().to_owned();
+    let fleet = crate::migrate::fleet("debian", |_| {}).await;
+    libvirtd::default_network();
+    let double = Double::start(&fleet.scratch, Kind::Vcenter, &dir.join("debian.raw")).await;
+    let account =
+        json!({"provider": "vsphere", "name": "vc", "host": double.host, "username": USER, "password": double::PASSWORD, "insecure": true});
+    fleet.client.post("/providers/connect", account).await.expect(201);
+    let vm = Kind::Vcenter.vm();
+    let name = format!("debian-{}", shared::ids::random_hex::<4>());
+    let order = |adapt: &str| {
+        let target = json!({"target": "libvirt", "name": name, "cpu": 2, "memory_mb": 512, "network": "default"});
+        let options = json!({"target": target, "adapt": adapt, "boot_proof": {"network": true, "timeout_seconds": 300}});
+        json!({"type": "migrate", "provider": "vc", "vm_name": vm, "options": options})
+    };
+
+    let plan = {
+        let mut body = order("auto");
+        body["options"]["dry_run"] = json!(true);
+        fleet.client.post("/jobs", body).await.expect(200).body
+    };
+    println!("{:#}", plan["warnings"]);
+    let dead = fleet.client.create_job(order("never")).await;
+    let dead = fleet.client.ended(&dead, seconds(400)).await;
+    println!("unadapted: {}", dead["error"]);
+    assert_eq!((&dead["status"], &dead["error_code"]), (&json!("failed"), &json!("verification_failed")), "{dead:#}");
+    assert!(dead["result"]["boot_proof"]["console_tail"].as_str().unwrap().contains("initramfs"), "{dead:#}");
+
+    let id = fleet.client.create_job(order("auto")).await;
+    let job = fleet.client.completed(&id, seconds(900)).await;
+    println!("{}", fleet.client.log(&id).await);
+    let (result, proof) = (&job["result"], &job["result"]["boot_proof"]);
+    println!("{:#}\n{:#}", result["adapted"], json!({"sign": proof["sign"], "seconds": proof["seconds"], "address": proof["address"]}));
+    let domain = Domain::adopt(&name, result["domain"]["uuid"].as_str().unwrap());
+    let console = domain.console();
+    assert_eq!(
+        (&result["adapted"]["status"], &proof["passed"], &proof["pinged"]),
+        (&json!("adapted"), &json!(true), &json!(true)),
+        "{result:#}"
+    );
+    let mac = result["domain"]["mac"].as_str().unwrap();
+    let address = wait_for("the domain to have an address", seconds(180), async || {
+        let leases = virsh(&["net-dhcp-leases", "default", "--mac", mac]);
+        let address = leases.split_whitespace().find_map(|word| word.strip_suffix("/24").map(str::to_owned));
+        address.ok_or_else(|| format!("{leases}\n{}", console.said()))
+    })
+    .await;
+    wait_for("the domain to answer", seconds(60), async || {
+        let said = output(Command::new("busybox").args(["ping", "-c", "1", "-W", "2", &address]));
+        if said.status.success() { Ok(()) } else { Err(format!("{address}\n{}", console.said())) }
+    })
+    .await;
+    let hears = async |line: &str, text: &str| {
+        wait_for(&format!("the console to say {text:?} after {line:?}"), seconds(60), async || {
+            domain.type_in(line);
+            tokio::time::sleep(Duration::from_secs(4)).await;
+            let said = console.said();
+            if said.contains(text) { Ok(()) } else { Err(said) }
+        })
+        .await;
+    };
+    hears("root", "Password").await;
+    hears("migrate", "#").await;
+    hears("sha256sum /root/payload.bin", &payload).await;
+    assert_eq!(fleet.client.get(&format!("/vms/vc/{vm}")).await.expect(200).body["power_state"], "poweredOff");
 }

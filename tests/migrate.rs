@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
+use crate::cli::{done, hypersdk};
 use crate::harness::client::file_of;
 use crate::harness::double::{self, Double, Kind, USER};
-use crate::harness::fleet::{Fleet, Plan};
+use crate::harness::fleet::{Fleet, PASSWORD, Plan};
 use crate::harness::images::{convert, guest, identical, link};
 use crate::harness::libvirtd::{self, Domain, URI, virsh};
 use crate::harness::{seconds, wait_for};
@@ -18,7 +19,7 @@ use crate::harness::{seconds, wait_for};
 const UP: &str = "TINYGUEST-LOGIN ready";
 
 /// A fleet whose agent serves libvirt and emulates CPUs (KVM is there and runs no guest everywhere).
-async fn fleet(name: &str, fill: impl FnOnce(&Path)) -> Fleet {
+pub async fn fleet(name: &str, fill: impl FnOnce(&Path)) -> Fleet {
     libvirtd::start();
     let mut fleet = Fleet::start(name, Plan::plain(), fill).await;
     fleet.agents[0].set("LIBVIRT_ACCEL", "tcg");
@@ -108,10 +109,41 @@ async fn a_vm_of_vcenter_becomes_a_running_domain() {
     let stages: Vec<&str> = plan["steps"].as_array().unwrap().iter().map(|step| step["stage"].as_str().unwrap()).collect();
     assert_eq!(stages, ["preparing", "copying", "verifying", "deploying", "publishing"], "{plan:#}");
 
+    // As a person does it.
+    let home = fleet.scratch.dir("home");
+    let login = ["login", &fleet.endpoints.rest, "--fingerprint", &fleet.endpoints.fingerprint];
+    done(hypersdk(&home, &login, &[("HYPERSDK_PASSWORD", PASSWORD)]));
+    let arguments = [
+        "migrate",
+        vm,
+        "--to",
+        "libvirt",
+        "--name",
+        &name,
+        "--cpu",
+        "1",
+        "--memory",
+        "256",
+        "--network",
+        "user",
+        "--adapt",
+        "never",
+        "--sign",
+        UP,
+    ];
+    let plan = done(hypersdk(&home, &[&arguments[..], &["--dry-run"]].concat(), &[]));
+    println!("{plan}");
+    assert!(plan.contains("deploying") && plan.lines().all(|line| line.chars().count() <= 80), "{plan}");
     let began = std::time::Instant::now();
-    let made = post(order("vc", vm, &name, json!({}))).await.expect(201).body;
-    let id = made["id"].as_str().unwrap();
-    let job = fleet.client.completed(id, seconds(180)).await;
+    let (code, said, steps) = hypersdk(&home, &[&arguments[..], &["--watch"]].concat(), &[]);
+    println!("{steps}\n{said}");
+    assert_eq!(code, 0, "{said}\n{steps}");
+    for word in ["receipt", "booted", "yes", "domain", &mac] {
+        assert!(said.contains(word), "{word}: {said}");
+    }
+    assert!(steps.contains("boot proof passed") && steps.contains("copying"), "{steps}");
+    let id = steps.split(':').next().unwrap();
+    let job = fleet.client.completed(id, seconds(10)).await;
     println!("migrated in {} s, boot proof {} s", began.elapsed().as_secs(), job["result"]["boot_proof"]["seconds"]);
     let result = &job["result"];
     let domain = Domain::adopt(&name, result["domain"]["uuid"].as_str().unwrap());
@@ -299,12 +331,16 @@ async fn a_vm_that_runs_is_copied_while_it_writes_and_is_away_for_seconds() {
     let name = new_name();
     let made = fleet.client.post("/jobs", warm(&source.name, &name, json!({"target": {"start": false}}))).await.expect(201).body;
     let id = made["id"].as_str().unwrap().to_owned();
-    said(&fleet, &id, "the VM is stopped for the last pass").await;
+    let end = std::time::Instant::now() + seconds(60);
+    while virsh(&["domstate", &source.name]).trim() != "paused" {
+        assert!(std::time::Instant::now() < end, "{}", fleet.client.log(&id).await);
+    }
     fleet.agents[0].kill();
-    let state = virsh(&["domstate", &source.name]).trim().to_owned();
+    assert_eq!(virsh(&["domstate", &source.name]).trim(), "paused");
     fleet.agents[0].start();
     let job = fleet.client.completed(&id, seconds(120)).await;
-    println!("killed while it was {state}, attempt {}: {:#}", job["attempt"], job["result"]["warm"]);
+    assert!(job["attempt"].as_u64() >= Some(2), "{job:#}");
+    println!("killed while it was stopped, attempt {}: {:#}", job["attempt"], job["result"]["warm"]);
     let target = Domain::adopt(&name, job["result"]["domain"]["uuid"].as_str().unwrap());
     listed(&fleet, &source.name, "poweredOff").await;
     assert_eq!(source.left(), (false, Vec::new(), 0));

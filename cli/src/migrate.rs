@@ -76,7 +76,7 @@ fn show(plan: &Value, style: Style) -> Outcome {
     output::line(format!("{} of {}: nothing was made.", told("type"), told("vm_name")));
     for (number, step) in plan["steps"].as_array().into_iter().flatten().enumerate() {
         let size = step["bytes"].as_u64().map(|size| format!(" ({})", output::bytes(size))).unwrap_or_default();
-        output::pairs(11, &[(&output::text(step, "stage"), format!("{}. {}{size}", number + 1, output::text(step, "does")))]);
+        wrapped(&output::text(step, "stage"), &format!("{}. {}{size}", number + 1, output::text(step, "does")));
     }
     output::pairs(
         11,
@@ -87,9 +87,28 @@ fn show(plan: &Value, style: Style) -> Outcome {
         ],
     );
     for warning in plan["warnings"].as_array().into_iter().flatten().filter_map(Value::as_str) {
-        output::pairs(11, &[("warning", warning.to_owned())]);
+        wrapped("warning", warning);
     }
     Ok(())
+}
+
+/// A name and what is to be said of it, in lines of 80 columns.
+fn wrapped(name: &str, text: &str) {
+    const NAME: usize = 13;
+    let mut line = format!("{name:<NAME$}");
+    let mut is_empty = true;
+    for word in text.split_whitespace() {
+        if !is_empty && line.chars().count() + 1 + word.chars().count() > 80 {
+            output::line(std::mem::replace(&mut line, " ".repeat(NAME)));
+            is_empty = true;
+        }
+        if !is_empty {
+            line.push(' ');
+        }
+        line.push_str(word);
+        is_empty = false;
+    }
+    output::line(line);
 }
 
 /// What a migration's result says beyond an export's.

@@ -3,7 +3,7 @@
 //! Owns: the daemons and the settings they need where nobody else runs them. Never: stands for the product.
 //! A crash here costs the tests of libvirt; the daemons end with the binary.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::Path;
 use std::process::Command;
 use std::sync::{Arc, Mutex, OnceLock};
@@ -158,6 +158,15 @@ impl Domain {
             }
         });
         Console(said)
+    }
+
+    /// Types a line at its serial console.
+    pub fn type_in(&self, line: &str) {
+        let xml = virsh(&["dumpxml", &self.name]);
+        let path =
+            xml.split("<serial type='pty'>").nth(1).and_then(|rest| rest.split("path='").nth(1)).and_then(|rest| rest.split('\'').next());
+        let mut console = std::fs::File::options().write(true).open(path.expect("a serial console")).unwrap();
+        console.write_all(format!("{line}\n").as_bytes()).unwrap();
     }
 
     /// What QEMU holds of a backup job, files that one has left, and checkpoints.

@@ -12,7 +12,7 @@
 use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use shared::error::Code;
@@ -38,7 +38,7 @@ const PIN: &str = include_str!("pin.sh");
 /// A guest that was adapted.
 #[derive(Clone, Debug, Default)]
 pub struct Done {
-    /// Overlays over the subject's disks, in order, beside them. They name what lies beneath by its bare name.
+    /// Overlays over the subject's disks, in order, beside them. They name what lies beneath by its path from there.
     pub disks: Vec<GuestDisk>,
     /// `NAME ADDRESS` of interfaces that keep their names.
     pub pinned: Vec<String>,
@@ -132,8 +132,8 @@ fn run(
 ) -> Result<Outcome, Error> {
     let mut disks = Vec::with_capacity(subject.disks.len());
     for disk in subject.disks {
-        let is_beside = disk.path.parent() == Some(subject.path);
-        let beneath = disk.path.file_name().and_then(OsStr::to_str).filter(|_| is_beside);
+        // The folder gets another name once it is published.
+        let beneath = disk.path.strip_prefix(subject.path).ok().and_then(Path::to_str);
         let beneath = beneath.map_or_else(|| disk.path.display().to_string(), str::to_owned);
         let name = name_of(disk);
         overlay(subject.folder, &name, &beneath, disk.format, disk.capacity)?;

@@ -260,6 +260,9 @@ impl<'a> Migration<'a> {
     fn adapt(&self, part: &Dir, path: &Path, progress: &mut Progress) -> Result<(), End> {
         let outcome = match self.adapt {
             Adapt::Never => (Readiness::Off, "nobody wanted it".to_owned()),
+            Adapt::Auto if self.is_at_home(&progress.vm) => {
+                (Readiness::NotNeeded, "it ran on QEMU, from disks on the bus that it has now".to_owned())
+            }
             Adapt::Auto => match look(part, progress).as_ref().and_then(adapt::is_ready) {
                 Some(why) => (Readiness::NotNeeded, why),
                 None => self.convert(part, path, progress)?,
@@ -275,6 +278,12 @@ impl<'a> Migration<'a> {
         self.log(level, "adapting", line);
         progress.adapted = Some(outcome);
         Ok(())
+    }
+
+    /// Whether the VM finds the hardware that it had.
+    fn is_at_home(&self, vm: &Vm) -> bool {
+        let bus = self.target.wish.disk_bus.as_deref().unwrap_or("virtio");
+        self.source.kind == self.target.kind && !vm.disks.is_empty() && vm.disks.iter().all(|disk| disk.bus == bus)
     }
 
     /// Has the adaptation done; the disks are the overlays then.
