@@ -32,6 +32,8 @@ const FOLDER: &str = "adapt";
 const APPLIANCE: &str = "libguestfs";
 /// How long each tool may take.
 const LONGEST: Duration = Duration::from_secs(3600);
+/// What libguestfs says of disks on which it knows no system.
+const NO_SYSTEM: &str = "no operating system was found on this disk";
 /// What binds names, run inside the guest.
 const PIN: &str = include_str!("pin.sh");
 
@@ -160,6 +162,8 @@ fn run(
                 done.warnings.extend(left.into_iter().map(|why| format!("names of network interfaces: {why}")));
             }
             Err(e @ exec::Error::Stopped(_)) => return Err(stopped(&e)),
+            // v2v looks for systems as this tool does.
+            Err(exec::Error::Failed(words)) if words == NO_SYSTEM => return Ok(Outcome::NotRecognised(words)),
             // v2v may know better what this guest is; without the names it is adapted all the same, and whoever asks is told.
             Err(e) => done.warnings.push(format!("the names of its network interfaces were not bound to their cards: {e}")),
         }
@@ -225,19 +229,24 @@ fn pin(disks: &[GuestDisk], mac: &str, how: &Long, log: &mut dyn FnMut(&str)) ->
         arguments.extend(["--format=qcow2".into(), "-a".into(), disk.path.clone()]);
     }
     arguments.extend(["-i".into(), "sh".into(), script.into()]);
-    let (mut pinned, mut left) = (Vec::new(), Vec::new());
-    exec::follow(Tool::Guestfish, &arguments, how, &mut |line| {
+    let (mut pinned, mut left, mut knows_none) = (Vec::new(), Vec::new(), false);
+    let ended = exec::follow(Tool::Guestfish, &arguments, how, &mut |line| {
+        knows_none |= line.contains(NO_SYSTEM);
         if let Some(pair) = line.strip_prefix("pinned ") {
             log(&format!("the interface keeps its name: {pair}"));
             pinned.push(pair.to_owned());
         } else if let Some(why) = line.strip_prefix("left ") {
             log(&format!("names of interfaces: {why}"));
             left.push(why.to_owned());
-        } else if !line.is_empty() {
+        } else if !line.is_empty() && !knows_none {
+            // Behind these words the tool explains itself.
             log(line);
         }
-    })?;
-    Ok((pinned, left))
+    });
+    match ended {
+        Err(exec::Error::Failed(_)) if knows_none => Err(exec::Error::Failed(NO_SYSTEM.to_owned())),
+        ended => ended.map(|()| (pinned, left)),
+    }
 }
 
 /// The script for these addresses, in lower case.

@@ -270,3 +270,40 @@ async fn what_cannot_be_adapted_says_so_and_a_stop_leaves_nothing() {
     assert_eq!(names, ["disk-0.raw"]);
     std::fs::remove_dir_all(&bench.base).unwrap();
 }
+
+/// Adapts a guest until somebody kills this process.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "is killed by the test below"]
+async fn adapted_victim() {
+    let Some(base) = std::env::var_os("HYPERSDK_VICTIM") else { return };
+    let bench = Bench::at(PathBuf::from(base));
+    let outcome = bench.adapt(&guests().join("debian.raw"), None);
+    panic!("it was not killed: {outcome:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs virt-v2v and guests; two minutes"]
+async fn kill_9_leaves_no_tool_and_no_child_of_one() {
+    for after in [5, 30, 60].map(Duration::from_secs) {
+        let base = vault::temporary_dir("guest").unwrap();
+        let mut victim = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "guest::tests::adapted_victim", "--ignored", "--nocapture"])
+            .env("HYPERSDK_VICTIM", &base)
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        std::thread::sleep(after);
+        let stood = working_on(&base);
+        victim.kill().unwrap();
+        victim.wait().unwrap();
+        let killed = Instant::now();
+        while !working_on(&base).is_empty() {
+            assert!(killed.elapsed() < Duration::from_secs(5), "{:?}", working_on(&base));
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        println!("killed after {after:?}: {} processes stood, all gone {:?} later", stood.len(), killed.elapsed());
+        assert!(!stood.is_empty());
+        std::fs::remove_dir_all(&base).unwrap();
+    }
+}
