@@ -3,6 +3,7 @@
 //! Owns: the promises about this job type on a real libvirt. Never: knows an ESXi that is not there: the double stands for it.
 //! A crash here costs the test; domains go with it.
 
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
@@ -366,4 +367,73 @@ async fn a_vm_that_runs_is_copied_while_it_writes_and_is_away_for_seconds() {
     .await;
     assert_eq!(source.left(), (false, Vec::new(), 0));
     assert!(!virsh(&["list", "--all", "--name"]).contains(&name));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_vm_of_vcenter_that_runs_is_switched_off_only_for_the_last_pass() {
+    let fleet = fleet("migrate-vc-warm", |_| {}).await;
+    let double = Double::start(&fleet.scratch, Kind::Vcenter, &guest().raw).await;
+    let account =
+        json!({"provider": "vsphere", "name": "vc", "host": double.host, "username": USER, "password": double::PASSWORD, "insecure": true});
+    fleet.client.post("/providers/connect", account).await.expect(201);
+    let vm = Kind::Vcenter.other();
+    let flat = double.disk_of(Kind::Vcenter, vm, &fleet.scratch);
+    let write = |offset: u64, length: usize, byte: u8| {
+        let file = std::fs::OpenOptions::new().write(true).open(&flat).unwrap();
+        file.write_all_at(&vec![byte; length], offset).unwrap();
+    };
+    let power = async || fleet.client.get(&format!("/vms/vc/{vm}")).await.expect(200).body["power_state"].clone();
+    let mac = fleet.client.get(&format!("/vms/vc/{vm}")).await.expect(200).body["nics"][0]["mac"].clone();
+    let begin = async |name: &str, target: Value| {
+        let more = json!({"warm": {"cutover": "manual"}, "target": target});
+        let made = fleet.client.post("/jobs", order("vc", vm, name, more)).await.expect(201).body;
+        made["id"].as_str().unwrap().to_owned()
+    };
+    let said = async |id: &str, text: &str| {
+        wait_for(&format!("{id} to say {text:?}"), seconds(90), async || {
+            let log = fleet.client.log(id).await;
+            if log.contains(text) { Ok(()) } else { Err(log) }
+        })
+        .await;
+    };
+
+    // Where the new VM cannot be made the old one is switched on again.
+    let id = begin(&new_name(), json!({"bridge": "nobridge0", "network": null})).await;
+    said(&id, "pass-1: ").await;
+    fleet.client.post(&format!("/jobs/{id}/cutover"), json!({})).await.expect(202);
+    let failed = fleet.client.ended(&id, seconds(90)).await;
+    assert!(failed["status"] == "failed" && failed["error"].as_str().unwrap().contains("nobridge0"), "{failed:#}");
+    wait_for("the source to be on again", seconds(15), async || {
+        let state = power().await;
+        if state == "poweredOn" { Ok(()) } else { Err(state.to_string()) }
+    })
+    .await;
+
+    let name = new_name();
+    let id = begin(&name, json!({"start": false, "mac": "keep"})).await;
+    said(&id, "is started (tcg)").await;
+    write(200 << 20, 3 << 20, 0x5a);
+    said(&id, "pass-1: ").await;
+    write((210 << 20) + 4096, 64 << 10, 0x77);
+    assert_eq!(power().await, "poweredOn");
+    fleet.client.post(&format!("/jobs/{id}/cutover"), json!({})).await.expect(202);
+    let job = fleet.client.completed(&id, seconds(90)).await;
+    let told = &job["result"]["warm"];
+    println!("{told:#}");
+    let passes = told["passes"].as_array().unwrap();
+    assert!(passes[0]["kind"] == "full" && passes[1..].iter().all(|pass| pass["kind"] == "incremental"), "{told:#}");
+    let changed: u64 = passes[1..].iter().map(|pass| pass["bytes_changed"].as_u64().unwrap()).sum();
+    assert_eq!(changed, (3 << 20) + (128 << 10), "{told:#}");
+    assert!(passes[1..].iter().all(|pass| pass["bytes_moved"] == pass["bytes_changed"]), "{told:#}");
+    let target = Domain::adopt(&name, job["result"]["domain"]["uuid"].as_str().unwrap());
+    assert_eq!(job["result"]["domain"]["mac"], mac);
+    assert_eq!(power().await, "poweredOff");
+    wait_for("nothing to be left at the source", seconds(30), async || {
+        let left = (double.left().await, double.tracked().await);
+        if left == ((0, 0), 0) { Ok(()) } else { Err(format!("{left:?}")) }
+    })
+    .await;
+    let copy = PathBuf::from(job["result"]["domain"]["disk_path"].as_str().unwrap());
+    identical(("raw", &flat), ("qcow2", &copy));
+    drop(target);
 }
