@@ -6,15 +6,16 @@
 use std::process::Command;
 use std::time::Duration;
 
+use rand::RngExt as _;
 use serde_json::json;
 
 use crate::harness::client::{Client, file_of};
 use crate::harness::double::{self, Double, Kind, USER};
 use crate::harness::fleet::{Fleet, PASSWORD, Plan};
-use crate::harness::images::{convert, pattern};
+use crate::harness::images::{convert, pattern, written};
 use crate::harness::libvirtd::{self, Domain, virsh};
 use crate::harness::process::{output, run};
-use crate::harness::{lab, seconds, wait_for, workspace};
+use crate::harness::{lab, random, seconds, wait_for, workspace};
 
 /// `cargo test` without `tests/run` must not start what takes half an hour; it is told so instead.
 fn only_when_asked() {
@@ -142,4 +143,43 @@ async fn a_debian_of_vcenter_becomes_a_domain_that_answers() {
     hears("migrate", "#").await;
     hears("sha256sum /root/payload.bin", &payload).await;
     assert_eq!(fleet.client.get(&format!("/vms/vc/{vm}")).await.expect(200).body["power_state"], "poweredOff");
+}
+
+/// A guest that writes is exported while it runs, and the agent is killed at some moment of each export: each job ends well, each copy is a
+/// whole file system that has all that the guest was told is safe when the job was made, and nothing is left at the domain.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn hot_exports_of_a_guest_that_writes_bear_fifty_kills() {
+    only_when_asked();
+    let mut fleet = crate::migrate::fleet("hot-kills", |_| {}).await;
+    let (domain, _) = crate::migrate::running(&fleet, "hot");
+    let console = domain.console();
+    let said = || crate::migrate::acknowledged(&console);
+    wait_for("the guest to write", seconds(60), async || if said() > 1 { Ok(()) } else { Err(console.said()) }).await;
+    wait_for("it to be listed", seconds(15), async || {
+        let answer = fleet.client.get(&format!("/vms/kvm/{}", domain.name)).await;
+        if answer.status == 200 && answer.body["power_state"] == "poweredOn" { Ok(()) } else { Err(answer.text) }
+    })
+    .await;
+    let mut random = random("hot-kills");
+    let mut hits = 0;
+    for run in 0..50 {
+        let before = said();
+        let order = json!({"type": "export", "provider": "kvm", "vm_name": domain.name, "format": "raw"});
+        let id = fleet.client.create_job(order).await;
+        tokio::time::sleep(Duration::from_millis(random.random_range(0..1200))).await;
+        hits += u32::from(fleet.client.job(&id).await["status"] == "running");
+        fleet.agents[0].kill();
+        fleet.agents[0].start();
+        let job = fleet.client.completed(&id, seconds(120)).await;
+        let log = written(&file_of(&job, ".raw"));
+        assert!((before..=said() + 1).contains(&log), "run {run}: {log} is there, {before} was told before, {} by now", said());
+        wait_for("nothing to be left", seconds(30), async || {
+            let left = domain.left();
+            if left == (false, Vec::new(), 0) { Ok(()) } else { Err(format!("run {run}: {left:?}")) }
+        })
+        .await;
+        fleet.client.delete(&format!("/exports/{id}")).await.expect(204);
+    }
+    println!("{hits} of 50 kills met a running job; the guest wrote {} times", said());
+    assert!(hits > 20);
 }

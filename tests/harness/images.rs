@@ -33,6 +33,40 @@ pub fn guest() -> &'static Guest {
     })
 }
 
+/// The guest that keeps writing: it says `TINYGUEST-WRITE N` once that number stands in the file `log` of its second partition.
+pub fn writer() -> &'static Path {
+    static WRITER: OnceLock<PathBuf> = OnceLock::new();
+    WRITER.get_or_init(|| {
+        let (dir, from) = (lab().join("writer"), guest().raw.parent().unwrap());
+        std::fs::create_dir_all(&dir).unwrap();
+        // The kernel's package is there already.
+        for entry in std::fs::read_dir(from).unwrap().flatten() {
+            let (path, name) = (entry.path(), entry.file_name());
+            if path.extension().is_some_and(|ending| ending == "deb") && !dir.join(&name).exists() {
+                link(&path, &dir.join(&name));
+            }
+        }
+        run(Command::new(workspace().join("tests/lab/guest/tiny.sh")).arg(&dir).env("APPEND", "writer"));
+        dir.join("tiny.raw")
+    })
+}
+
+/// The number in the writing guest's `log` on this raw disk, whose file system must be whole once its journal was replayed.
+pub fn written(disk: &Path) -> u64 {
+    const START: u64 = 133_120 * 512;
+    let part = disk.with_extension("part");
+    let mut from = File::open(disk).unwrap();
+    std::io::Seek::seek(&mut from, std::io::SeekFrom::Start(START)).unwrap();
+    std::io::copy(&mut from, &mut File::create(&part).unwrap()).unwrap();
+    // 1: the journal was replayed, nothing else was to be done. What it says of more is in the text.
+    let checked = output(Command::new("e2fsck").args(["-fy"]).arg(&part));
+    let said = String::from_utf8_lossy(&checked.stdout).into_owned();
+    assert!(matches!(checked.status.code(), Some(0 | 1)) && !said.contains("Fix<y>") && !said.contains("FIXED"), "{said}");
+    let log = run(Command::new("debugfs").args(["-R", "cat /log"]).arg(&part));
+    std::fs::remove_file(part).unwrap();
+    log.trim().parse().unwrap_or_else(|_| panic!("the log says {log:?}"))
+}
+
 /// The same bytes under another name, without a copy.
 pub fn link(from: &Path, to: &Path) {
     std::fs::hard_link(from, to).unwrap();

@@ -4,7 +4,7 @@
 #
 #   tiny.sh DIR     makes DIR/tiny.raw and DIR/payload.sha256, unless they are there and made by this very script
 #
-# Kernel arguments (env APPEND): `writer` keeps changing the data partition, `poweroff` stops after the payload was printed.
+# Kernel arguments (env APPEND): `writer` keeps changing the data partition, and says what is safe there (file `log`: the same number), `poweroff` stops after the payload was printed.
 # Packages: busybox-static cpio kmod fdisk e2fsprogs mtools syslinux, and apt-get for the kernel's package.
 set -euo pipefail
 export LC_ALL=C PATH="$PATH:/usr/sbin:/sbin"
@@ -73,7 +73,7 @@ for p in /dev/${D}?*; do [ -b $p ] && echo "TINYGUEST-PART $p sectors=$(cat /sys
 mount -o ro /dev/${D}2 /mnt 2>/dev/null && { echo "TINYGUEST-DATA $(sha256sum /mnt/payload.bin | cut -c1-64)"; cat /mnt/hello.txt; umount /mnt; }
 grep -q writer /proc/cmdline && {
   mount /dev/${D}2 /mnt; i=0
-  while :; do i=$((i+1)); dd if=/dev/urandom of=/mnt/w.$((i%8)) bs=64k count=4 2>/dev/null; sync; echo "TINYGUEST-WRITE $i"; sleep 1; done; }
+  while :; do i=$((i+1)); dd if=/dev/urandom of=/mnt/w.$((i%8)) bs=64k count=4 2>/dev/null; echo $i > /mnt/log; sync; echo "TINYGUEST-WRITE $i"; sleep 1; done; }
 grep -q poweroff /proc/cmdline && poweroff -f
 echo "TINYGUEST-LOGIN ready"; exec setsid sh -c 'exec sh </dev/ttyS0 >/dev/ttyS0 2>&1'
 INIT
