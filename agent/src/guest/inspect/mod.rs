@@ -1,7 +1,7 @@
 //! A look into a guest by its disks alone: read-only, in this process, in milliseconds.
 //!
 //! ```text
-//! disks ─► volume (a bounded cache) ─► partitions, lvm ─► content (what lies in each) ─► ext, fat, ntfs (files)
+//! disks ─► volume (a bounded cache) ─► partitions, lvm ─► content (what lies in each) ─► ext, xfs, fat, ntfs (files)
 //!                                                                                          └─► linux, initrd, network, windows, loader
 //! ```
 //! Owns: which file system is the guest's root, what is mounted into it, and the bounds of a look: time, bytes, memory.
@@ -23,6 +23,7 @@ mod tests;
 mod tree;
 mod volume;
 mod windows;
+mod xfs;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -35,6 +36,7 @@ use self::fat::Fat;
 use self::ntfs::Ntfs;
 use self::tree::{Rooted, Tree};
 use self::volume::{Blocks, Bounds, Volume};
+use self::xfs::Xfs;
 use crate::formats::Disk;
 
 /// How long a look may take.
@@ -195,7 +197,8 @@ fn files(guest: &mut Guest, holder: &Holder) -> Option<Box<dyn Tree>> {
         "vfat" => Fat::open(&holder.volume).map(|fs| Box::new(fs) as Box<dyn Tree>),
         "ntfs" => Ntfs::open(&holder.volume).map(|fs| Box::new(fs) as Box<dyn Tree>),
         "luks" | "bitlocker" => Err(std::io::Error::other("it is encrypted")),
-        kind @ ("xfs" | "btrfs" | "exfat" | "raid") => Err(std::io::Error::other(format!("the files of {kind} are not read here"))),
+        "xfs" => Xfs::open(&holder.volume).map(|fs| Box::new(fs) as Box<dyn Tree>),
+        kind @ ("btrfs" | "exfat" | "raid") => Err(std::io::Error::other(format!("the files of {kind} are not read here"))),
         _ => return None,
     };
     let unknown = match opened {
