@@ -168,6 +168,30 @@ fn a_root_in_a_logical_volume_is_found() {
     assert!(guest.volume_groups[0].volumes[2].content.unknown.contains("thin"));
 }
 
+/// /boot on a FAT of another disk is found by its UUID; where it is not there, nobody says that there is no kernel.
+#[test]
+fn what_is_mounted_into_a_root_belongs_to_it() {
+    let root = root();
+    let boot = Folder::new();
+    let image = boot.path().join("boot.img");
+    std::fs::File::create(&image).unwrap().set_len(8 << 20).unwrap();
+    run("mformat", &["-i", image.to_str().unwrap(), "-N", "1234abcd", "-T", "16384", "-h", "16", "-s", "32", "::"], "");
+    for name in [format!("vmlinuz-{VERSION}"), format!("initrd.img-{VERSION}")] {
+        let from = root.path().join("boot").join(&name);
+        run("mcopy", &["-i", image.to_str().unwrap(), from.to_str().unwrap(), "::/"], "");
+    }
+    std::fs::remove_dir_all(root.path().join("boot")).unwrap();
+    root.file("etc/fstab", format!("UUID={UUID} / ext4\nUUID=1234-ABCD /boot vfat\nUUID=ffff /usr ext4\n").as_bytes());
+    let disks: [Arc<dyn Disk>; 2] =
+        [Arc::new(Memory(disk(&filled(&root, 16, "^has_journal")))), Arc::new(Memory(std::fs::read(&image).unwrap()))];
+    let whole = inspect(&disks);
+    assert_eq!((whole.kernels[0].path.clone(), whole.virtio), (format!("/boot/vmlinuz-{VERSION}"), Answer::No), "{whole:#?}");
+    assert!(whole.notes.iter().any(|note| note.contains("/usr (UUID=ffff)")), "{:?}", whole.notes);
+    assert_eq!((whole.software.vmware_tools, whole.software.guest_agent), (Answer::Yes, Answer::Unknown));
+    let alone = inspect(&disks[..1]);
+    assert!(alone.virtio == Answer::Unknown && alone.notes.iter().any(|note| note.contains("/boot (UUID=1234-ABCD)")), "{:?}", alone.notes);
+}
+
 /// A file system of each kind that is only told, and an encrypted one: unknown, with the reason.
 #[test]
 fn what_is_not_read_is_unknown_with_a_reason() {
