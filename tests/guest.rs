@@ -57,6 +57,7 @@ pub async fn a_debian_without_virtio(raw: &Path) {
         assert_eq!((&mount["by"], &mount["changes"], &mount["at"]), (&json!("uuid"), &json!(false), &json!("/")), "{seen:#}");
         assert_eq!((&seen["interfaces"][0]["name"], &seen["interfaces"][0]["changes"]), (&json!("ens192"), &json!(true)), "{seen:#}");
         assert_eq!((&seen["boot"]["firmware"], &seen["boot"]["loaders"][0]["kind"]), (&json!("bios"), &json!("grub")), "{seen:#}");
+        assert_eq!(seen["boot"]["serial_console"], true, "{seen:#}");
         assert_eq!((&seen["software"]["vmware_tools"], &seen["software"]["grub_mkconfig"]), (&json!("no"), &json!("yes")), "{seen:#}");
         assert_eq!(seen["notes"], json!([]), "{seen:#}");
         let bad: Vec<_> = checks(&fleet.client, vm).await.into_iter().filter(|check| check["status"] != "pass").collect();

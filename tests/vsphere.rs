@@ -109,6 +109,12 @@ async fn whole_way(kind: Kind) {
     let asked = json!({"provider": "vc", "vm_name": off["path"]});
     let browsed = fleet.client.post("/vms/browse", asked).await.expect(200).body;
     assert_eq!(browsed["id"], off["id"], "{browsed:#}");
+    let inside = &browsed["inspection"];
+    if kind == Kind::Vcenter {
+        assert_eq!(inside["kernels"][0]["virtio_blk"], "initrd", "{browsed:#}");
+    }
+    println!("{kind:?}: looked inside in {} ms, {} KiB read", inside["took_ms"], inside["read_bytes"].as_u64().unwrap() >> 10);
+    assert_eq!(double.left().await, (0, 0), "leases and snapshots after a look");
     assert_eq!(fleet.client.post("/providers/vc/test", json!({})).await.expect(200).body["ok"], true);
     let capable = fleet.client.get("/providers/capabilities").await.expect(200).body;
     let capable = capable["data"].as_array().unwrap().iter().find(|row| row["kind"] == "vsphere").unwrap().clone();

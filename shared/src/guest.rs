@@ -109,6 +109,8 @@ pub struct Boot {
     pub root_argument: String,
     /// Whether interfaces keep the kernel's own names (`net.ifnames=0`).
     pub kernel_names: bool,
+    /// Whether the kernel speaks on a serial port (`console=ttyS…`), where a boot proof can hear it.
+    pub serial_console: bool,
 }
 
 /// A boot loader.
@@ -210,6 +212,19 @@ pub struct Software {
     pub grub_mkconfig: Answer,
 }
 
+impl Software {
+    /// The same from a look that did not see everything: what was found is there, what was not may be.
+    #[must_use]
+    pub fn only_yes(mut self) -> Self {
+        for answer in [&mut self.vmware_tools, &mut self.guest_agent, &mut self.cloud_init, &mut self.grub_mkconfig] {
+            if *answer == Answer::No {
+                *answer = Answer::Unknown;
+            }
+        }
+        self
+    }
+}
+
 /// A partition, or a disk without any.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -235,6 +250,13 @@ pub struct Partition {
     /// What lies in it.
     #[serde(flatten)]
     pub content: Content,
+}
+
+impl Partition {
+    /// Where it is, in words: `disk 0, partition 1`; `disk 0` where that has none.
+    pub fn place(&self) -> String {
+        if self.number == 0 { format!("disk {}", self.disk) } else { format!("disk {}, partition {}", self.disk, self.number) }
+    }
 }
 
 /// What lies in a partition or a logical volume.

@@ -122,7 +122,7 @@ impl Guest {
     fn encrypted(&self) -> Option<Finding> {
         let locked = |kind: &str| matches!(kind, "luks" | "bitlocker");
         let partitions = self.partitions.iter().filter(|p| locked(&p.content.file_system));
-        let partitions = partitions.map(|p| format!("disk {}, partition {} ({})", p.disk, p.number, p.content.file_system));
+        let partitions = partitions.map(|p| format!("{} ({})", p.place(), p.content.file_system));
         let volumes = self.volume_groups.iter().flat_map(|group| group.volumes.iter().map(move |volume| (group, volume)));
         let volumes = volumes.filter(|(_, volume)| locked(&volume.content.file_system));
         let volumes = volumes.map(|(group, volume)| format!("{}/{} ({})", group.name, volume.name, volume.content.file_system));

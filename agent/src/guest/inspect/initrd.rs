@@ -18,6 +18,8 @@ const MAX_NAME: usize = 4096;
 /// Window of a decompressor: zstd as a power of two, xz in bytes.
 const ZSTD_WINDOW: u32 = 25;
 const XZ_WINDOW: usize = 32 << 20;
+/// Most bytes that xz is shown at once.
+const XZ_INPUT: usize = 256 << 10;
 /// Bytes of a block of lz4's older frame, unpacked; packed it may be a little more.
 const LZ4_BLOCK: usize = 8 << 20;
 /// How deep archives lie in one another.
@@ -295,12 +297,12 @@ impl Read for Xz<'_, '_> {
                     if given > 0 {
                         return Ok(given);
                     }
-                    if is_end && taken == 0 {
+                    if taken == 0 && (is_end || before > XZ_INPUT) {
                         return Err(io::ErrorKind::UnexpectedEof.into());
                     }
                     wanted = if taken == 0 { before + 1 } else { 0 };
                 }
-                Err(XzError::NeedsLargerInputBuffer) if !is_end => wanted = before + 1,
+                Err(XzError::NeedsLargerInputBuffer) if !is_end && before < XZ_INPUT => wanted = before + 1,
                 Err(e) => return Err(io::Error::new(io::ErrorKind::InvalidData, format!("xz: {e:?}"))),
             }
         }

@@ -23,7 +23,8 @@ pub fn in_sector(volume: &Volume, place: &str) -> Option<Loader> {
         () if sector.get(3..11)? == b"EXTLINUX" => "extlinux",
         () if has(b"GRUB") => "grub",
         () if has(b"LILO") => "lilo",
-        () if sector.get(3..7)? == b"NTFS" && has(b"BOOTMGR") => "windows",
+        () if has(b"Invalid partition table") && has(b"Error loading operating system") => "windows",
+        () if sector.get(3..7)? == b"NTFS" && sector.windows(7).any(|window| window == b"BOOTMGR") => "windows",
         () => return None,
     };
     Some(Loader { kind: kind.to_owned(), firmware: "bios".to_owned(), at: place.to_owned() })
@@ -106,6 +107,7 @@ fn take(line: &str, boot: &mut Boot) {
             boot.root_argument = clean(root);
         }
         boot.kernel_names |= word == "net.ifnames=0";
+        boot.serial_console |= word.starts_with("console=ttyS");
     }
 }
 
@@ -125,6 +127,7 @@ mod tests {
         assert_eq!(sector(0x180, b"GRUB \0Geom\0").as_deref(), Some("grub"));
         assert_eq!(sector(3, b"SYSLINUX").as_deref(), Some("syslinux"));
         assert_eq!(sector(3, b"NTFS    "), None);
+        assert_eq!(sector(0x163, b"Invalid partition table\0Error loading operating system\0").as_deref(), Some("windows"));
         assert_eq!(sector(500, b"GRUB"), None);
         assert_eq!(kind("debian", "shimx64.efi"), Some("grub"));
         assert_eq!(kind("microsoft", "bootmgfw.efi"), Some("windows"));
@@ -134,8 +137,8 @@ mod tests {
     #[test]
     fn arguments_are_taken_from_the_first_that_has_them() {
         let mut boot = Boot::default();
-        take("linux /boot/vmlinuz root=UUID=1 ro net.ifnames=0", &mut boot);
+        take("linux /boot/vmlinuz root=UUID=1 ro net.ifnames=0 console=ttyS0,115200", &mut boot);
         take("linux /boot/vmlinuz root=/dev/sda1 ro", &mut boot);
-        assert!(boot.root_argument == "UUID=1" && boot.kernel_names);
+        assert!(boot.root_argument == "UUID=1" && boot.kernel_names && boot.serial_console);
     }
 }

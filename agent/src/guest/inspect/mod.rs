@@ -1,7 +1,7 @@
 //! A look into a guest by its disks alone: read-only, in this process, in milliseconds.
 //!
 //! ```text
-//! disks ─► volume (a bounded cache) ─► partitions, lvm ─► content (what lies in each) ─► ext, fat, ntfs (files)
+//! disks ─► volume (a bounded cache) ─► partitions, lvm ─► content (what lies in each) ─► ext, xfs, fat, ntfs (files)
 //!                                                                                          └─► linux, initrd, network, windows, loader
 //! ```
 //! Owns: which file system is the guest's root, what is mounted into it, and the bounds of a look: time, bytes, memory.
@@ -23,6 +23,7 @@ mod tests;
 mod tree;
 mod volume;
 mod windows;
+mod xfs;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -35,6 +36,7 @@ use self::fat::Fat;
 use self::ntfs::Ntfs;
 use self::tree::{Rooted, Tree};
 use self::volume::{Blocks, Bounds, Volume};
+use self::xfs::Xfs;
 use crate::formats::Disk;
 
 /// How long a look may take.
@@ -43,6 +45,8 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const MOST: u64 = 1 << 30;
 /// Most disks of a VM that are looked at.
 const MAX_DISKS: usize = 16;
+/// Parts of a Linux that may lie apart, and that a look needs.
+const PARTS: [&str; 3] = ["/boot", "/usr", "/var"];
 /// Longest word of a guest that is told, characters.
 const LONGEST: usize = 200;
 
@@ -195,7 +199,8 @@ fn files(guest: &mut Guest, holder: &Holder) -> Option<Box<dyn Tree>> {
         "vfat" => Fat::open(&holder.volume).map(|fs| Box::new(fs) as Box<dyn Tree>),
         "ntfs" => Ntfs::open(&holder.volume).map(|fs| Box::new(fs) as Box<dyn Tree>),
         "luks" | "bitlocker" => Err(std::io::Error::other("it is encrypted")),
-        kind @ ("xfs" | "btrfs" | "exfat" | "raid") => Err(std::io::Error::other(format!("the files of {kind} are not read here"))),
+        "xfs" => Xfs::open(&holder.volume).map(|fs| Box::new(fs) as Box<dyn Tree>),
+        kind @ ("btrfs" | "exfat" | "raid") => Err(std::io::Error::other(format!("the files of {kind} are not read here"))),
         _ => return None,
     };
     let unknown = match opened {
@@ -222,16 +227,21 @@ fn operating_system(guest: &mut Guest, places: &[Found<'_>], blocks: &Blocks) {
         guest.system = System { root: holder.place.name(), ..system };
         let mut rooted = Rooted::new(tree.as_ref());
         guest.mounts = linux::fstab(&rooted.text("/etc/fstab", linux::MAX_TEXT).unwrap_or_default());
+        let mut missing = Vec::new();
         for mount in &guest.mounts {
-            if let Some((_, tree)) = places.iter().find(|(other, _)| is_named(mount, other) && other.place != holder.place)
-                && mount.at.starts_with('/')
-            {
-                rooted.mount(&mount.at, tree.as_ref());
+            let found = places.iter().find(|(other, _)| is_named(mount, other) && other.place != holder.place);
+            match found {
+                Some((_, tree)) if mount.at.starts_with('/') => rooted.mount(&mount.at, tree.as_ref()),
+                None if PARTS.contains(&mount.at.as_str()) => missing.push(format!("{} ({}) was not read", mount.at, mount.device)),
+                _ => {}
             }
         }
+        let is_whole = missing.is_empty();
+        guest.notes.extend(missing);
         loader::arguments(&rooted, &mut guest.boot);
         guest.interfaces = network::interfaces(&rooted, guest.boot.kernel_names);
-        guest.software = linux::software(&rooted);
+        // What is not there may lie where nobody looked.
+        guest.software = if is_whole { linux::software(&rooted) } else { linux::software(&rooted).only_yes() };
         guest.kernels = linux::kernels(&rooted, &["/boot", "/"], blocks, &mut guest.notes);
         guest.virtio = guest.default_kernel().map_or(Answer::Unknown, |kernel| kernel.virtio);
         return;
@@ -256,8 +266,7 @@ fn operating_system(guest: &mut Guest, places: &[Found<'_>], blocks: &Blocks) {
     guest.virtio = Answer::Unknown;
     guest.kernels = kernels;
     guest.virtio = guest.default_kernel().map_or(Answer::Unknown, |kernel| kernel.virtio);
-    let partitions =
-        guest.partitions.iter().map(|partition| (format!("disk {}, partition {}", partition.disk, partition.number), &partition.content));
+    let partitions = guest.partitions.iter().map(|partition| (partition.place(), &partition.content));
     let volumes =
         guest.volume_groups.iter().flat_map(|group| group.volumes.iter().map(|v| (format!("{}/{}", group.name, v.name), &v.content)));
     let unread = partitions.chain(volumes).filter(|(_, content)| !content.unknown.is_empty());
