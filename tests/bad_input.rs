@@ -54,7 +54,7 @@ async fn what_a_request_gets_wrong_is_named() {
         (json!({"format": "vhdz"}), 400, "bad_request", vec!["vhdz", "qcow2", "ova"]),
         (json!({"format": "vhdx", "options": {"compression": "deflate"}}), 422, "unprocessable", vec!["vhdx has no compression", "qcow2"]),
         (json!({"type": "exprot"}), 400, "bad_request", vec!["exprot", "export"]),
-        (json!({"type": "migrate"}), 422, "not_built", vec!["migrate", "not built yet"]),
+        (json!({"type": "migrate"}), 400, "bad_request", vec!["libvirt", "connected"]),
         (json!({"provider": "vsphere"}), 400, "bad_request", vec!["vsphere", "local"]),
         (json!({"options": {"destination": "/etc"}}), 403, "outside_roots", vec!["exports/"]),
         (json!({"options": {"destination": "exports/../../etc"}}), 403, "outside_roots", vec!["exports/"]),
@@ -65,7 +65,7 @@ async fn what_a_request_gets_wrong_is_named() {
         (json!({"options": {"priority": 101}}), 400, "bad_request", vec!["priority", "100"]),
         (json!({"options": {"bandwidth_limit": 0}}), 400, "bad_request", vec!["bandwidth_limit"]),
         (json!({"options": {"speed": "high"}}), 400, "bad_request", vec!["speed", "bandwidth_limit"]),
-        (json!({"options": {"target": {}}}), 422, "not_built", vec!["target"]),
+        (json!({"options": {"target": {}}}), 400, "bad_request", vec!["target", "migrate"]),
         (json!({"source": "exports/x.raw"}), 400, "bad_request", vec!["source", "convert", "vm_name"]),
         (json!({"type": "convert"}), 400, "bad_request", vec!["provider", "source"]),
     ] {

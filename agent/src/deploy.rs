@@ -87,6 +87,10 @@ pub fn place(agent: &Agent, connection: &v1::Connection, wish: &Wish, standing: 
     touched::undo(agent, &format!("deploy-{}", standing.uuid));
     let accelerator = accelerator(agent);
     if stands(connection, standing.uuid)? {
+        let state = uri.ask(&["domstate", standing.uuid]).map_err(told)?;
+        if wish.start && state.trim() == "shut off" {
+            uri.ask(&["start", standing.uuid]).map_err(told)?;
+        }
         let xml = uri.ask(&["dumpxml", standing.uuid]).map_err(told)?;
         let mac = xml.split("<mac address='").nth(1).and_then(|rest| rest.split('\'').next()).unwrap_or_default().to_owned();
         return Ok(told_of(&uri, connection, wish, (standing.uuid, &mac, accelerator), standing.disks));

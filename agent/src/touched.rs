@@ -7,6 +7,8 @@
 //! Owns: `jobs/JOBID.touched`, the reaper, and that one job at a time freezes a VM. Never: forgets a thing before it is gone at the source, undoes what a running attempt needs.
 //! A crash here costs nothing: what is noted stays noted.
 
+mod halted;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -17,6 +19,8 @@ use serde::{Deserialize, Serialize};
 use shared::vault;
 
 use crate::Agent;
+
+pub use self::halted::{Halted, halted, let_go, note_halted};
 
 /// How long after its note a thing may still come into being: as long as a task at the source may take.
 const LATE: Duration = Duration::from_secs(900);
@@ -56,26 +60,6 @@ pub struct Touched {
     pub halted: Option<Halted>,
     /// When something was noted last, milliseconds since 1970.
     pub noted_ms: i64,
-}
-
-/// A VM that is stopped for the last pass of a warm migration. It goes on where the new one is not made.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default)]
-pub struct Halted {
-    /// Name, kind and path of the connection that the new VM is made at.
-    pub target: (String, String, String),
-    /// The new VM's UUID.
-    pub uuid: String,
-    /// All that it held has arrived and the copy is being published: the new VM will be made, so that the old one waits for it.
-    pub committed: bool,
-}
-
-impl Halted {
-    /// Whether the VM stays stopped: its successor is there, or will be.
-    fn stays(&self) -> Result<bool, crate::sources::Error> {
-        let (name, kind, path) = self.target.clone();
-        Ok(self.committed || crate::deploy::stands(&v1::Connection { name, kind, path, account: None }, &self.uuid)?)
-    }
 }
 
 impl Touched {
@@ -303,20 +287,6 @@ pub fn keep_tracking(agent: &Agent, job: &str, needed: &BTreeSet<String>, obsole
 pub fn restore_note(agent: &Agent, job: &str, noted: &Touched) -> io::Result<()> {
     let _turn = agent.undoing.wait(job);
     write(agent, job, noted)
-}
-
-/// Changes what is noted of a VM that a job stops; durable when it returns.
-pub fn note_halted(agent: &Agent, job: &str, halted: Option<Halted>) -> io::Result<()> {
-    let _turn = agent.undoing.wait(job);
-    let Some(noted) = noted(agent, job)? else {
-        return if halted.is_none() { Ok(()) } else { Err(io::Error::other("nothing is noted of the VM that is to be stopped")) };
-    };
-    write(agent, job, &Touched { halted, ..noted })
-}
-
-/// Whether the VM of a job is noted as stopped for it.
-pub fn is_halted(agent: &Agent, job: &str) -> io::Result<bool> {
-    Ok(noted(agent, job)?.is_some_and(|noted| noted.halted.is_some()))
 }
 
 /// A pass is over: what froze the VM goes, and the checkpoints that are `obsolete`; what the next pass begins from stays, noted.

@@ -103,6 +103,9 @@ pub fn run(agent: &Agent, held: &Assignment, replaced: Option<Arc<Assignment>>, 
         (End::Failed(_), Some(stop)) => End::Stopped(stop),
         (end, _) => end,
     };
+    if matches!(&end, End::Stopped(Stop::Discard)) || matches!(&end, End::Failed(failure) if !failure.retryable) {
+        touched::let_go(agent, &held.job);
+    }
     give_back(agent, &held.job);
     use v1::finished::Outcome;
     let outcome = match end {
@@ -140,6 +143,7 @@ fn discard_logged(agent: &Agent, job: &str) {
 
 /// Removes what an unpublished job left: part folder, journal, ledger entry. What was published stays.
 pub fn discard(agent: &Agent, job: &str) -> io::Result<()> {
+    touched::let_go(agent, job);
     pull::forget(agent, job)?;
     let Some(entry) = agent.ledger.read(job)? else { return Ok(()) };
     match agent.vault.open_output_dir(&entry.destination) {
@@ -219,6 +223,9 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
         }
         migration.check()?;
         if migration.is_warm() {
+            // Nothing was published: whatever an earlier attempt was about to, the VM goes on.
+            touched::let_go(agent, &held.job);
+            touched::undo(agent, &held.job);
             return warm::run(migration, assign, &options, &folder, &place.absolute(), created);
         }
     }

@@ -183,7 +183,13 @@ pub trait Source: Send + Sync {
         Err(Error::fatal(Code::NotBuilt, "this kind of provider stops no VM for a warm migration"))
     }
 
-    /// Switches a VM off that was halted.
+    /// Whether a VM that was halted still is: nobody has let it go on.
+    fn is_halted(&self, vm_id: &str) -> Result<bool, Error> {
+        let _ = vm_id;
+        Ok(false)
+    }
+
+    /// Switches a VM off that was halted, so that it does not come up again by itself.
     fn retire(&self, vm_id: &str) -> Result<(), Error> {
         let _ = vm_id;
         Ok(())

@@ -152,6 +152,17 @@ impl Before {
         Ok(Some(Self { point, disks }))
     }
 
+    /// The VM as it was.
+    pub(super) fn vm(&self) -> &Vm {
+        &self.point.vm
+    }
+
+    /// Its disks: path from the folder that the points lie in, format, bytes.
+    pub(super) fn files(&self) -> Vec<(String, String, u64)> {
+        let file = |disk: &PointDisk| (format!("{}/{}", self.point.job, disk.file), "qcow2".to_owned(), disk.capacity);
+        self.point.disks.iter().map(file).collect()
+    }
+
     /// The disk as it was, where it is the same disk and has the same size.
     fn disk(&self, now: &Frozen) -> Option<&(PointDisk, points::Standing)> {
         self.disks.iter().find(|(disk, _)| disk.key == now.key && disk.capacity == now.opened.disk.capacity())

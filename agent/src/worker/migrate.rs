@@ -36,6 +36,9 @@ use crate::touched::{self, Halted};
 
 /// Name of the receipt in the published folder.
 const RECEIPT: &str = "migration-receipt.json";
+/// How often the VM of a warm migration is tried to be made, while the old one waits, and between two tries.
+const TRIES: u32 = 3;
+const PAUSE: Duration = Duration::from_secs(3);
 /// Version of the receipt.
 const VERSION: u32 = 1;
 
@@ -66,7 +69,21 @@ struct Progress {
     adapted: Option<(Readiness, String)>,
     /// The disks that the VM will have: bare name, format, bytes.
     disks: Vec<(String, String, u64)>,
-    /// How the boot proof went, once it has passed.
+    /// How the boot proof went, once it has passed; of a warm one that of the rehearsal.
+    proof: Option<boot::Proof>,
+    /// Of a warm one: the passes, and since when the source is stopped, milliseconds since 1970.
+    #[serde(default)]
+    warm: Option<(Value, i64)>,
+}
+
+/// What a copy of a VM that runs on has shown before the VM was stopped for it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct Rehearsal {
+    /// What came of the adaptation, and why.
+    adapted: Option<(Readiness, String)>,
+    /// Seconds that it took: the last pass has it once more.
+    pub(super) adapting: f64,
+    /// How it came up.
     proof: Option<boot::Proof>,
 }
 
@@ -111,7 +128,13 @@ impl<'a> Migration<'a> {
     /// Whether an attempt that has failed for good left something that a retry goes on from.
     pub(super) fn is_kept(agent: &Agent, assign: &v1::Assign) -> bool {
         let is_migration = JobType::from_word(&assign.r#type) == Some(JobType::Migrate);
-        is_migration && agent.ledger.dir().try_exists(result_name(&assign.job)).unwrap_or(false)
+        let is_sealed = || agent.ledger.dir().try_exists(result_name(&assign.job)).unwrap_or(false);
+        let has_pass = || {
+            let entry = agent.ledger.read(&assign.job).ok()??;
+            let folder = agent.vault.open_output_dir(&entry.destination).ok()?;
+            super::warm::has_pass(&folder.open_dir(super::part_name(&assign.job)).ok()?).then_some(())
+        };
+        is_migration && (is_sealed() || has_pass().is_some())
     }
 
     /// Whether the VM runs on while it is copied.
@@ -153,7 +176,6 @@ impl<'a> Migration<'a> {
         let now = self.agent.source(&self.source).and_then(|source| source.some(&BTreeSet::from([self.vm_id.clone()])));
         let now = match now {
             Ok(found) => found.into_iter().next(),
-            Err(_) if wanted.is_none() => return Ok(None),
             Err(e) => {
                 let message = format!("whether the source is off, so that its address can be kept, cannot be seen: {}", e.message);
                 return Err(Failure { message, ..Failure::from(e) });
@@ -175,10 +197,47 @@ impl<'a> Migration<'a> {
         Ok(result.to_string())
     }
 
+    /// The same of the last pass of a warm one.
+    pub(super) fn seal_last(
+        &self,
+        result: &str,
+        vm: &Vm,
+        disks: &[(String, String, u64)],
+        rehearsal: &Rehearsal,
+        warm: (Value, i64),
+    ) -> Result<String, Failure> {
+        let mut result: Value = serde_json::from_str(result).map_err(unreadable)?;
+        let progress = Progress { proof: rehearsal.proof.clone(), warm: Some(warm), ..self.begin(vm, disks, false)? };
+        result["migration"] = serde_json::to_value(progress).map_err(unreadable)?;
+        Ok(result.to_string())
+    }
+
+    /// Whether what was rehearsed is what came of the last pass: else the VM is not given up for it.
+    pub(super) fn is_as_rehearsed(&self, result: &str, rehearsal: &Rehearsal) -> Result<(), Failure> {
+        let result: Value = serde_json::from_str(result).map_err(unreadable)?;
+        let progress: Progress = serde_json::from_value(result["migration"].clone()).map_err(unreadable)?;
+        let is_other = |status: &Option<(Readiness, String)>| status.as_ref().is_some_and(|(status, _)| *status == Readiness::NotAdapted);
+        match &progress.adapted {
+            Some((_, why)) if is_other(&progress.adapted) && !is_other(&rehearsal.adapted) => {
+                Err(Failure::fatal(Code::VerificationFailed, format!("the rehearsal was adapted, the last pass could not be: {why}")))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Before anything is published: the hypervisor would still take the VM.
+    pub(super) fn check_again(&self) -> Result<(), Failure> {
+        if deploy::stands(&self.connection, &self.uuid)? {
+            return Ok(());
+        }
+        self.address(None, false)?;
+        Ok(deploy::check(self.agent, &self.connection, &self.target.wish)?)
+    }
+
     fn begin(&self, vm: &Vm, disks: &[(String, String, u64)], will_stop: bool) -> Result<Progress, Failure> {
         let mac = self.address(Some(vm), will_stop)?.unwrap_or_else(deploy::new_mac);
         let sealed_at = shared::clock::rfc3339(shared::clock::now());
-        Ok(Progress { vm: vm.clone(), mac, sealed_at, adapted: None, disks: disks.to_vec(), proof: None })
+        Ok(Progress { vm: vm.clone(), mac, sealed_at, adapted: None, disks: disks.to_vec(), proof: None, warm: None })
     }
 
     /// The kept result, where the part folder holds what it names: an earlier attempt has copied and verified it.
@@ -223,13 +282,16 @@ impl<'a> Migration<'a> {
     }
 
     /// Has a copy of a VM that runs on show that it would come up, before the VM is stopped for it.
-    pub(super) fn rehearse(&self, part: &Dir, path: &Path, vm: &Vm, disks: &[(String, String, u64)]) -> Result<(), End> {
+    pub(super) fn rehearse(&self, part: &Dir, path: &Path, vm: &Vm, disks: &[(String, String, u64)]) -> Result<Rehearsal, End> {
         if !self.proof.enabled {
-            return Ok(());
+            return Ok(Rehearsal { adapted: None, adapting: 0.0, proof: None });
         }
         let mut progress = self.begin(vm, disks, true)?;
+        let began = Instant::now();
         self.adapt(part, path, &mut progress)?;
-        self.prove(part, path, &progress, Some(true)).map(drop)
+        let adapting = began.elapsed().as_secs_f64();
+        let proof = self.prove(part, path, &progress, Some(true))?;
+        Ok(Rehearsal { adapted: progress.adapted, adapting, proof: Some(proof) })
     }
 
     fn prove(&self, part: &Dir, path: &Path, progress: &Progress, verified: Option<bool>) -> Result<boot::Proof, End> {
@@ -328,10 +390,11 @@ impl<'a> Migration<'a> {
         let name = super::part_name(&self.held.job);
         let part = folder.open_dir(&name).map_err(|e| Failure::io("the part folder", &e))?;
         let mut result = self.make_ready(&part, &place.join(&name), result, true)?;
+        self.check_again()?;
         let published = place.join(&self.held.job);
         super::commit(self.agent, self.held, || {
             publish()?;
-            result = self.land(folder, &published, &result, None)?;
+            result = self.land(folder, &published, &result)?;
             Ok(())
         })?;
         self.log("info", "publishing", format!("published as {}", published.display()));
@@ -340,30 +403,53 @@ impl<'a> Migration<'a> {
 
     /// An attempt that finds the folder published: what is left is the VM.
     pub(super) fn arrive_again(&self, folder: &Dir, published: &Path, result: &str) -> Result<End, End> {
-        let is_halted = touched::is_halted(self.agent, &self.held.job).map_err(|e| Failure::io("the ledger", &e))?;
-        if self.is_warm() && !is_halted && !deploy::stands(&self.connection, &self.uuid).map_err(Failure::from)? {
-            let message = "the source went on after this copy was published, which is its state of that time; migrate it again";
-            return Err(Failure::fatal(Code::Conflict, message).into());
+        if self.is_warm() {
+            let noted = touched::halted(self.agent, &self.held.job).map_err(|e| Failure::io("the ledger", &e))?;
+            let stands = deploy::stands(&self.connection, &self.uuid).map_err(Failure::from)?;
+            let source = self.agent.source(&self.source).map_err(Failure::from)?;
+            let waits = noted.is_some_and(|noted| noted.committed) && source.is_halted(&self.vm_id).map_err(Failure::from)?;
+            if !stands && !waits {
+                let message = "the source went on after this copy was published, which is its state of that time; migrate it again";
+                return Err(Failure::fatal(Code::Conflict, message).into());
+            }
         }
         let mut ended = result.to_owned();
         super::commit(self.agent, self.held, || {
-            let landed = self.land(folder, published, &ended, None);
-            if is_halted && landed.is_err() {
-                touched::note_halted(self.agent, &self.held.job, Some(self.halted(false))).map_err(|e| Failure::io("the ledger", &e))?;
-            }
-            ended = landed?;
-            if is_halted {
-                self.agent.source(&self.source).and_then(|source| source.retire(&self.vm_id))?;
-                touched::note_halted(self.agent, &self.held.job, None).map_err(|e| Failure::io("the ledger", &e))?;
-            }
+            ended = self.take_over(folder, published, &ended)?;
             Ok(())
         })?;
         Ok(End::Completed(ended))
     }
 
+    /// The VM is made, and the source of a warm migration is off for good. Where it cannot be made the source goes on.
+    pub(super) fn take_over(&self, folder: &Dir, published: &Path, result: &str) -> Result<String, Failure> {
+        let ledger = |e: io::Error| Failure::io("the ledger", &e);
+        let mut tries = 0;
+        let landed = loop {
+            match self.land(folder, published, result) {
+                Err(e) if e.retryable && self.is_warm() && tries < TRIES => {
+                    tries += 1;
+                    self.log("warn", "publishing", format!("{}; it is tried again", e.message));
+                    std::thread::sleep(PAUSE);
+                }
+                landed => break landed,
+            }
+        };
+        if self.is_warm() {
+            match &landed {
+                Ok(_) => {
+                    self.agent.source(&self.source).and_then(|source| source.retire(&self.vm_id))?;
+                    self.log("info", "publishing", "the old VM is off and will not start with its host");
+                    touched::note_halted(self.agent, &self.held.job, None).map_err(ledger)?;
+                }
+                Err(_) => touched::let_go(self.agent, &self.held.job),
+            }
+        }
+        landed
+    }
+
     /// Behind the rename: the domain, and the receipt. May be called again after a crash or a failure. `place`: the job's folder, absolute.
-    /// `warm`: the passes, and since when the source is stopped.
-    pub(super) fn land(&self, folder: &Dir, place: &Path, result: &str, warm: Option<(&Value, Instant)>) -> Result<String, Failure> {
+    fn land(&self, folder: &Dir, place: &Path, result: &str) -> Result<String, Failure> {
         let began = self.agent.ledger.read(&self.held.job).map_err(|e| Failure::io("the ledger", &e))?.map_or(0, |entry| entry.created);
         let published = folder.open_dir(&self.held.job).map_err(|e| Failure::io("the destination", &e))?;
         let mut result: Value = serde_json::from_str(result).map_err(unreadable)?;
@@ -380,9 +466,9 @@ impl<'a> Migration<'a> {
         let made = deploy::place(self.agent, &self.connection, &wish, &standing)?;
         self.log("info", "publishing", format!("`{}` stands at {} as {}", wish.name, self.target.connection, self.uuid));
 
-        let passes = warm.map(|(passes, down)| {
-            let downtime = (down.elapsed().as_secs_f64() * 1000.0).round() / 1000.0;
-            self.log("info", "publishing", format!("the VM was away for {downtime:.1} s"));
+        let passes = progress.warm.as_ref().map(|(passes, halted_ms)| {
+            let downtime = shared::clock::now().timestamp_millis().saturating_sub(*halted_ms) as f64 / 1000.0;
+            self.log("info", "publishing", format!("from the stop of the old VM to the start of the new one it took {downtime:.1} s"));
             json!({"passes": passes, "downtime_seconds": downtime})
         });
         let proof = progress.proof.as_ref().map(|proof| shown(proof, place));

@@ -21,17 +21,22 @@ use shared::vault::{self, Dir};
 use shared::vm::Vm;
 
 use super::backup::{self, Before};
-use super::migrate::Migration;
+use super::migrate::{Migration, Rehearsal};
 use super::watcher::SYNCING;
 use super::{End, Failure, copy_into, copy_job, part_name, source_of};
 use crate::pipeline::{Format, Outcome};
 use crate::sources::Source;
 use crate::{points, proof, touched};
 
+/// What was rehearsed, in the part folder until the last pass.
+const REHEARSAL: &str = "rehearsal.json";
+/// What a guest is taken to need to shut down.
+const SHUTDOWN: Duration = Duration::from_secs(15);
 /// Passes after which it does not converge.
 const MOST: u32 = 30;
-/// Between two passes that wait for somebody.
+/// Between two passes that wait for somebody: at first, and later on.
 const PAUSE: Duration = Duration::from_secs(30);
+const LONG_PAUSE: Duration = Duration::from_secs(600);
 /// Between two looks whether somebody has said so.
 const LOOK: Duration = Duration::from_millis(200);
 /// What stopping the VM and making the new one take beside the last pass.
@@ -49,6 +54,8 @@ struct Warm<'a> {
     part: Dir,
     created: u64,
     next: u32,
+    /// Passes behind the first one, of this attempt.
+    passed: u32,
     told: Vec<Value>,
 }
 
@@ -94,6 +101,7 @@ pub(super) fn run(
         part,
         created,
         next: 0,
+        passed: 0,
         told: Vec::new(),
     };
 
@@ -105,13 +113,12 @@ pub(super) fn run(
         last = Some(done);
     }
     let path = place.join(&name);
-    if let Some(done) = &last {
-        migration.rehearse(&warm.part, &path, &done.vm, &disks_of(done))?;
-    }
+    let rehearsal = warm.rehearsal(&path, before.as_ref(), last.as_ref())?;
+    let besides = OVERHEAD + Duration::from_secs_f64(rehearsal.adapting) + warm.shutdown();
     loop {
         let done = warm.pass(before.take(), false)?;
         before = warm.after(&done)?;
-        let expected = done.took + OVERHEAD;
+        let expected = done.took + besides;
         let fits = expected <= Duration::from_secs(wish.max_downtime_seconds);
         let text =
             format!("{}: {:.1} s; {:.1} s of downtime are to be expected", done.name, done.took.as_secs_f64(), expected.as_secs_f64());
@@ -119,7 +126,8 @@ pub(super) fn run(
         if held.is_to_cut_over() || (wish.cutover == Cutover::Auto && fits) {
             break;
         }
-        if warm.next >= MOST {
+        warm.passed += 1;
+        if warm.passed >= MOST && wish.cutover == Cutover::Auto {
             let message = format!(
                 "{MOST} passes, and {:.0} s of downtime would still be needed where {} s are allowed; the VM was not stopped",
                 expected.as_secs_f64(),
@@ -131,7 +139,25 @@ pub(super) fn run(
             warm.wait_for_somebody()?;
         }
     }
-    warm.cut_over(folder, place, &path, before)
+    warm.cut_over(folder, place, &path, before, &rehearsal)
+}
+
+/// Whether a part folder holds a pass that a later attempt goes on from.
+pub(super) fn has_pass(part: &Dir) -> bool {
+    numbers(part).is_ok_and(|numbers| !numbers.is_empty())
+}
+
+/// Numbers of the passes whose folders are there, ascending.
+fn numbers(part: &Dir) -> std::io::Result<Vec<u32>> {
+    let mut numbers = Vec::new();
+    for entry in part.entries()? {
+        let Ok(name) = entry?.file_name().into_string() else { continue };
+        let is_whole =
+            |number: &u32| points::pass_name(*number) == name && part.try_exists(format!("{name}/{}", points::FILE)).unwrap_or(false);
+        numbers.extend(name.rsplit('-').next().and_then(|number| number.parse().ok()).filter(is_whole));
+    }
+    numbers.sort_unstable();
+    Ok(numbers)
 }
 
 impl Warm<'_> {
@@ -141,22 +167,47 @@ impl Warm<'_> {
 
     /// The newest pass of an earlier attempt that holds; what lies above it goes.
     fn standing(&mut self) -> Result<Option<Before>, Failure> {
+        let failed = |e: std::io::Error| Failure::io("the part folder", &e);
         let key = self.migration.agent.signing.public_hex();
-        let there = |number: &u32| self.part.try_exists(points::pass_name(*number)).unwrap_or(false);
-        let count = (0..=MOST).take_while(there).count() as u32;
-        let mut found = None;
-        for number in (0..count).rev() {
+        let numbers = numbers(&self.part).map_err(failed)?;
+        self.next = numbers.last().map_or(0, |last| last + 1);
+        for number in numbers.into_iter().rev() {
             let name = points::pass_name(number);
             match Before::open(&self.part, &name, &key) {
                 Ok(Some(before)) => {
                     self.log("info", format!("{name} of an earlier attempt stands: the VM is compared with it"));
-                    (self.next, found) = (number + 1, Some(before));
-                    break;
+                    return Ok(Some(before));
                 }
-                Ok(None) | Err(_) => self.part.remove_dir_all(&name).map_err(|e| Failure::io("the part folder", &e))?,
+                Err(e) if !matches!(e.code, Code::BadImage | Code::NotFound) => return Err(Failure { retryable: true, ..e }),
+                Ok(None) | Err(_) => {
+                    self.part.remove_dir_all(&name).map_err(failed)?;
+                    self.next = number;
+                }
             }
         }
-        Ok(found)
+        Ok(None)
+    }
+
+    /// What a copy has shown that stands: of an earlier attempt, else now.
+    fn rehearsal(&self, path: &Path, before: Option<&Before>, last: Option<&Done>) -> Result<Rehearsal, End> {
+        let failed = |e: std::io::Error| Failure::io("the rehearsal", &e);
+        let kept = vault::read_optional(&self.part, REHEARSAL).map_err(failed)?;
+        if let Some(rehearsal) = kept.and_then(|bytes| serde_json::from_slice(&bytes).ok()) {
+            return Ok(rehearsal);
+        }
+        let rehearsal = match (last, before) {
+            (Some(done), _) => self.migration.rehearse(&self.part, path, &done.vm, &disks_of(done))?,
+            (None, Some(before)) => self.migration.rehearse(&self.part, path, before.vm(), &before.files())?,
+            (None, None) => return Err(Failure::fatal(Code::Internal, "there is no pass to rehearse").into()),
+        };
+        let bytes = serde_json::to_vec(&rehearsal).map_err(|e| failed(e.into()))?;
+        vault::write_whole(&self.part, REHEARSAL, &bytes).map_err(failed)?;
+        Ok(rehearsal)
+    }
+
+    /// What a guest may need to shut down.
+    fn shutdown(&self) -> Duration {
+        if self.connection.kind == crate::hypervisors::VSPHERE { SHUTDOWN } else { Duration::ZERO }
     }
 
     /// Copies what has changed since, or all of it. `is_last`: none follows.
@@ -165,6 +216,9 @@ impl Warm<'_> {
         let began = Instant::now();
         let is_first = before.is_none();
         let name = points::pass_name(self.next);
+        if self.part.try_exists(&name).unwrap_or(false) {
+            self.part.remove_dir_all(&name).map_err(|e| Failure::io("the part folder", &e))?;
+        }
         let log = |level: &str, text: String| agent.table.log(held, level, if is_first { "preparing" } else { SYNCING }, text);
         let (vm, disks, backup) = backup::freeze(self.source, &self.connection.name, self.vm_id, &self.pen, before, &name, &log)?;
         let options = if is_first { self.options.clone() } else { Options { compress: Some(true), level: None, ..self.options.clone() } };
@@ -178,6 +232,14 @@ impl Warm<'_> {
         let obsolete = if is_last { &backup.obsolete | &backup.needed } else { backup.obsolete.clone() };
         touched::thaw(agent, &held.job, &obsolete).map_err(Failure::from)?;
         let (kind, changed, moved) = backup.facts();
+        if matches!(kind, points::Kind::Synthetic | points::Kind::Full) && !is_first {
+            // It is complete in itself: nothing lies over what was before.
+            for number in
+                numbers(&self.part).map_err(|e| Failure::io("the part folder", &e))?.into_iter().filter(|number| *number < self.next)
+            {
+                self.part.remove_dir_all(points::pass_name(number)).map_err(|e| Failure::io("the part folder", &e))?;
+            }
+        }
         let took = began.elapsed();
         self.told.push(json!({
             "pass": name, "kind": kind, "bytes_changed": changed, "bytes_moved": moved, "seconds": (took.as_secs_f64() * 1000.0).round() / 1000.0,
@@ -193,7 +255,8 @@ impl Warm<'_> {
 
     fn wait_for_somebody(&self) -> Result<(), End> {
         let (held, began) = (self.migration.held, Instant::now());
-        while began.elapsed() < PAUSE && !held.is_to_cut_over() {
+        let pause = if self.passed < 10 { PAUSE } else { LONG_PAUSE };
+        while began.elapsed() < pause && !held.is_to_cut_over() {
             if let Some(stop) = held.stop() {
                 return Err(End::Stopped(stop));
             }
@@ -203,42 +266,49 @@ impl Warm<'_> {
     }
 
     /// The VM stops, its last changes follow, the new one is made.
-    fn cut_over(&mut self, folder: &Dir, place: &Path, path: &Path, before: Option<Before>) -> Result<End, End> {
+    fn cut_over(&mut self, folder: &Dir, place: &Path, path: &Path, before: Option<Before>, rehearsal: &Rehearsal) -> Result<End, End> {
         let (agent, held, migration) = (self.migration.agent, self.migration.held, self.migration);
         if let Some(stop) = held.stop() {
             return Err(End::Stopped(stop));
         }
-        let note = |committed| {
-            touched::note_halted(agent, &held.job, Some(migration.halted(committed))).map_err(|e| Failure::io("the ledger", &e))
-        };
-        note(false)?;
+        let ledger = |e: std::io::Error| Failure::io("the ledger", &e);
+        touched::note_halted(agent, &held.job, Some(migration.halted(false))).map_err(ledger)?;
         self.log("info", "the VM is stopped for the last pass".to_owned());
-        let down = Instant::now();
+        let halted_ms = shared::clock::now().timestamp_millis();
         self.source.halt(self.vm_id).map_err(Failure::from)?;
         let done = self.pass(before, true)?;
 
         let published = place.join(&held.job);
+        self.clear()?;
         let result = proof::result_json(&published.join(&done.name), &done.manifests, &agent.signing, &done.outcome);
-        let result = migration.seal(&result, &done.vm, &disks_of(&done))?;
-        let mut result = migration.make_ready(&self.part, path, &result, false)?;
         let passes = Value::Array(std::mem::take(&mut self.told));
+        let result = migration.seal_last(&result, &done.vm, &disks_of(&done), rehearsal, (passes, halted_ms))?;
+        let mut result = migration.make_ready(&self.part, path, &result, false)?;
+        migration.is_as_rehearsed(&result, rehearsal)?;
+        migration.check_again()?;
         super::commit(agent, held, || {
-            note(true)?;
-            let landed = super::publish(agent, held, folder, None, &held.job)
-                .and_then(|()| migration.land(folder, &published, &result, Some((&passes, down))));
-            match landed {
-                Ok(landed) => result = landed,
-                Err(e) => {
-                    // Where the new VM does not stand the old one goes on.
-                    note(false)?;
-                    return Err(e);
-                }
+            if !self.source.is_halted(self.vm_id)? {
+                return Err(Failure::fatal(Code::Conflict, "somebody has let the VM go on while it was stopped for the last pass"));
             }
-            self.source.retire(self.vm_id).map_err(Failure::from)?;
-            touched::note_halted(agent, &held.job, None).map_err(|e| Failure::io("the ledger", &e))
+            touched::note_halted(agent, &held.job, Some(migration.halted(true))).map_err(ledger)?;
+            super::publish(agent, held, folder, None, &held.job)?;
+            result = migration.take_over(folder, &published, &result)?;
+            Ok(())
         })?;
         self.log("info", format!("published as {}", published.display()));
         Ok(End::Completed(result))
+    }
+
+    /// What the rehearsal has left and nobody runs from goes: the last pass is adapted anew.
+    fn clear(&self) -> Result<(), Failure> {
+        let failed = |e: std::io::Error| Failure::io("the part folder", &e);
+        for entry in self.part.entries().map_err(failed)? {
+            let Ok(name) = entry.map_err(failed)?.file_name().into_string() else { continue };
+            if name == REHEARSAL || name.ends_with(".adapted.qcow2") {
+                self.part.remove_file(&name).map_err(failed)?;
+            }
+        }
+        Ok(())
     }
 }
 

@@ -15,7 +15,7 @@ use std::time::Instant;
 use proto::v1::controller_message::Kind;
 use proto::v1::{Cancel, CommitReply};
 use shared::ids::JobId;
-use shared::job::{Effect, Event, Hold, Refusal, Stage, State, Status, invariant, step};
+use shared::job::{Effect, Event, Hold, Refusal, State, Status, invariant, step};
 use tokio::sync::watch;
 
 use super::batches::{Batches, Picked};
@@ -231,7 +231,7 @@ impl Core {
     pub async fn cutover(&mut self, id: &str) -> Result<Job, Error> {
         let job = self.find(id).await?.ok_or_else(|| Error::NotFound(id.to_owned()))?;
         let illegal = || Error::Refused(Refusal::Illegal { stage: job.state.public_stage(), verb: "cut over" });
-        let runs = job.state.status == Status::Running && job.state.stage <= Stage::Syncing && job.options.warm.is_some();
+        let runs = job.state.status == Status::Running && job.options.warm.is_some();
         let agent = job.state.agent.clone().filter(|_| runs).ok_or_else(illegal)?;
         let told = Kind::Cutover(proto::v1::Cutover { job: job.id.clone(), epoch: job.state.epoch });
         if !self.ports.outbox.send(&agent, told) {

@@ -285,7 +285,7 @@ pub async fn pause(caller: Operator, app: web::Data<App>, id: web::Path<String>)
     (status = 401, description = "no valid token", body = ErrorBody),
     (status = 403, description = "not an operator", body = ErrorBody),
     (status = 404, description = "no such job", body = ErrorBody),
-    (status = 409, description = "it is no warm migration, does not run, or is past it", body = ErrorBody),
+    (status = 409, description = "it is no warm migration, or does not run", body = ErrorBody),
     (status = 429, description = "too many requests", body = ErrorBody),
     (status = 503, description = "the database or the agent is away", body = ErrorBody),
 ))]

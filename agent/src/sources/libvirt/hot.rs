@@ -184,10 +184,12 @@ pub fn end(uri: &Uri, domain: &str, folder: Option<&Dir>, name: &str) -> Result<
     Ok(is_there)
 }
 
-/// Lets a guest go on that was stopped between two instructions; one that runs, is off or is gone is left as it is.
+/// Lets a guest go on that was stopped between two instructions; one whose QEMU has ended meanwhile is started. One that runs or is gone is
+/// left as it is.
 pub fn resume(uri: &Uri, domain: &str) -> Result<(), exec::Error> {
     match unless_gone(uri.ask(&["domstate", domain]))?.as_deref().map(str::trim) {
         Some("paused") => unless_gone(uri.ask(&["resume", domain])).map(drop),
+        Some("shut off") => unless_gone(uri.ask(&["start", domain])).map(drop),
         _ => Ok(()),
     }
 }

@@ -358,14 +358,31 @@ impl Source for Libvirt {
 
     /// The guest stops between two instructions; what it had written is on its disks, and QEMU still knows what has changed.
     fn halt(&self, vm_id: &str) -> Result<(), Error> {
+        if self.uri.ask(&["dominfo", vm_id]).map_err(told)?.lines().any(|line| line.starts_with("Persistent:") && line.ends_with("no")) {
+            let message = "the domain is transient: switched off it would be gone; define it first".to_owned();
+            return Err(Error::fatal(Code::Unprocessable, message));
+        }
         self.uri.ask(&["suspend", vm_id]).map(drop).map_err(told)
     }
 
+    fn is_halted(&self, vm_id: &str) -> Result<bool, Error> {
+        let state = self.uri.ask(&["domstate", vm_id]).map_err(told)?;
+        Ok(matches!(state.trim(), "paused" | "shut off"))
+    }
+
     fn retire(&self, vm_id: &str) -> Result<(), Error> {
-        match self.found(vm_id)?.is_off {
-            true => Ok(()),
-            false => self.uri.ask(&["destroy", vm_id]).map(drop).map_err(told),
+        if self.found(vm_id)?.is_off {
+            return Ok(());
         }
+        if !self.is_halted(vm_id)? {
+            return Err(Error::fatal(
+                Code::Conflict,
+                "somebody has let the old VM go on although the new one stands: switch one of them off",
+            ));
+        }
+        self.uri.ask(&["destroy", vm_id]).map_err(told)?;
+        // Its host must not start it again beside its successor.
+        self.uri.ask(&["autostart", "--disable", vm_id]).map(drop).map_err(told)
     }
 
     /// A domain that was read from its files was off from the first byte to the last.

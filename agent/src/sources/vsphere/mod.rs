@@ -322,6 +322,28 @@ impl Listener {
     }
 }
 
+impl Vsphere {
+    /// Switches a VM on again that was stopped for a migration.
+    fn go_on(&self, touched: &Touched) -> Result<(), Error> {
+        let found = match self.found(&touched.vm) {
+            Ok(found) => found,
+            Err(e) if e.code == Code::NotFound => return Ok(()),
+            Err(e) => return Err(e),
+        };
+        if found.vm.power_state == OFF {
+            return self.runtime.block_on(power::switch(&self.client, &touched.vm, Action::Start)).map_err(|e| self.told(&e));
+        }
+        // A guest that was asked to shut down may still be at it.
+        let waited = shared::clock::now().timestamp_millis().saturating_sub(touched.noted_ms);
+        let longest = i64::try_from((SHUTDOWN * 2).as_millis()).unwrap_or(i64::MAX);
+        if (0..longest).contains(&waited) && found.vm.tools_status == "running" {
+            let message = format!("{} may still be shutting down; it is switched on again then", found.vm.path);
+            return Err(Error { code: Code::Unavailable, message, retryable: true });
+        }
+        Ok(())
+    }
+}
+
 impl Source for Vsphere {
     fn inventory(&self) -> Result<Vec<Vm>, Error> {
         let found = self.runtime.block_on(self.client.within(async |session| inventory::all(&self.client, session).await));
@@ -453,6 +475,10 @@ impl Source for Vsphere {
         Ok(self.found(vm_id)?.vm.power_state)
     }
 
+    fn is_halted(&self, vm_id: &str) -> Result<bool, Error> {
+        Ok(self.found(vm_id)?.vm.power_state == OFF)
+    }
+
     /// The guest is asked to shut down where its tools run; one that does not, or has none, is switched off.
     fn halt(&self, vm_id: &str) -> Result<(), Error> {
         let found = self.found(vm_id)?;
@@ -472,8 +498,8 @@ impl Source for Vsphere {
     }
 
     fn undo(&self, touched: &Touched) -> Result<Vec<String>, Error> {
-        if touched.halted.is_some() && self.found(&touched.vm).is_ok_and(|found| found.vm.power_state == OFF) {
-            self.runtime.block_on(power::switch(&self.client, &touched.vm, Action::Start)).map_err(|e| self.told(&e))?;
+        if touched.halted.is_some() {
+            self.go_on(touched)?;
         }
         for lease in &touched.leases {
             self.runtime.block_on(lease::abort(&self.client, lease)).map_err(|e| self.told(&e))?;
