@@ -166,7 +166,7 @@ async fn hot_exports_of_a_guest_that_writes_bear_fifty_kills() {
         let before = said();
         let order = json!({"type": "export", "provider": "kvm", "vm_name": domain.name, "format": "raw"});
         let id = fleet.client.create_job(order).await;
-        tokio::time::sleep(Duration::from_millis(random.random_range(0..1200))).await;
+        tokio::time::sleep(Duration::from_millis(random.random_range(0..500))).await;
         hits += u32::from(fleet.client.job(&id).await["status"] == "running");
         fleet.agents[0].kill();
         fleet.agents[0].start();
