@@ -74,7 +74,7 @@ pub fn remove_export(agent: &Agent, wanted: &v1::RemoveExport) -> Result<Value, 
 
 /// Refuses while a migration's VM stands, or its source waits for that one; and where nobody can say.
 fn has_no_vm(agent: &Agent, job: &JobId, wanted: &v1::RemoveExport) -> Result<(), Error> {
-    if touched::is_halted(agent, job.as_str()).map_err(own)? {
+    if touched::halted(agent, job.as_str()).map_err(own)?.is_some() {
         let message = format!("the source of {job} is still stopped for it; retry it, or wait until the source goes on");
         return Err(Error::fatal(Code::Conflict, message));
     }
