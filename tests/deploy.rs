@@ -74,6 +74,12 @@ async fn an_exported_guest_is_deployed_boots_and_is_switched() {
     assert!(answer.status == 422 && answer.text.contains("nobridge0"), "{}", answer.text);
     assert!(domains().is_empty() && disk.is_file(), "{:?}", domains());
 
+    // Nor is what another domain's disk lies over.
+    let over = Domain::define("over", &layered, "qcow2");
+    let refused = deploy(json!({})).await.refused(409, "conflict");
+    assert!(refused.contains("beneath") && refused.contains(&over.name), "{refused}");
+    drop(over);
+
     let began = std::time::Instant::now();
     let made = deploy(json!({})).await.expect(201);
     let domain = Domain::adopt(&name, made.body["uuid"].as_str().unwrap());

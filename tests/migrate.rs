@@ -84,8 +84,11 @@ async fn a_vm_of_vcenter_becomes_a_running_domain() {
 
     // What would not fit is refused before a byte is copied.
     let other = Kind::Vcenter.other();
+    let others = fleet.client.get(&format!("/vms/vc/{other}")).await.expect(200).body["nics"][0]["mac"].as_str().unwrap().to_uppercase();
     for (vm, more, status, word) in [
         (other, json!({"target": {"mac": "keep"}}), 409, "running"),
+        (other, json!({"target": {"mac": others}}), 409, "running"),
+        (vm, json!({"target": {"name": "hypersdk-proof-1"}}), 400, "boot proof"),
         (vm, json!({"target": {"mac": "odd"}}), 400, "mac"),
         (vm, json!({"target": {"name": "a/b"}}), 400, "name"),
         (vm, json!({"target": {"target": "vc"}}), 422, "vsphere"),
@@ -183,8 +186,14 @@ async fn a_vm_of_vcenter_becomes_a_running_domain() {
     assert!(fleet.client.delete(&format!("/exports/{id}")).await.refused(409, "conflict").contains(&name));
     assert!(post(order("vc", vm, &name, json!({}))).await.refused(409, "conflict").contains(&name));
     let base = double.disk(Kind::Vcenter, &fleet.scratch);
+
+    // Nor where the controller does not know it any more; and without its VM it goes.
+    fleet.client.delete("/providers/kvm").await.expect(204);
+    assert!(fleet.client.delete(&format!("/exports/{id}")).await.refused(409, "conflict").contains(&name));
     drop(domain);
     identical(("raw", &base), ("qcow2", &file_of(&job, ".qcow2")));
+    fleet.client.delete(&format!("/exports/{id}")).await.expect(204);
+    assert!(!fleet.exports().join(id).exists());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -212,6 +221,12 @@ async fn a_guest_that_does_not_boot_is_not_handed_over_and_a_retry_copies_nothin
     let again = fleet.client.ended(&id, seconds(120)).await;
     assert_eq!((&again["status"], &again["attempt"]), (&json!("failed"), &json!(2)), "{again:#}");
     assert!(fleet.client.log(&id).await.contains("copied and verified by an earlier attempt"));
+
+    // Nobody wants to retry it.
+    assert!(!left(&fleet, &id).is_empty());
+    fleet.client.delete(&format!("/exports/{id}")).await.expect(204);
+    assert!(left(&fleet, &id).is_empty(), "{:?}", left(&fleet, &id));
+    assert!(fleet.client.delete(&format!("/exports/{id}")).await.refused(404, "not_found").contains("removed at"));
 
     // A proof that is waited for is cancelled at once.
     let waits = order("local", "blank", &name, json!({"boot_proof": {"sign": "never said"}, "target": {"memory_mb": 128}}));

@@ -3,7 +3,10 @@
 //! Owns: the answers to `list`, `stat` and `remove_export`. Never: opens a path but through the vault, removes what a job still writes.
 //! A crash here costs one answer; a removal that it cut off is finished by the next, because the folder lost its name first.
 
+use std::collections::BTreeSet;
 use std::io;
+use std::path::Path;
+use std::sync::PoisonError;
 
 use proto::v1;
 use serde_json::{Value, json};
@@ -14,7 +17,8 @@ use shared::sniff;
 use shared::vault::{self, Dir, Vault};
 
 use crate::sources::Error;
-use crate::{Agent, points};
+use crate::sources::libvirt::virsh::Uri;
+use crate::{Agent, deploy, hypervisors, points, touched, worker};
 
 /// Most entries of one answer.
 const MOST: u32 = 1000;
@@ -38,7 +42,8 @@ pub fn stat(vault: &Vault, path: &str) -> Result<Value, Error> {
     serde_json::to_value(entry).map_err(|e| Error::fatal(Code::Internal, e.to_string()))
 }
 
-/// Removes the folder that a job published. A job that this agent still holds is not touched.
+/// Removes the folder that a job published, and what a migration has kept for a retry. A job that this agent still holds is not touched, nor
+/// the disks of a VM that a migration has made.
 pub fn remove_export(agent: &Agent, wanted: &v1::RemoveExport) -> Result<Value, Error> {
     let job: JobId = wanted.job.parse().map_err(|e: String| Error::fatal(Code::BadRequest, e))?;
     if agent.table.get(job.as_str()).is_some_and(|held| !held.is_over()) {
@@ -48,6 +53,7 @@ pub fn remove_export(agent: &Agent, wanted: &v1::RemoveExport) -> Result<Value, 
     if !place.root.writable {
         return Err(Error::fatal(Code::OutsideRoots, format!("{} lies in a root that is only read", wanted.destination)));
     }
+    has_no_vm(agent, &job, wanted)?;
     let removed = match agent.vault.open_dir(&wanted.destination) {
         Ok(folder) => {
             let failed = |source| refused(vault::Error::Io { path: place.named(), source });
@@ -62,7 +68,50 @@ pub fn remove_export(agent: &Agent, wanted: &v1::RemoveExport) -> Result<Value, 
         Err(e) if e.code() == Code::NotFound => false,
         Err(e) => return Err(refused(e)),
     };
-    Ok(json!({"removed": removed}))
+    let kept = !wanted.domain_at.is_empty() && discard(agent, job.as_str()).map_err(own)?;
+    Ok(json!({"removed": removed || kept}))
+}
+
+/// Refuses while a migration's VM stands, or its source waits for that one; and where nobody can say.
+fn has_no_vm(agent: &Agent, job: &JobId, wanted: &v1::RemoveExport) -> Result<(), Error> {
+    if touched::halted(agent, job.as_str()).map_err(own)?.is_some() {
+        let message = format!("the source of {job} is still stopped for it; retry it, or wait until the source goes on");
+        return Err(Error::fatal(Code::Conflict, message));
+    }
+    for uri in domain_at(agent, job, wanted) {
+        if let Some(name) = deploy::made_by(job.as_str(), &uri)? {
+            let message = format!("the files of {job} are the disks of the domain `{name}` at {uri}; remove that first");
+            return Err(Error::fatal(Code::Conflict, message));
+        }
+    }
+    Ok(())
+}
+
+/// Where a migration's VM may stand: where the controller says; without that, a receipt says that there is one at a libvirt of this host.
+fn domain_at(agent: &Agent, job: &JobId, wanted: &v1::RemoveExport) -> BTreeSet<String> {
+    if !wanted.domain_at.is_empty() {
+        return BTreeSet::from([wanted.domain_at.clone()]);
+    }
+    let receipt = Path::new(job.as_str()).join(worker::RECEIPT);
+    let is_migration = agent.vault.open_dir(&wanted.destination).is_ok_and(|folder| folder.try_exists(receipt).unwrap_or(false));
+    if !is_migration {
+        return BTreeSet::new();
+    }
+    let connections = agent.connections.lock().unwrap_or_else(PoisonError::into_inner);
+    let known = connections.values().filter(|connection| connection.kind == hypervisors::LIBVIRT).map(|connection| connection.path.clone());
+    let here = known.filter(|path| Uri::parse(path).is_ok_and(|uri| uri.is_here));
+    here.chain(["qemu:///system".to_owned()]).collect()
+}
+
+/// Removes what an attempt has kept that failed. False where there is nothing.
+fn discard(agent: &Agent, job: &str) -> io::Result<bool> {
+    let is_there = agent.ledger.read(job)?.is_some();
+    worker::discard(agent, job)?;
+    Ok(is_there)
+}
+
+fn own(e: io::Error) -> Error {
+    Error::fatal(Code::Internal, format!("what this agent keeps of the job: {e}"))
 }
 
 /// The folder loses its name first, so that half of an export never looks like one.

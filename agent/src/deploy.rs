@@ -6,6 +6,7 @@
 //! Owns: that order, the refusals, and that a failure leaves no domain. Never: copies, changes or removes a disk; takes a name that exists.
 //! A crash here leaves a domain that the ledger names; the reaper removes it, never its disks.
 
+mod beneath;
 pub mod xml;
 
 use std::path::PathBuf;
@@ -73,6 +74,23 @@ pub struct Standing<'a> {
 pub fn stands(connection: &v1::Connection, uuid: &str) -> Result<bool, Error> {
     let uri = here(connection)?;
     Ok(uri.domains().map_err(told)?.iter().any(|known| known == uuid))
+}
+
+/// Name of the domain that a job has made at the libvirt of a URI, where it stands there.
+///
+/// # Errors
+/// Where that libvirt cannot be asked: then nobody knows.
+pub fn made_by(job: &str, uri: &str) -> Result<Option<String>, Error> {
+    let unknown = |why: String| {
+        let message = format!("whether a VM has the files of {job} as its disks cannot be seen at {uri}: {why}");
+        Error { code: Code::BadGateway, message, retryable: true }
+    };
+    let (libvirt, uuid) = (Uri::parse(uri).map_err(&unknown)?, uuid_of(job));
+    if !libvirt.domains().map_err(|e| unknown(e.to_string()))?.contains(&uuid) {
+        return Ok(None);
+    }
+    let name = libvirt.ask(&["domname", &uuid]).map(|said| said.trim().to_owned()).unwrap_or_default();
+    Ok(Some(if name.is_empty() { uuid } else { name }))
 }
 
 /// Whether the hypervisor would take the VM, whose disks are still to be made.
@@ -227,6 +245,14 @@ fn fits(agent: &Agent, uri: &Uri, connection: &v1::Connection, wish: &Wish, disk
         .find_map(|disk| vms.iter().find(|vm| vm.disks.iter().any(|other| other.source == path(disk))).map(|vm| (path(disk), vm)));
     if let Some((path, vm)) = taken {
         return Err(Error::fatal(Code::Conflict, format!("{path} is a disk of the domain `{}`", vm.name)));
+    }
+    for (vm, other) in vms.iter().flat_map(|vm| vm.disks.iter().map(move |other| (vm, other))) {
+        // Nobody is slowed down who has no disks yet.
+        let layers = if disks.is_empty() { Vec::new() } else { beneath::layers(&agent.vault, other) };
+        if let Some(disk) = disks.iter().find(|disk| layers.contains(&disk.path)) {
+            let message = format!("{} lies beneath {}, a disk of the domain `{}`", path(disk), other.source, vm.name);
+            return Err(Error::fatal(Code::Conflict, message));
+        }
     }
     if let Some(mac) = &wish.mac
         && let Some(vm) = vms.iter().find(|vm| vm.nics.iter().any(|nic| nic.mac.eq_ignore_ascii_case(mac)))

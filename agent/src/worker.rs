@@ -36,6 +36,7 @@ use crate::sources::{self, Opened, Source};
 use crate::{Agent, points, proof, pull, touched};
 
 use self::migrate::Migration;
+pub use self::migrate::RECEIPT;
 use self::watcher::Watcher;
 pub use self::wishes::{compression, declared_word, output_format};
 

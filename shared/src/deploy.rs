@@ -55,6 +55,8 @@ pub const FIRMWARES: &[&str] = &["bios", "uefi"];
 pub const BUSES: &[&str] = &["virtio", "scsi", "sata", "ide"];
 /// Models of network cards.
 pub const CARDS: &[&str] = &["virtio", "e1000", "e1000e", "rtl8139", "vmxnet3"];
+/// How the name of a domain begins that is started for a boot proof: it is nobody's VM, and no inventory shows it.
+pub const PROOF: &str = "hypersdk-proof-";
 /// Least memory, MiB: less starts nothing that has a disk.
 pub const LEAST_MEMORY: u64 = 16;
 
@@ -68,6 +70,9 @@ impl Wish {
         let flaws = [
             (!is_name(&self.name))
                 .then(|| "`name` must be 1 to 80 letters, digits, blanks, `.`, `_`, `+`, `-`, and begin with a letter or digit".to_owned()),
+            self.name
+                .starts_with(PROOF)
+                .then(|| format!("`name` must not begin with {PROOF}: so are domains called that are started for a boot proof")),
             (self.disk_path.is_empty() || self.disks.iter().any(String::is_empty)).then(|| "a disk's path is empty".to_owned()),
             (self.disks.len() > 16).then(|| format!("{} further disks; at most 16 are taken", self.disks.len())),
             (!(1..=512).contains(&self.cpu)).then(|| format!("`cpu` must be 1 to 512, not {}", self.cpu)),
@@ -130,6 +135,7 @@ mod tests {
         };
         assert!(flawed(&|wish| wish.name = "a<b".into()).contains("`name`"));
         assert!(flawed(&|wish| wish.name = "-rf".into()).contains("`name`"));
+        assert!(flawed(&|wish| wish.name = format!("{PROOF}web")).contains("boot proof"));
         assert!(flawed(&|wish| wish.cpu = 0).contains("`cpu`"));
         assert!(flawed(&|wish| wish.memory_mb = 1).contains("16"));
         assert!(flawed(&|wish| wish.bridge = Some("br0".into())).contains("exclude"));

@@ -35,7 +35,7 @@ use crate::sources::local::Local;
 use crate::touched::{self, Halted};
 
 /// Name of the receipt in the published folder.
-const RECEIPT: &str = "migration-receipt.json";
+pub const RECEIPT: &str = "migration-receipt.json";
 /// How often the VM of a warm migration is tried to be made, while the old one waits, and between two tries.
 const TRIES: u32 = 3;
 const PAUSE: Duration = Duration::from_secs(3);
@@ -168,10 +168,11 @@ impl<'a> Migration<'a> {
     fn address(&self, vm: Option<&Vm>, will_stop: bool) -> Result<Option<String>, Failure> {
         let wanted = self.target.mac.as_deref();
         let is_same = self.source.name == self.target.connection;
-        match wanted {
-            Some("new") => return Ok(None),
-            Some("keep") | None => {}
-            Some(address) => return Ok(Some(address.to_ascii_lowercase())),
+        let given = wanted.filter(|word| *word != "keep").map(str::to_ascii_lowercase);
+        match &given {
+            Some(word) if word == "new" => return Ok(None),
+            Some(address) if vm.is_some_and(|vm| !has_address(vm, address)) => return Ok(given),
+            _ => {}
         }
         let now = self.agent.source(&self.source).and_then(|source| source.some(&BTreeSet::from([self.vm_id.clone()])));
         let now = match now {
@@ -181,9 +182,16 @@ impl<'a> Migration<'a> {
                 return Err(Failure { message, ..Failure::from(e) });
             }
         };
+        // One of the source's own is kept, whoever calls it by its digits.
+        if let Some(address) = &given
+            && ![vm, now.as_ref()].into_iter().flatten().any(|vm| has_address(vm, address))
+        {
+            return Ok(given);
+        }
         let is_on = !will_stop && now.as_ref().is_some_and(|now| now.power_state == "poweredOn");
         let mac = vm.or(now.as_ref()).and_then(|vm| vm.nics.first()).map(|nic| nic.mac.clone()).filter(|mac| !mac.is_empty());
-        if wanted == Some("keep") && (is_on || is_same) {
+        let mac = given.or(mac);
+        if wanted.is_some() && (is_on || is_same) {
             let message = "the source runs: its address cannot be kept as long as it does; switch it off and retry, or say `mac: new`";
             return Err(Failure::fatal(Code::Conflict, message));
         }
@@ -455,7 +463,7 @@ impl<'a> Migration<'a> {
         let mut result: Value = serde_json::from_str(result).map_err(unreadable)?;
         let progress: Progress = serde_json::from_value(result["migration"].clone()).map_err(unreadable)?;
         let stands = deploy::stands(&self.connection, &self.uuid)?;
-        let is_kept = progress.vm.nics.first().is_some_and(|nic| nic.mac == progress.mac);
+        let is_kept = has_address(&progress.vm, &progress.mac);
         if is_kept && !stands && self.address(Some(&progress.vm), false)?.as_ref() != Some(&progress.mac) {
             let message = "the source runs: its address cannot be kept as long as it does; switch it off and retry";
             return Err(Failure::fatal(Code::Conflict, message));
@@ -510,6 +518,11 @@ impl<'a> Migration<'a> {
         result["migration_receipt"] = json!(place.join(RECEIPT).display().to_string());
         Ok(result.to_string())
     }
+}
+
+/// Whether one of a VM's cards has this address.
+fn has_address(vm: &Vm, address: &str) -> bool {
+    vm.nics.iter().any(|nic| nic.mac.eq_ignore_ascii_case(address))
 }
 
 fn unreadable(e: serde_json::Error) -> Failure {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use proto::v1;
 use proto::v1::browse::Question;
-use serde_json::Value;
+use serde_json::{Value, json};
 use shared::error::Code;
 use shared::job::Status;
 use shared::options::JobType;
@@ -33,16 +33,34 @@ const LARGEST_MANIFEST: u64 = 256 << 20;
 
 /// A job that ended well, with its result; else why it has no files.
 fn published(job: &Job) -> Result<&Value, Error> {
-    if !job.state.status.is_final() {
-        return Err(Error::new(Code::Conflict, format!("{} is not finished; DELETE /jobs/{} cancels it", job.id, job.id)));
-    }
+    is_over(job)?;
     let result = job.result.as_ref().filter(|_| job.state.status == Status::Completed);
     let result = result.filter(|_| job.kind != JobType::Verify);
     let result = result.ok_or_else(|| Error::not_found(format!("{} is {} and published nothing", job.id, job.state.status.public())))?;
+    is_there(job, result).map(|()| result)
+}
+
+fn is_over(job: &Job) -> Result<(), Error> {
+    if job.state.status.is_final() {
+        return Ok(());
+    }
+    Err(Error::new(Code::Conflict, format!("{} is not finished; DELETE /jobs/{} cancels it", job.id, job.id)))
+}
+
+fn is_there(job: &Job, result: &Value) -> Result<(), Error> {
     match result.get(REMOVED).and_then(Value::as_str) {
         Some(when) => Err(Error::not_found(format!("the files of {} were removed at {when}", job.id))),
-        None => Ok(result),
+        None => Ok(()),
     }
+}
+
+/// The result of a job whose files may go: what it published, or what a migration that failed has published or kept for a retry.
+fn removable(job: &Job) -> Result<Value, Error> {
+    if job.kind != JobType::Migrate || job.state.status != Status::Failed {
+        return published(job).cloned();
+    }
+    let result = job.result.clone().filter(Value::is_object).unwrap_or_else(|| json!({}));
+    is_there(job, &result).map(|()| result)
 }
 
 fn place_of(app: &App, job: &Job) -> Result<Place, Error> {
@@ -75,21 +93,21 @@ pub async fn manifest(app: &App, job: &Job, file: Option<&str>) -> Result<(u64, 
     Ok((entry.size, service::open(app, &place, path, &entry, 0, entry.size).await?))
 }
 
-/// Removes a job's files from its agent's disk; the job and its result stay, and say when that was.
+/// Removes a job's files from its agent's disk, unless a VM runs from them; the job and its result stay, and say when that was.
 pub async fn remove(app: &App, caller: &str, job: &Job) -> Result<(), Error> {
-    let result = published(job)?;
+    let result = removable(job)?;
     if job.kind == JobType::Import {
         let message = format!("what {} imported belongs to the catalogue of its agent, and is no export", job.id);
         return Err(Error::new(Code::Unprocessable, message));
     }
-    still_run_from(app, job, result).await?;
+    still_run_from(app, job, &result).await?;
     let destination = job.options.destination.as_deref().unwrap_or(EXPORTS);
     if destination.contains("://") {
         return Err(Error::not_built("removing an export from an object store"));
     }
     let Place::Agent { id, .. } = place_of(app, job)? else { return Err(Error::internal("an export lies at an agent")) };
     let act = audit::begin(&app.store, caller, "export.delete", &job.id).await?;
-    let removed = remove_at(app, &id, job, destination, result.clone()).await;
+    let removed = remove_at(app, &id, job, destination, result).await;
     act.finish(&removed).await;
     match removed? {
         true => Ok(()),
@@ -97,7 +115,7 @@ pub async fn remove(app: &App, caller: &str, job: &Job) -> Result<(), Error> {
     }
 }
 
-/// Refuses where a VM runs from these files.
+/// Refuses where a VM runs from these files, as far as the inventory knows. The agent asks the hypervisor itself.
 async fn still_run_from(app: &App, job: &Job, result: &Value) -> Result<(), Error> {
     let (Some(uuid), Some(target)) = (result.pointer("/domain/uuid").and_then(Value::as_str), &job.options.target) else { return Ok(()) };
     let Ok(connection) = crate::providers::service::resolve(&app.store, &target.connection).await else { return Ok(()) };
@@ -113,7 +131,9 @@ async fn still_run_from(app: &App, job: &Job, result: &Value) -> Result<(), Erro
 }
 
 async fn remove_at(app: &App, agent: &str, job: &Job, destination: &str, mut result: Value) -> Result<bool, Error> {
-    let question = v1::RemoveExport { job: job.id.clone(), destination: destination.to_owned() };
+    let target = job.options.target.as_ref().filter(|_| job.kind == JobType::Migrate);
+    let domain_at = target.map(|target| target.path.clone()).unwrap_or_default();
+    let question = v1::RemoveExport { job: job.id.clone(), destination: destination.to_owned(), domain_at };
     let answer = app.fleet.ask(agent, Question::RemoveExport(question)).await?;
     if let Some(result) = result.as_object_mut() {
         result.insert(REMOVED.to_owned(), shared::clock::rfc3339(shared::clock::now()).into());

@@ -223,15 +223,16 @@ pub async fn manifest(_: Viewer, id: web::Path<String>, request: HttpRequest, ap
     Ok(HttpResponse::Ok().content_type("application/json").body(body))
 }
 
-/// Removes a finished job's files from its agent's disk. The job stays; its result says `removed_at`.
+/// Removes a finished job's files from its agent's disk; of a migration that failed, what it has kept for a retry. The job stays; its result
+/// says `removed_at`.
 #[utoipa::path(delete, path = "/exports/{id}", tag = "Jobs", security(("token" = [])), params(("id" = String, Path, description = "the job's id")), responses(
     (status = 204, description = "gone"),
     (status = 401, description = "no valid token", body = ErrorBody),
     (status = 403, description = "not an operator", body = ErrorBody),
     (status = 404, description = "no such job, or it published nothing, or that is gone already", body = ErrorBody),
-    (status = 409, description = "the job is not finished", body = ErrorBody),
+    (status = 409, description = "the job is not finished, or its files are the disks of a VM that it has made", body = ErrorBody),
     (status = 422, description = "an import: what it made belongs to the catalogue", body = ErrorBody),
-    (status = 502, description = "the agent did not answer", body = ErrorBody),
+    (status = 502, description = "the agent did not answer, or the hypervisor that a VM was migrated to", body = ErrorBody),
     (status = 503, description = "the agent or the database is away", body = ErrorBody),
 ))]
 pub async fn export_remove(caller: Operator, id: web::Path<String>, app: web::Data<App>) -> Result<HttpResponse, Error> {

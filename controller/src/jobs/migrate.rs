@@ -154,23 +154,24 @@ fn fits_warm(warm: &Warm, source: &connections::Model, vm: &Vm) -> Result<(), Er
     Ok(())
 }
 
-/// What is said of the address, where that can be: a machine that runs must not meet another one with its own address.
+/// What is said of the address, where that can be: a machine that runs must not meet another one with its own address, whether it is called
+/// `keep` or by its digits.
 fn address(wanted: &Wanted, vm: &Vm, is_same: bool, is_stopped: bool) -> Result<Option<String>, Error> {
     let Some(mac) = wanted.mac.clone() else { return Ok(None) };
     let refused = |code, message: String| Err(Error::new(code, message));
-    match mac.as_str() {
+    let is_own = vm.nics.iter().any(|nic| nic.mac.eq_ignore_ascii_case(&mac));
+    match if is_own { "keep" } else { mac.as_str() } {
         "new" => {}
-        "keep" if vm.power_state == "poweredOn" && !is_stopped => {
-            return refused(
-                Code::Conflict,
-                format!("`{}` is running: its address cannot be kept as long as it is; switch it off, or say `mac: new`", clip(&vm.name)),
-            );
+        "keep" if vm.power_state != "poweredOff" && !is_stopped => {
+            let (name, state) = (clip(&vm.name), if vm.power_state == "poweredOn" { "running" } else { vm.power_state.as_str() });
+            let message = format!("`{name}` is {state}: its address cannot be kept as long as it is; switch it off, or say `mac: new`");
+            return refused(Code::Conflict, message);
         }
         "keep" if is_same => {
             let name = clip(&vm.name);
             return refused(Code::Conflict, format!("`{name}` stays at the same hypervisor with its address: say `mac: new`"));
         }
-        "keep" if vm.nics.first().is_none_or(|nic| nic.mac.is_empty()) => {
+        "keep" if !is_own && vm.nics.first().is_none_or(|nic| nic.mac.is_empty()) => {
             return refused(Code::Unprocessable, format!("`{}` has no address that is known: say `mac: new`", clip(&vm.name)));
         }
         "keep" => {}
@@ -216,6 +217,7 @@ mod tests {
     fn what_the_source_says_is_taken_over_and_an_address_is_never_there_twice() {
         let nic = Nic { mac: "00:50:56:00:00:01".into(), ..Nic::default() };
         let vm = Vm { name: "web".into(), cpu: 2, memory_mb: 512, firmware: "uefi".into(), nics: vec![nic], ..Vm::default() };
+        let vm = Vm { power_state: "poweredOff".into(), ..vm };
         let made = wish(Wanted::default(), &vm).unwrap();
         assert_eq!((made.name.as_str(), made.cpu, made.memory_mb, made.firmware.as_deref()), ("web", 2, 512, Some("uefi")));
         assert!(made.start && !made.autostart);
@@ -229,6 +231,24 @@ mod tests {
         let running = Vm { power_state: "poweredOn".into(), ..vm.clone() };
         assert_eq!(address(&keep, &running, false, false).unwrap_err().code(), Code::Conflict);
         assert_eq!(address(&keep, &running, false, true).unwrap().as_deref(), Some("keep"));
+        let suspended = Vm { power_state: "suspended".into(), ..vm.clone() };
+        assert_eq!(address(&keep, &suspended, false, false).unwrap_err().code(), Code::Conflict);
+        // The same by its digits, of any of its cards.
+        let second = Nic { mac: "00:50:56:00:00:aa".into(), ..Nic::default() };
+        let two = |vm: &Vm| Vm { nics: vec![vm.nics[0].clone(), second.clone()], ..vm.clone() };
+        let own = Wanted { mac: Some("00:50:56:00:00:AA".into()), ..Wanted::default() };
+        for (vm, is_same, is_stopped, fits) in [
+            (two(&vm), false, false, true),
+            (two(&vm), true, false, false),
+            (two(&running), false, false, false),
+            (two(&running), false, true, true),
+            (two(&suspended), false, false, false),
+            // Nobody's.
+            (running.clone(), true, false, true),
+        ] {
+            let said = address(&own, &vm, is_same, is_stopped).map_err(|e| e.code());
+            assert_eq!(said, if fits { Ok(own.mac.clone()) } else { Err(Code::Conflict) }, "{} {is_same} {is_stopped}", vm.power_state);
+        }
         assert_eq!(address(&keep, &Vm { nics: Vec::new(), ..vm.clone() }, false, false).unwrap_err().code(), Code::Unprocessable);
         let odd = Wanted { mac: Some("01:00:00:00:00:01".into()), ..Wanted::default() };
         assert_eq!(address(&odd, &vm, false, false).unwrap_err().code(), Code::BadRequest);

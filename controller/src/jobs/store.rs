@@ -214,7 +214,7 @@ pub async fn save_result(store: &Store, id: &str, result: &serde_json::Value) ->
     let update = jobs::Entity::update_many()
         .col_expr(jobs::Column::Result, Expr::value(Some(text)))
         .filter(jobs::Column::Id.eq(id))
-        .filter(jobs::Column::Status.eq(Status::Completed.word()));
+        .filter(jobs::Column::Status.is_in([Status::Completed.word(), Status::Failed.word()]));
     store.run(move |db| async move { Ok(update.exec(&db).await.map(drop)?) }).await
 }
 

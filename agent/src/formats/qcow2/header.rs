@@ -78,6 +78,11 @@ impl Header {
         Self::parse(window, false)
     }
 
+    /// As [`Header::read`], but an image that lies over another one is let in: [`Header::backing`] says over which. For who only looks.
+    pub fn read_layer(window: &Window) -> Result<Self> {
+        Self::parse(window, true)
+    }
+
     /// As [`Header::read`], but with `follow` a backing file is noted and not refused.
     pub(super) fn parse(window: &Window, follow: bool) -> Result<Self> {
         if window.len() < V2_LEN as u64 {

@@ -22,6 +22,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+pub use shared::deploy::PROOF;
 use shared::error::Code;
 use shared::options::Action;
 use shared::vault::{Dir, Root, Vault};
@@ -42,9 +43,6 @@ use crate::touched::Touched;
 const SCRATCH: u64 = 256 << 20;
 /// For how long a job that nobody has answered may still begin, milliseconds: libvirt waits 30 s for a busy domain.
 const UNANSWERED: i64 = 90_000;
-
-/// How the name of a domain begins that is started for a proof: it is nobody's VM, and no inventory shows it.
-pub const PROOF: &str = "hypersdk-proof-";
 
 /// Folders that a running domain's export needs.
 pub struct Folders {
