@@ -286,7 +286,7 @@ pub fn running(fleet: &Fleet, name: &str) -> (Domain, PathBuf) {
 pub fn acknowledged(console: &libvirtd::Console) -> u64 {
     let said = console.said();
     let numbers = said.lines().filter_map(|line| line.trim().strip_prefix("TINYGUEST-WRITE ")?.parse().ok());
-    numbers.last().unwrap_or(0)
+    numbers.max().unwrap_or(0)
 }
 
 async fn listed(fleet: &Fleet, vm: &str, state: &str) {

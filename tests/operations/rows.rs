@@ -303,7 +303,7 @@ pub async fn rows(fleet: &Fleet, people: &People) -> Vec<Row> {
             )
             .fails_with(404, "not_found", json!({"type": "export", "provider": "local", "vm_name": "nobody", "format": "raw"}))
             .fails_with(502, "bad_gateway", json!({"type": "verify", "source": "vms/db-server-01.raw"}))
-            .fails_with(422, "not_built", json!({"type": "migrate", "provider": "local", "vm_name": "db-server-01", "format": "raw"}))
+            .fails_with(422, "not_built", json!({"type": "export", "provider": "local", "vm_name": "db-server-01", "format": "raw", "options": {"destination": "s3://b/x"}}))
             .gives(201, job()),
         key(row("POST", "/jobs/batch", Operator).json(json!({"vms": ["db-server-01"], "type": "export", "provider": "local", "format": "raw",
             "concurrency": 1})))

@@ -58,7 +58,7 @@ pub async fn rows(fleet: &Fleet, admin: &Client, operator: &Client) -> Vec<Row> 
             .fails_with(404, "not_found", job("vm_name", nobody.clone()))
             .fails_with(409, "ambiguous", job("vm_name", json!("soon")))
             .fails_by(409, "idempotency_mismatch", "Idempotency-Key", "used-up")
-            .fails_with(422, "not_built", job("type", json!("migrate")))
+            .fails_with(422, "not_built", job("options", json!({"destination": "s3://b/x"})))
             .gives(201, schedule()),
         row("GET", "/schedules", Viewer).gives(200, page(schedule())),
         row("GET", "/schedules/{id}", Viewer).at(format!("/schedules/{good}")).gives(200, schedule()),
@@ -68,7 +68,7 @@ pub async fn rows(fleet: &Fleet, admin: &Client, operator: &Client) -> Vec<Row> 
             .fails_with(403, "outside_roots", change("options", json!({"destination": "/etc"})))
             .fails_with(404, "not_found", change("vm_name", nobody))
             .fails_with(409, "ambiguous", change("vm_name", json!("soon")))
-            .fails_with(422, "not_built", change("type", json!("migrate")))
+            .fails_with(422, "not_built", change("options", json!({"destination": "s3://b/x"})))
             .gives(200, schedule()),
         row("POST", "/schedules/{id}/run", Operator)
             .at(format!("/schedules/{good}/run"))
