@@ -69,8 +69,12 @@ async fn boots(console: &libvirtd::Console) {
     .await;
 }
 
+/// The VMs of all doubles bear the same addresses, and no two domains may.
+static ADDRESS: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_vm_of_vcenter_becomes_a_running_domain() {
+    let _alone = ADDRESS.lock().await;
     let fleet = fleet("migrate-vc", |_| {}).await;
     let double = Double::start(&fleet.scratch, Kind::Vcenter, &guest().raw).await;
     let account =
@@ -402,6 +406,7 @@ async fn a_vm_that_runs_is_copied_while_it_writes_and_is_away_for_seconds() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_vm_of_vcenter_that_runs_is_switched_off_only_for_the_last_pass() {
+    let _alone = ADDRESS.lock().await;
     let fleet = fleet("migrate-vc-warm", |_| {}).await;
     let double = Double::start(&fleet.scratch, Kind::Vcenter, &guest().raw).await;
     let account =

@@ -85,7 +85,7 @@ pub enum Verb {
     Vms(Vms),
     /// Export a VM to files
     Export(Export),
-    /// Move a VM to another hypervisor: copied, proven, booted, handed over
+    /// Move a VM to another hypervisor: copied, proven, booted
     Migrate(Migrate),
     /// Make a restore point of a VM: what changed since the last one
     Backup(Backup),
@@ -331,6 +331,11 @@ pub enum JobsAction {
     },
     /// Stop a job and keep its checkpoint
     Pause {
+        /// The job
+        id: JobId,
+    },
+    /// Stop the VM of a warm migration now, and start the new one
+    Cutover {
         /// The job
         id: JobId,
     },

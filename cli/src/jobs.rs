@@ -89,6 +89,7 @@ pub async fn jobs(client: &Client, jobs: &Jobs, style: Style) -> Outcome {
         Some(JobsAction::Cancel { id }) => changed(&client.delete(&format!("/jobs/{id}")).await?, style),
         Some(JobsAction::Retry { id }) => changed(&client.post(&act(id, "retry"), None).await?, style),
         Some(JobsAction::Pause { id }) => changed(&client.post(&act(id, "pause"), None).await?, style),
+        Some(JobsAction::Cutover { id }) => changed(&client.post(&act(id, "cutover"), None).await?, style),
         Some(JobsAction::Resume { id }) => changed(&client.post(&act(id, "resume"), None).await?, style),
     }
 }

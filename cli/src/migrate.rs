@@ -61,10 +61,22 @@ fn options(wanted: &Migrate) -> Value {
         ("target", Some(target.into())),
         ("adapt", Some(wanted.adapt.clone().into())),
         ("boot_proof", (!proof.is_empty()).then_some(Value::Object(proof))),
+        ("warm", wanted.warm.then(|| Value::Object(warm(wanted)))),
         ("destination", wanted.destination.clone().map(Value::from)),
         ("bandwidth_limit", wanted.bandwidth_limit.map(Value::from)),
         ("dry_run", wanted.dry_run.then_some(Value::Bool(true))),
     ]))
+}
+
+fn warm(wanted: &Migrate) -> Map<String, Value> {
+    let mut warm = Map::new();
+    if let Some(seconds) = wanted.max_downtime {
+        warm.insert("max_downtime_seconds".to_owned(), seconds.into());
+    }
+    if wanted.manual_cutover {
+        warm.insert("cutover".to_owned(), "manual".into());
+    }
+    warm
 }
 
 fn show(plan: &Value, style: Style) -> Outcome {
@@ -137,6 +149,7 @@ pub fn results(result: &Value, least: usize) {
             ("adapted", format!("{status}: {}", told(adapted, "reason"))),
             ("booted", proven),
             ("picture", told(proof, "screenshot")),
+            ("away", result["warm"]["downtime_seconds"].as_f64().map(|seconds| format!("{seconds:.1} s")).unwrap_or_default()),
             ("receipt", told(result, "migration_receipt")),
         ],
     );

@@ -158,10 +158,8 @@ impl<'a> Migration<'a> {
             return Ok(());
         }
         // The source of a warm one is off by then.
-        if !self.is_warm() {
-            self.address(None, false)?;
-        }
-        Ok(deploy::check(self.agent, &self.connection, &self.target.wish)?)
+        let mac = self.address(None, self.is_warm())?;
+        Ok(deploy::check(self.agent, &self.connection, &Wish { mac, ..self.target.wish.clone() })?)
     }
 
     /// The card's address: none, a new one. `vm`: the source as it was read; absent: before that. `will_stop`: what runs now will not by then.
@@ -234,12 +232,14 @@ impl<'a> Migration<'a> {
     }
 
     /// Before anything is published: the hypervisor would still take the VM.
-    pub(super) fn check_again(&self) -> Result<(), Failure> {
+    pub(super) fn check_again(&self, result: &str) -> Result<(), Failure> {
         if deploy::stands(&self.connection, &self.uuid)? {
             return Ok(());
         }
-        self.address(None, false)?;
-        Ok(deploy::check(self.agent, &self.connection, &self.target.wish)?)
+        let result: Value = serde_json::from_str(result).map_err(unreadable)?;
+        let progress: Progress = serde_json::from_value(result["migration"].clone()).map_err(unreadable)?;
+        let wish = Wish { mac: Some(progress.mac), ..self.target.wish.clone() };
+        Ok(deploy::check(self.agent, &self.connection, &wish)?)
     }
 
     fn begin(&self, vm: &Vm, disks: &[(String, String, u64)], will_stop: bool) -> Result<Progress, Failure> {
@@ -398,7 +398,7 @@ impl<'a> Migration<'a> {
         let name = super::part_name(&self.held.job);
         let part = folder.open_dir(&name).map_err(|e| Failure::io("the part folder", &e))?;
         let mut result = self.make_ready(&part, &place.join(&name), result, true)?;
-        self.check_again()?;
+        self.check_again(&result)?;
         let published = place.join(&self.held.job);
         super::commit(self.agent, self.held, || {
             publish()?;

@@ -285,7 +285,7 @@ impl Warm<'_> {
         let result = migration.seal_last(&result, &done.vm, &disks_of(&done), rehearsal, (passes, halted_ms))?;
         let mut result = migration.make_ready(&self.part, path, &result, false)?;
         migration.is_as_rehearsed(&result, rehearsal)?;
-        migration.check_again()?;
+        migration.check_again(&result)?;
         super::commit(agent, held, || {
             if !self.source.is_halted(self.vm_id)? {
                 return Err(Failure::fatal(Code::Conflict, "somebody has let the VM go on while it was stopped for the last pass"));

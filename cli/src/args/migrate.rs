@@ -40,7 +40,7 @@ pub struct Migrate {
     /// Format of the disks: qcow2 or raw
     #[arg(long, default_value = "qcow2", hide_possible_values = true, value_parser = format_parser())]
     pub format: Format,
-    /// Make the guest ready for its new hardware: auto, always or never
+    /// Make the guest ready for new hardware: auto, always, never
     #[arg(long, value_name = "WHEN", default_value = "auto", hide_possible_values = true, value_parser = ["auto", "always", "never"])]
     pub adapt: String,
     /// Text on the serial console that says that the guest is up
@@ -55,6 +55,15 @@ pub struct Migrate {
     /// Do not boot the guest before it is handed over
     #[arg(long, conflicts_with_all = ["sign", "boot_timeout", "prove_network"])]
     pub no_boot_proof: bool,
+    /// Copy it while it runs, and stop it only for what it changes last
+    #[arg(long)]
+    pub warm: bool,
+    /// Seconds that it may be away then; default: 30
+    #[arg(long, value_name = "SECONDS", requires = "warm")]
+    pub max_downtime: Option<u64>,
+    /// Wait for `hypersdk jobs cutover` before it is stopped
+    #[arg(long, requires = "warm")]
+    pub manual_cutover: bool,
     /// Leave the new VM off
     #[arg(long)]
     pub no_start: bool,
