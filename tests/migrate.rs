@@ -149,7 +149,7 @@ async fn a_vm_of_vcenter_becomes_a_running_domain() {
     for word in ["receipt", "booted", "yes", "domain", &mac] {
         assert!(said.contains(word), "{word}: {said}");
     }
-    assert!(steps.contains("boot proof passed") && steps.contains("copying"), "{steps}");
+    assert!(steps.contains("boot proof passed") && steps.contains("publishing"), "{steps}");
     let id = steps.split(':').next().unwrap();
     let job = fleet.client.completed(id, seconds(10)).await;
     println!("migrated in {} s, boot proof {} s", began.elapsed().as_secs(), job["result"]["boot_proof"]["seconds"]);

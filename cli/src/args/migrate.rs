@@ -40,7 +40,7 @@ pub struct Migrate {
     /// Format of the disks: qcow2 or raw
     #[arg(long, default_value = "qcow2", hide_possible_values = true, value_parser = format_parser())]
     pub format: Format,
-    /// Make the guest ready for new hardware: auto, always, never
+    /// Make the guest ready for KVM: auto, always, never
     #[arg(long, value_name = "WHEN", default_value = "auto", hide_possible_values = true, value_parser = ["auto", "always", "never"])]
     pub adapt: String,
     /// Text on the serial console that says that the guest is up
