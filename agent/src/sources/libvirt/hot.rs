@@ -9,12 +9,13 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use shared::vault::{self, Dir};
 
 use super::domain::Domain;
-use super::virsh::Uri;
+use super::virsh::{OPENING, Uri};
 use crate::exec;
 
 /// How long a job that was aborted may take to go, and between two looks at it.
@@ -121,7 +122,10 @@ pub fn begin(uri: &Uri, domain: &Domain, wanted: &Wanted, place: &Place, name: &
         vault::write_whole(dir, &checkpoint, checkpoint_xml(domain, new).as_bytes()).map_err(Failed::Notes)?;
         arguments.push(&checkpoint_path);
     }
-    let begun = uri.ask(&arguments).map(drop).map_err(Failed::Tool);
+    let begun = {
+        let _nobody_asks = OPENING.write().unwrap_or_else(PoisonError::into_inner);
+        uri.ask(&arguments).map(drop).map_err(Failed::Tool)
+    };
     // What virsh has read is of no more use; what stays is written over or removed with the next of its name.
     let _ = dir.remove_file(&backup);
     let _ = dir.remove_file(&checkpoint);
