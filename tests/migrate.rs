@@ -320,6 +320,10 @@ async fn a_vm_that_runs_is_copied_while_it_writes_and_is_away_for_seconds() {
     let off = json!({"warm": {"max_downtime_seconds": 0}});
     fleet.client.post("/jobs", warm(&source.name, &new_name(), off)).await.refused(400, "bad_request");
 
+    let mut raw = warm(&source.name, &new_name(), json!({}));
+    raw["format"] = json!("raw");
+    assert!(fleet.client.post("/jobs", raw).await.refused(422, "unprocessable").contains("qcow2"));
+
     // It is copied, and what it writes follows, until somebody says so; the new VM is not started, so that it can be compared.
     let name = new_name();
     let more = json!({"warm": {"cutover": "manual"}, "target": {"start": false}});

@@ -167,6 +167,9 @@ async fn export(app: &App, caller: &str, kind: JobType, wanted: Create) -> Resul
         _ => None,
     };
     let mut options = options(kind, wishes, format, &mut notes)?;
+    if plan.as_ref().is_some_and(|plan| plan.warm.is_some()) && format != Format::Qcow2 {
+        return Err(Error::new(Code::Unprocessable, format!("a warm migration is made of qcow2 layers: leave `format` out, not {format}")));
+    }
     if let Some(plan) = plan {
         (options.target, options.adapt, options.boot_proof) = (Some(plan.target), Some(plan.adapt), Some(plan.boot_proof));
         options.warm = plan.warm;
