@@ -141,7 +141,7 @@ async fn a_debian_of_vcenter_becomes_a_domain_that_answers() {
     };
     hears("root", "Password").await;
     hears("migrate", "#").await;
-    hears("sha256sum /root/payload.bin", &payload).await;
+    hears("sha256sum ~/payload.bin", &payload).await;
     assert_eq!(fleet.client.get(&format!("/vms/vc/{vm}")).await.expect(200).body["power_state"], "poweredOff");
 }
 

@@ -61,6 +61,15 @@ fn left(fleet: &Fleet, job: &str) -> Vec<String> {
     proofs.chain(networks).chain(parts.filter(|name| name.contains(job) && name.ends_with(".part"))).collect()
 }
 
+/// Waits until a job's log says so.
+async fn said(fleet: &Fleet, id: &str, text: &str) {
+    wait_for(&format!("{id} to say {text:?}"), seconds(90), async || {
+        let log = fleet.client.log(id).await;
+        if log.contains(text) { Ok(()) } else { Err(log) }
+    })
+    .await;
+}
+
 async fn boots(console: &libvirtd::Console) {
     wait_for("the migrated guest to print its digest", seconds(90), async || {
         let said = console.said();
@@ -239,13 +248,6 @@ async fn a_guest_that_does_not_boot_is_not_handed_over_and_a_retry_copies_nothin
         waits["vm_name"] = json!("guest");
         fleet.client.post("/jobs", waits).await.expect(201).body["id"].as_str().unwrap().to_owned()
     };
-    let said = async |fleet: &Fleet, id: &str, text: &str| {
-        wait_for(&format!("{id} to say {text:?}"), seconds(60), async || {
-            let log = fleet.client.log(id).await;
-            if log.contains(text) { Ok(()) } else { Err(log) }
-        })
-        .await;
-    };
     said(&fleet, &waits, "is started (tcg)").await;
     let began = std::time::Instant::now();
     fleet.client.delete(&format!("/jobs/{waits}")).await.expect(202);
@@ -329,13 +331,6 @@ async fn a_vm_that_runs_is_copied_while_it_writes_and_is_away_for_seconds() {
     let more = json!({"warm": {"cutover": "manual"}, "target": {"start": false}});
     let made = fleet.client.post("/jobs", warm(&source.name, &name, more)).await.expect(201).body;
     let id = made["id"].as_str().unwrap().to_owned();
-    let said = async |fleet: &Fleet, id: &str, text: &str| {
-        wait_for(&format!("{id} to say {text:?}"), seconds(90), async || {
-            let log = fleet.client.log(id).await;
-            if log.contains(text) { Ok(()) } else { Err(log) }
-        })
-        .await;
-    };
     // What is acknowledged while it is rehearsed, and what is acknowledged between two passes.
     said(&fleet, &id, "is started (tcg)").await;
     source.write('a', 200 << 20, 3 << 20, 0x5a);
@@ -429,17 +424,10 @@ async fn a_vm_of_vcenter_that_runs_is_switched_off_only_for_the_last_pass() {
         let made = fleet.client.post("/jobs", order("vc", vm, name, more)).await.expect(201).body;
         made["id"].as_str().unwrap().to_owned()
     };
-    let said = async |id: &str, text: &str| {
-        wait_for(&format!("{id} to say {text:?}"), seconds(90), async || {
-            let log = fleet.client.log(id).await;
-            if log.contains(text) { Ok(()) } else { Err(log) }
-        })
-        .await;
-    };
 
     // Where the new VM cannot be made the old one is switched on again.
     let id = begin(&new_name(), json!({"bridge": "nobridge0", "network": null})).await;
-    said(&id, "pass-1: ").await;
+    said(&fleet, &id, "pass-1: ").await;
     fleet.client.post(&format!("/jobs/{id}/cutover"), json!({})).await.expect(202);
     let failed = fleet.client.ended(&id, seconds(90)).await;
     assert!(failed["status"] == "failed" && failed["error"].as_str().unwrap().contains("nobridge0"), "{failed:#}");
@@ -451,9 +439,9 @@ async fn a_vm_of_vcenter_that_runs_is_switched_off_only_for_the_last_pass() {
 
     let name = new_name();
     let id = begin(&name, json!({"start": false, "mac": "keep"})).await;
-    said(&id, "is started (tcg)").await;
+    said(&fleet, &id, "is started (tcg)").await;
     write(200 << 20, 3 << 20, 0x5a);
-    said(&id, "pass-1: ").await;
+    said(&fleet, &id, "pass-1: ").await;
     write((210 << 20) + 4096, 64 << 10, 0x77);
     assert_eq!(power().await, "poweredOn");
     fleet.client.post(&format!("/jobs/{id}/cutover"), json!({})).await.expect(202);

@@ -447,7 +447,7 @@ impl<'a> Migration<'a> {
             match &landed {
                 Ok(_) => {
                     self.agent.source(&self.source).and_then(|source| source.retire(&self.vm_id))?;
-                    self.log("info", "publishing", "the old VM is off and will not start with its host");
+                    self.log("info", "publishing", "the old VM is off");
                     touched::note_halted(self.agent, &self.held.job, None).map_err(ledger)?;
                 }
                 Err(_) => touched::let_go(self.agent, &self.held.job),
