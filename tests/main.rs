@@ -30,6 +30,7 @@ mod memory;
 mod migrate;
 mod no_trace;
 mod operations;
+mod pools;
 mod schedules;
 mod survival;
 mod system;

@@ -463,5 +463,13 @@ async fn a_vm_of_vcenter_that_runs_is_switched_off_only_for_the_last_pass() {
     .await;
     let copy = PathBuf::from(job["result"]["domain"]["disk_path"].as_str().unwrap());
     identical(("raw", &flat), ("qcow2", &copy));
+    // And as the API compares them, by content: the new VM's disk is a chain of passes.
+    let vm = |provider: &str, name: &str| json!({"provider": provider, "vm_name": name});
+    let ask = json!({"source": vm("vc", Kind::Vcenter.other()), "target": vm("kvm", &name), "content": true});
+    wait_for("both to be compared", seconds(15), async || {
+        let answer = fleet.client.post("/vms/compare", ask.clone()).await;
+        if answer.status == 200 && answer.body["disks"][0]["content"] == "equal" { Ok(()) } else { Err(answer.text) }
+    })
+    .await;
     drop(target);
 }

@@ -79,7 +79,7 @@ fn has_no_vm(agent: &Agent, job: &JobId, wanted: &v1::RemoveExport) -> Result<()
         return Err(Error::fatal(Code::Conflict, message));
     }
     for uri in domain_at(agent, job, wanted) {
-        if let Some(name) = deploy::made_by(job.as_str(), &uri)? {
+        if let Some(name) = deploy::runs_from(job.as_str(), &uri)? {
             let message = format!("the files of {job} are the disks of the domain `{name}` at {uri}; remove that first");
             return Err(Error::fatal(Code::Conflict, message));
         }

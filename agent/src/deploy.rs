@@ -1,23 +1,29 @@
 //! `POST /vms/deploy`: a VM made of disks that lie on this host.
 //!
 //! ```text
-//! wish ─► refuse what would not fit ─► noted ─► define ─► autostart ─► start ─► forgotten          anything fails, or a crash: undefined
+//! wish ─► refuse what would not fit ─► (copied into a pool) ─► noted ─► define ─► autostart ─► start ─► forgotten          anything fails, or a crash: undefined
 //! ```
-//! Owns: that order, the refusals, and that a failure leaves no domain. Never: copies, changes or removes a disk; takes a name that exists.
+//! Owns: that order, the refusals, and that a failure leaves no domain and no volume. Never: changes or removes a disk; takes a name that exists.
 //! A crash here leaves a domain that the ledger names; the reaper removes it, never its disks.
 
 mod beneath;
+pub mod volumes;
 pub mod xml;
 
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use proto::v1;
 use serde_json::{Value, json};
-use shared::deploy::Wish;
+use shared::deploy::{Card, Wish};
 use shared::error::Code;
 use shared::vault;
 
+use self::volumes::{Ear, Filling};
 use crate::exec::{self, Tool};
+use crate::formats::Disk;
+use crate::pipeline::Format;
 use crate::sources::Error;
 use crate::sources::libvirt::virsh::Uri;
 use crate::sources::local::{Depth, Local};
@@ -28,6 +34,8 @@ struct Found {
     /// On this host.
     path: PathBuf,
     format: &'static str,
+    /// Open, where it was opened.
+    disk: Option<Arc<dyn Disk>>,
 }
 
 fn refused(message: impl Into<String>) -> Error {
@@ -41,8 +49,8 @@ fn told(e: exec::Error) -> Error {
     }
 }
 
-/// Makes the VM. Answers what the API answers.
-pub fn deploy(agent: &Agent, asked: &v1::Deploy) -> Result<Value, Error> {
+/// Makes the VM. Answers what the API answers. `stop` is set when nobody waits any more.
+pub fn deploy(agent: &Agent, asked: &v1::Deploy, stop: &AtomicBool) -> Result<Value, Error> {
     let wish: Wish = serde_json::from_str(&asked.wish_json).map_err(|e| Error::fatal(Code::BadRequest, e.to_string()))?;
     if let Some(flaw) = wish.flaw() {
         return Err(Error::fatal(Code::BadRequest, flaw));
@@ -50,17 +58,32 @@ pub fn deploy(agent: &Agent, asked: &v1::Deploy) -> Result<Value, Error> {
     let connection = asked.connection.clone().unwrap_or_default();
     let uri = here(&connection)?;
     let disks = disks(agent, &wish)?;
-    fits(agent, &uri, &connection, &wish, &disks)?;
+    fits(agent, &uri, &connection, &wish, &disks, false)?;
     let uuid = uuid();
-    let disks: Vec<(PathBuf, &'static str)> = disks.into_iter().map(|disk| (disk.path, disk.format)).collect();
-    let mac = wish.mac.as_ref().map_or_else(new_mac, |mac| mac.to_ascii_lowercase());
-    let accelerator = accelerator(agent);
-    define(agent, &uri, &connection, &wish, (&uuid, &mac, accelerator), &disks)?;
-    Ok(told_of(&uri, &connection, &wish, (&uuid, &mac, accelerator), &disks))
+    // Held until the VM stands: then they stay.
+    let filled = match &wish.pool {
+        Some(pool) => {
+            // A raw disk among others becomes what these are.
+            let format = if disks.iter().all(|disk| disk.format == "raw") { Format::Raw } else { Format::Qcow2 };
+            let opened = disks.iter().filter_map(|disk| disk.disk.clone()).collect();
+            let filling = Filling { vm: &wish.name, uuid: &uuid, disks: opened, format };
+            let tell = |line: String| tracing::info!(vm = wish.name, pool, "{line}");
+            let ear = Ear { tell: &tell, stop: &|| stop.load(Ordering::Relaxed) };
+            Some(volumes::fill(agent, &uri, &connection, pool, &filling, &ear)?)
+        }
+        None => None,
+    };
+    let disks: Vec<(PathBuf, &'static str)> = match &filled {
+        Some(filled) => filled.disks.clone(),
+        None => disks.into_iter().map(|disk| (disk.path, disk.format)).collect(),
+    };
+    let (macs, accelerator) = (addresses(&wish), accelerator(agent));
+    define(agent, &uri, &connection, &wish, (&uuid, &macs, accelerator), &disks)?;
+    Ok(told_of(&uri, &connection, &wish, (&uuid, &macs, accelerator), &disks))
 }
 
-/// What a domain is made as: its UUID, its card's address, how its CPUs run.
-type Identity<'a> = (&'a str, &'a str, &'static str);
+/// What a domain is made as: its UUID, its cards' addresses, how its CPUs run.
+type Identity<'a> = (&'a str, &'a [String], &'static str);
 
 /// A domain that a job makes of its own disks.
 pub struct Standing<'a> {
@@ -76,11 +99,11 @@ pub fn stands(connection: &v1::Connection, uuid: &str) -> Result<bool, Error> {
     Ok(uri.domains().map_err(told)?.iter().any(|known| known == uuid))
 }
 
-/// Name of the domain that a job has made at the libvirt of a URI, where it stands there.
+/// Name of the domain that a job has made at the libvirt of a URI, where it stands there and has the job's files as its disks.
 ///
 /// # Errors
 /// Where that libvirt cannot be asked: then nobody knows.
-pub fn made_by(job: &str, uri: &str) -> Result<Option<String>, Error> {
+pub fn runs_from(job: &str, uri: &str) -> Result<Option<String>, Error> {
     let unknown = |why: String| {
         let message = format!("whether a VM has the files of {job} as its disks cannot be seen at {uri}: {why}");
         Error { code: Code::BadGateway, message, retryable: true }
@@ -89,13 +112,19 @@ pub fn made_by(job: &str, uri: &str) -> Result<Option<String>, Error> {
     if !libvirt.domains().map_err(|e| unknown(e.to_string()))?.contains(&uuid) {
         return Ok(None);
     }
+    // Disks that were copied into a pool need no other files.
+    let disks = libvirt.ask(&["dumpxml", "--inactive", &uuid]).map(|xml| disks_of(&xml)).unwrap_or_default();
+    let is_its = |(path, _): &(PathBuf, &str)| path.components().any(|part| part.as_os_str() == job);
+    if !disks.is_empty() && !disks.iter().any(is_its) {
+        return Ok(None);
+    }
     let name = libvirt.ask(&["domname", &uuid]).map(|said| said.trim().to_owned()).unwrap_or_default();
     Ok(Some(if name.is_empty() { uuid } else { name }))
 }
 
 /// Whether the hypervisor would take the VM, whose disks are still to be made.
 pub fn check(agent: &Agent, connection: &v1::Connection, wish: &Wish) -> Result<(), Error> {
-    fits(agent, &here(connection)?, connection, wish, &[])
+    fits(agent, &here(connection)?, connection, wish, &[], false)
 }
 
 /// Makes the domain of a job, unless an earlier attempt has. Answers as [`deploy`].
@@ -110,14 +139,27 @@ pub fn place(agent: &Agent, connection: &v1::Connection, wish: &Wish, standing: 
             uri.ask(&["start", standing.uuid]).map_err(told)?;
         }
         let xml = uri.ask(&["dumpxml", standing.uuid]).map_err(told)?;
-        let mac = xml.split("<mac address='").nth(1).and_then(|rest| rest.split('\'').next()).unwrap_or_default().to_owned();
-        return Ok(told_of(&uri, connection, wish, (standing.uuid, &mac, accelerator), standing.disks));
+        let its = xml.split("<mac address='").skip(1).filter_map(|rest| rest.split('\'').next());
+        let macs: Vec<String> = its.map(str::to_owned).collect();
+        let disks = disks_of(&xml);
+        return Ok(told_of(&uri, connection, wish, (standing.uuid, &macs, accelerator), &disks));
     }
-    let found: Vec<Found> = standing.disks.iter().map(|(path, format)| Found { path: path.clone(), format }).collect();
-    fits(agent, &uri, connection, wish, &found)?;
-    let mac = wish.mac.as_ref().map_or_else(new_mac, |mac| mac.to_ascii_lowercase());
-    define(agent, &uri, connection, wish, (standing.uuid, &mac, accelerator), standing.disks)?;
-    Ok(told_of(&uri, connection, wish, (standing.uuid, &mac, accelerator), standing.disks))
+    let found: Vec<Found> = standing.disks.iter().map(|(path, format)| Found { path: path.clone(), format, disk: None }).collect();
+    fits(agent, &uri, connection, wish, &found, true)?;
+    let macs = addresses(wish);
+    define(agent, &uri, connection, wish, (standing.uuid, &macs, accelerator), standing.disks)?;
+    Ok(told_of(&uri, connection, wish, (standing.uuid, &macs, accelerator), standing.disks))
+}
+
+/// Copies disks into a pool of the connection's libvirt: see [`volumes::fill`].
+pub fn fill<'a>(
+    agent: &'a Agent,
+    connection: &v1::Connection,
+    pool: &str,
+    filling: &Filling<'_>,
+    ear: &Ear<'_>,
+) -> Result<volumes::Filled<'a>, Error> {
+    volumes::fill(agent, &here(connection)?, connection, pool, filling, ear)
 }
 
 /// A connection to the libvirt of this host.
@@ -134,13 +176,24 @@ fn define(
     uri: &Uri,
     connection: &v1::Connection,
     wish: &Wish,
-    (uuid, mac, accelerator): Identity<'_>,
+    (uuid, macs, accelerator): Identity<'_>,
     disks: &[(PathBuf, &'static str)],
 ) -> Result<(), Error> {
     let files: Vec<(&std::path::Path, &str)> = disks.iter().map(|(path, format)| (path.as_path(), *format)).collect();
-    let description = xml::domain(wish, uuid, mac, &files, accelerator, None);
+    let description = xml::domain(wish, uuid, macs, &files, accelerator, None);
     let note = format!("deploy-{uuid}");
     touched::while_noted(agent, &note, connection, uuid, || make(agent, uri, &note, uuid, &description, wish))?
+}
+
+/// The disks' files and formats in a domain's description.
+fn disks_of(xml: &str) -> Vec<(PathBuf, &'static str)> {
+    let Ok(document) = roxmltree::Document::parse(xml) else { return Vec::new() };
+    let disk = |node: roxmltree::Node| {
+        let child = |name: &str| node.children().find(|child| child.has_tag_name(name));
+        let format = child("driver").and_then(|driver| driver.attribute("type")).filter(|format| *format == "raw");
+        Some((child("source")?.attribute("file")?.into(), format.map_or("qcow2", |_| "raw")))
+    };
+    document.descendants().filter(|node| node.has_tag_name("disk")).filter_map(disk).collect()
 }
 
 /// What the API answers.
@@ -148,9 +201,10 @@ fn told_of(
     uri: &Uri,
     connection: &v1::Connection,
     wish: &Wish,
-    (uuid, mac, accelerator): Identity<'_>,
+    (uuid, macs, accelerator): Identity<'_>,
     disks: &[(PathBuf, &'static str)],
 ) -> Value {
+    let cards = wish.cards();
     let display = uri.ask(&["vncdisplay", uuid]).ok();
     let display = display.and_then(|text| text.trim().rsplit_once(':')?.1.parse::<u32>().ok());
     json!({
@@ -162,10 +216,12 @@ fn told_of(
         "memory_mb": wish.memory_mb,
         "disk_path": disks.first().map(|(path, _)| path.display().to_string()),
         "disks": disks.iter().map(|(path, _)| path.display().to_string()).collect::<Vec<_>>(),
-        "network": wish.network.as_deref().or(wish.bridge.is_none().then_some("default")),
+        "network": network_of(&cards[0]),
         "bridge": wish.bridge,
-        "mac": mac,
+        "mac": macs.first(),
+        "nics": cards.iter().zip(macs).map(|(card, mac)| json!({"network": network_of(card), "bridge": card.bridge, "mac": mac})).collect::<Vec<_>>(),
         "autostart": wish.autostart,
+        "pool": wish.pool,
         "firmware": wish.firmware.as_deref().unwrap_or("bios"),
         "accelerator": accelerator,
         "created_at": shared::clock::rfc3339(shared::clock::now()),
@@ -221,8 +277,8 @@ fn disks(agent: &Agent, wish: &Wish) -> Result<Vec<Found>, Error> {
         if !folder.metadata(name).map_err(missing)?.is_file() {
             return Err(refused(format!("{named} is not a regular file")));
         }
-        Local::new(folder).open_file(name, Depth::Structure)?;
-        Ok(Found { path: place.absolute(), format })
+        let (_, opened) = Local::new(folder).open_file(name, Depth::Structure)?;
+        Ok(Found { path: place.absolute(), format, disk: opened.into_iter().next().map(|opened| opened.disk) })
     };
     let disks = std::iter::once(&wish.disk_path).chain(&wish.disks).map(find).collect::<Result<Vec<_>, _>>()?;
     for (n, disk) in disks.iter().enumerate() {
@@ -234,12 +290,14 @@ fn disks(agent: &Agent, wish: &Wish) -> Result<Vec<Found>, Error> {
 }
 
 /// Whether the host can bear it: the name is free, nobody has the disks, there are as many CPUs, as much memory, and the network.
-fn fits(agent: &Agent, uri: &Uri, connection: &v1::Connection, wish: &Wish, disks: &[Found]) -> Result<(), Error> {
+fn fits(agent: &Agent, uri: &Uri, connection: &v1::Connection, wish: &Wish, disks: &[Found], is_filled: bool) -> Result<(), Error> {
     let vms = agent.source(connection)?.inventory()?;
     if vms.iter().any(|vm| vm.name == wish.name) {
         return Err(Error::fatal(Code::Conflict, format!("a domain `{}` exists already", wish.name)));
     }
     let path = |disk: &Found| disk.path.display().to_string();
+    // What is copied is nobody's disk but for a while.
+    let disks = if wish.pool.is_some() { &[] } else { disks };
     let taken = disks
         .iter()
         .find_map(|disk| vms.iter().find(|vm| vm.disks.iter().any(|other| other.source == path(disk))).map(|vm| (path(disk), vm)));
@@ -254,10 +312,11 @@ fn fits(agent: &Agent, uri: &Uri, connection: &v1::Connection, wish: &Wish, disk
             return Err(Error::fatal(Code::Conflict, message));
         }
     }
-    if let Some(mac) = &wish.mac
-        && let Some(vm) = vms.iter().find(|vm| vm.nics.iter().any(|nic| nic.mac.eq_ignore_ascii_case(mac)))
-    {
-        return Err(Error::fatal(Code::Conflict, format!("{mac} is the address of the domain `{}`", vm.name)));
+    let cards = wish.cards();
+    for mac in cards.iter().filter_map(|card| card.mac.as_ref()) {
+        if let Some(vm) = vms.iter().find(|vm| vm.nics.iter().any(|nic| nic.mac.eq_ignore_ascii_case(mac))) {
+            return Err(Error::fatal(Code::Conflict, format!("{mac} is the address of the domain `{}`", vm.name)));
+        }
     }
     let host = uri.ask(&["nodeinfo"]).map_err(told)?;
     let number = |name: &str| host.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse::<u64>().ok());
@@ -270,23 +329,34 @@ fn fits(agent: &Agent, uri: &Uri, connection: &v1::Connection, wish: &Wish, disk
     if wish.memory_mb > kib >> 10 {
         return Err(refused(format!("the host has {} MiB of memory, {} are asked for", kib >> 10, wish.memory_mb)));
     }
-    let network = match (&wish.network, &wish.bridge) {
-        (Some(name), _) => name.as_str(),
-        (None, Some(_)) => return Ok(()),
-        (None, None) => "default",
-    };
-    if network == xml::USER {
+    if let Some(pool) = wish.pool.as_deref().filter(|_| !is_filled) {
+        volumes::check(agent, uri, pool, &wish.name)?;
+    }
+    are_there(uri, cards.iter().filter_map(network_of).filter(|name| *name != xml::USER), wish.start)
+}
+
+/// The network that a card belongs to; none: a bridge.
+fn network_of(card: &Card) -> Option<&str> {
+    card.network.as_deref().or(card.bridge.is_none().then_some(xml::DEFAULT))
+}
+
+/// Whether libvirt has these networks, active ones where the VM is to start.
+fn are_there<'a>(uri: &Uri, networks: impl Iterator<Item = &'a str>, starts: bool) -> Result<(), Error> {
+    let mut networks = networks.peekable();
+    if networks.peek().is_none() {
         return Ok(());
     }
-    let networks = uri.ask(&["net-list", "--all", "--name"]).map_err(told)?;
-    let known: Vec<&str> = networks.lines().map(str::trim).filter(|name| !name.is_empty()).collect();
-    if !known.contains(&network) {
-        let all = known.iter().map(|name| format!("`{name}`")).chain(["`user`".to_owned()]).collect::<Vec<_>>().join(", ");
-        return Err(refused(format!("there is no network `{network}`; there are: {all}")));
-    }
+    let listed = uri.ask(&["net-list", "--all", "--name"]).map_err(told)?;
+    let known: Vec<&str> = listed.lines().map(str::trim).filter(|name| !name.is_empty()).collect();
     let active = uri.ask(&["net-list", "--name"]).map_err(told)?;
-    if wish.start && !active.lines().any(|name| name.trim() == network) {
-        return Err(refused(format!("the network `{network}` is not active: virsh net-start {network}")));
+    for network in networks {
+        if !known.contains(&network) {
+            let all = known.iter().map(|name| format!("`{name}`")).chain(["`user`".to_owned()]).collect::<Vec<_>>().join(", ");
+            return Err(refused(format!("there is no network `{network}`; there are: {all}")));
+        }
+        if starts && !active.lines().any(|name| name.trim() == network) {
+            return Err(refused(format!("the network `{network}` is not active: virsh net-start {network}")));
+        }
     }
     Ok(())
 }
@@ -347,6 +417,11 @@ pub fn uuid_of(job: &str) -> String {
 fn uuid_from(hex: &str) -> String {
     // Version 4, variant 1 (RFC 4122).
     format!("{}-{}-4{}-a{}-{}", &hex[..8], &hex[8..12], &hex[13..16], &hex[17..20], &hex[20..32])
+}
+
+/// The addresses of its cards, new ones where it says nothing.
+pub fn addresses(wish: &Wish) -> Vec<String> {
+    wish.cards().into_iter().map(|card| card.mac.map_or_else(new_mac, |mac| mac.to_ascii_lowercase())).collect()
 }
 
 /// A new address of a card.

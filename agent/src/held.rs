@@ -61,6 +61,8 @@ struct State {
 struct Commit {
     asked: bool,
     reply: Option<(bool, String)>,
+    /// What the controller has counted, as JSON.
+    footprint: String,
 }
 
 /// What a worker is told when it asks to publish.
@@ -74,6 +76,12 @@ pub enum Grant {
 }
 
 impl Assignment {
+    /// What the job has cost the grid until its commit was granted, as the controller counts it; null where it does not.
+    pub fn footprint(&self) -> serde_json::Value {
+        let told = self.lock().commit.as_ref().map(|commit| commit.footprint.clone());
+        told.and_then(|told| serde_json::from_str(&told).ok()).unwrap_or_default()
+    }
+
     /// What the worker is asked to do.
     pub fn stop(&self) -> Option<Stop> {
         match self.stop.load(Ordering::Acquire) {
@@ -238,7 +246,7 @@ impl Table {
     /// Asks the controller whether to publish and waits for its answer, over as many sessions as it takes.
     pub fn request_commit(&self, held: &Assignment) -> Grant {
         let mut state = held.lock();
-        state.commit = Some(Commit { asked: false, reply: None });
+        state.commit = Some(Commit { asked: false, reply: None, footprint: String::new() });
         self.news.notify_one();
         loop {
             if let Some((granted, reason)) = state.commit.as_ref().and_then(|commit| commit.reply.clone()) {
@@ -258,6 +266,7 @@ impl Table {
         let Some(held) = self.get(&reply.job).filter(|held| held.epoch == reply.epoch) else { return };
         if let Some(commit) = &mut held.lock().commit {
             commit.reply = Some((reply.granted, reply.reason.clone()));
+            commit.footprint.clone_from(&reply.footprint_json);
         }
         held.changed.notify_all();
     }

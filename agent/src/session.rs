@@ -316,7 +316,7 @@ fn answer(agent: &Arc<Agent>, browse: v1::Browse, tell: &mpsc::Sender<v1::AgentM
     let (agent, tell) = (agent.clone(), tell.clone());
     // Noted here, in the order of the stream: a word that nobody waits any more comes later.
     let stop = match browse.question {
-        Some(Question::Digests(_)) => agent.begin_question(browse.id),
+        Some(Question::Digests(_) | Question::Deploy(_)) => agent.begin_question(browse.id),
         _ => Arc::default(),
     };
     tokio::task::spawn_blocking(move || {
@@ -343,7 +343,11 @@ fn answer(agent: &Arc<Agent>, browse: v1::Browse, tell: &mpsc::Sender<v1::AgentM
             Some(Question::List(list)) => browse::list(&agent.vault, &list),
             Some(Question::Stat(path)) => browse::stat(&agent.vault, &path),
             Some(Question::Power(wanted)) => power(&agent, &wanted),
-            Some(Question::Deploy(wanted)) => crate::deploy::deploy(&agent, &wanted),
+            Some(Question::Deploy(wanted)) => {
+                let answered = crate::deploy::deploy(&agent, &wanted, &stop);
+                agent.end_question(browse.id, &stop);
+                answered
+            }
             Some(Question::RemoveExport(wanted)) => browse::remove_export(&agent, &wanted),
             Some(Question::Digests(question)) => {
                 let answered = crate::digests::answer(&agent, &question, &stop);

@@ -19,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use shared::vault;
 
 use crate::Agent;
+use crate::deploy::volumes::{self, Volumes};
 
 pub use self::halted::{Halted, halted, let_go, note_halted};
 
@@ -58,6 +59,8 @@ pub struct Touched {
     pub tracking: bool,
     /// The VM was or will be stopped, so that another one takes its place.
     pub halted: Option<Halted>,
+    /// Disks of a VM that is being made, in a pool; then nothing else is noted with them.
+    pub volumes: Option<Volumes>,
     /// When something was noted last, milliseconds since 1970.
     pub noted_ms: i64,
 }
@@ -124,6 +127,47 @@ pub fn for_a_while<T>(
     let done = act();
     undo_patiently(agent, note);
     Ok(done)
+}
+
+/// A note that is undone when this goes.
+pub struct Hold<'a> {
+    agent: &'a Agent,
+    note: String,
+    // As long as this turn lasts the reaper keeps away.
+    _turn: Turn<'a>,
+}
+
+/// Notes something until the answer is dropped, when it is undone. What an earlier act has noted under this name is undone first.
+pub fn hold<'a>(agent: &'a Agent, note: &str, touched: &Touched) -> Result<Hold<'a>, crate::sources::Error> {
+    let turn = agent.undoing.wait(note);
+    undo_patiently(agent, note);
+    if is_noted(agent, note) {
+        let message = format!("what an earlier attempt has left at {} is not gone yet", touched.connection.0);
+        return Err(crate::sources::Error { code: shared::error::Code::Unavailable, message, retryable: true });
+    }
+    let hold = Hold { agent, note: note.to_owned(), _turn: turn };
+    hold.note(touched)?;
+    Ok(hold)
+}
+
+impl Hold<'_> {
+    /// Notes this in place of what was noted.
+    pub fn note(&self, touched: &Touched) -> Result<(), crate::sources::Error> {
+        let failed =
+            |e: io::Error| crate::sources::Error::fatal(shared::error::Code::Internal, format!("the ledger cannot be written: {e}"));
+        write(self.agent, &self.note, touched).map_err(failed)
+    }
+}
+
+impl Drop for Hold<'_> {
+    fn drop(&mut self) {
+        undo_patiently(self.agent, &self.note);
+    }
+}
+
+/// Whether something is noted under this name, or may be.
+pub fn is_noted(agent: &Agent, note: &str) -> bool {
+    !matches!(noted(agent, note), Ok(None))
 }
 
 /// The pen of one attempt.
@@ -380,6 +424,7 @@ fn undo_noted(agent: &Agent, job: &str) -> bool {
     let undone = match noted.halted.as_ref().map(Halted::stays).transpose() {
         Err(e) => Err(e),
         _ if kind.is_empty() => Ok(Vec::new()),
+        _ if let Some(volumes) = &noted.volumes => volumes::clear(agent, &noted, volumes).map(|()| Vec::new()),
         Ok(stays) => {
             waits = noted.halted.clone().filter(|_| stays == Some(true));
             let to_undo = Touched { halted: noted.halted.clone().filter(|_| waits.is_none()), ..noted.clone() };

@@ -48,6 +48,8 @@ fn options(wanted: &Migrate) -> Value {
         ("memory_mb", wanted.memory.map(Value::from)),
         ("network", wanted.network.clone().map(Value::from)),
         ("bridge", wanted.bridge.clone().map(Value::from)),
+        ("networks", (!wanted.map_network.is_empty()).then(|| Value::Object(networks(wanted)))),
+        ("pool", wanted.pool.clone().map(Value::from)),
         ("mac", wanted.mac.clone().map(Value::from)),
         ("start", wanted.no_start.then_some(Value::Bool(false))),
     ]);
@@ -66,6 +68,10 @@ fn options(wanted: &Migrate) -> Value {
         ("bandwidth_limit", wanted.bandwidth_limit.map(Value::from)),
         ("dry_run", wanted.dry_run.then_some(Value::Bool(true))),
     ]))
+}
+
+fn networks(wanted: &Migrate) -> Map<String, Value> {
+    wanted.map_network.iter().map(|(from, to)| (from.clone(), to.clone().into())).collect()
 }
 
 fn warm(wanted: &Migrate) -> Map<String, Value> {

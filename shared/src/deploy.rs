@@ -4,6 +4,21 @@
 
 use serde::{Deserialize, Serialize};
 
+/// A network card.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Card {
+    /// A libvirt network's name, or `user`; absent, and without `bridge`: `default`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network: Option<String>,
+    /// A bridge of the host.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bridge: Option<String>,
+    /// MAC address; absent: a new one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
+}
+
 /// A wish. What is absent is chosen by the hypervisor's agent.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -15,26 +30,32 @@ pub struct Wish {
     /// Further disks, in order.
     #[serde(default)]
     pub disks: Vec<String>,
+    /// A storage pool that the disks are copied into; absent: they are used where they lie.
+    #[serde(default)]
+    pub pool: Option<String>,
     /// Virtual CPUs.
     pub cpu: u32,
     /// Memory in MiB.
     pub memory_mb: u64,
-    /// A libvirt network's name, or `user`.
+    /// What the first card is connected to: a libvirt network's name, or `user`.
     #[serde(default)]
     pub network: Option<String>,
-    /// A bridge of the host.
+    /// A bridge of the host, in its place.
     #[serde(default)]
     pub bridge: Option<String>,
-    /// MAC address; absent: a new one.
+    /// The first card's MAC address; absent: a new one.
     #[serde(default)]
     pub mac: Option<String>,
+    /// Further cards, in order.
+    #[serde(default)]
+    pub nics: Vec<Card>,
     /// `bios` or `uefi`.
     #[serde(default)]
     pub firmware: Option<String>,
     /// `virtio`, `scsi`, `sata` or `ide`.
     #[serde(default)]
     pub disk_bus: Option<String>,
-    /// The network card's model: `virtio`, `e1000`, `e1000e`, `rtl8139`, `vmxnet3`.
+    /// The network cards' model: `virtio`, `e1000`, `e1000e`, `rtl8139`, `vmxnet3`.
     #[serde(default)]
     pub nic_model: Option<String>,
     /// Whether it starts with its host.
@@ -57,10 +78,30 @@ pub const BUSES: &[&str] = &["virtio", "scsi", "sata", "ide"];
 pub const CARDS: &[&str] = &["virtio", "e1000", "e1000e", "rtl8139", "vmxnet3"];
 /// How the name of a domain begins that is started for a boot proof: it is nobody's VM, and no inventory shows it.
 pub const PROOF: &str = "hypersdk-proof-";
+/// Most network cards: libvirt's board has room for more, no VMware guest has.
+pub const MOST_CARDS: usize = 10;
 /// Least memory, MiB: less starts nothing that has a disk.
 pub const LEAST_MEMORY: u64 = 16;
 
 impl Wish {
+    /// All its cards, in order.
+    pub fn cards(&self) -> Vec<Card> {
+        let first = Card { network: self.network.clone(), bridge: self.bridge.clone(), mac: self.mac.clone() };
+        std::iter::once(first).chain(self.nics.iter().cloned()).collect()
+    }
+
+    /// The same with its cards' addresses, in order.
+    #[must_use]
+    pub fn with_addresses(&self, addresses: &[Option<String>]) -> Self {
+        let mut wish = self.clone();
+        let mut addresses = addresses.iter().cloned();
+        wish.mac = addresses.next().flatten();
+        for (card, mac) in wish.nics.iter_mut().zip(addresses.chain(std::iter::repeat(None))) {
+            card.mac = mac;
+        }
+        wish
+    }
+
     /// What is wrong with it whoever it is for, in a sentence that says what would be right.
     pub fn flaw(&self) -> Option<String> {
         let word = |field: &str, value: &Option<String>, known: &[&str]| {
@@ -78,25 +119,36 @@ impl Wish {
             (!(1..=512).contains(&self.cpu)).then(|| format!("`cpu` must be 1 to 512, not {}", self.cpu)),
             (self.memory_mb < LEAST_MEMORY || self.memory_mb > 16 << 20)
                 .then(|| format!("`memory_mb` must be {LEAST_MEMORY} to {}, not {}", 16 << 20, self.memory_mb)),
-            (self.network.is_some() && self.bridge.is_some())
-                .then(|| "`network` and `bridge` exclude each other; give one of them".to_owned()),
-            self.network
-                .as_deref()
-                .is_some_and(|name| !is_name(name))
-                .then(|| "`network` is a libvirt network's name, or `user`".to_owned()),
-            self.bridge
-                .as_deref()
-                .is_some_and(|name| !is_interface(name))
-                .then(|| "`bridge` is the name of a bridge of the host".to_owned()),
-            self.mac
-                .as_deref()
-                .is_some_and(|mac| !is_mac(mac))
-                .then(|| "`mac` is six pairs of hex digits with colons, of one host (the first pair even)".to_owned()),
+            (self.nics.len() >= MOST_CARDS).then(|| format!("{} network cards; at most {MOST_CARDS} are taken", self.nics.len() + 1)),
+            self.pool.as_deref().is_some_and(|name| !is_name(name)).then(|| "`pool` is the name of a storage pool of libvirt".to_owned()),
+            self.cards().iter().find_map(Card::flaw),
+            self.twice().map(|mac| format!("two cards have the address {mac}")),
             word("firmware", &self.firmware, FIRMWARES),
             word("disk_bus", &self.disk_bus, BUSES),
             word("nic_model", &self.nic_model, CARDS),
         ];
         flaws.into_iter().flatten().next()
+    }
+
+    /// An address that two cards have.
+    fn twice(&self) -> Option<String> {
+        let known: Vec<String> = self.cards().into_iter().filter_map(|card| card.mac).map(|mac| mac.to_ascii_lowercase()).collect();
+        known.iter().enumerate().find(|(n, mac)| known[..*n].contains(mac)).map(|(_, mac)| mac.clone())
+    }
+}
+
+impl Card {
+    fn flaw(&self) -> Option<String> {
+        let flaws = [
+            (self.network.is_some() && self.bridge.is_some(), "`network` and `bridge` exclude each other; give one of them"),
+            (self.network.as_deref().is_some_and(|name| !is_name(name)), "`network` is a libvirt network's name, or `user`"),
+            (self.bridge.as_deref().is_some_and(|name| !is_interface(name)), "`bridge` is the name of a bridge of the host"),
+            (
+                self.mac.as_deref().is_some_and(|mac| !is_mac(mac)),
+                "`mac` is six pairs of hex digits with colons, of one host (the first pair even)",
+            ),
+        ];
+        flaws.into_iter().find(|(is_wrong, _)| *is_wrong).map(|(_, words)| words.to_owned())
     }
 }
 
@@ -141,6 +193,13 @@ mod tests {
         assert!(flawed(&|wish| wish.bridge = Some("br0".into())).contains("exclude"));
         assert!(flawed(&|wish| wish.mac = Some("53:54:00:00:00:01".into())).contains("`mac`"));
         assert!(flawed(&|wish| wish.mac = Some("52:54:00:00:00".into())).contains("`mac`"));
+        let card = |mac: &str| Card { mac: Some(mac.into()), ..Card::default() };
+        assert!(flawed(&|wish| wish.nics = vec![card("52:54:00:00:00:0a"), card("52:54:00:00:00:0A")]).contains("two cards"));
+        assert!(flawed(&|wish| wish.nics = vec![card("odd")]).contains("`mac`"));
+        assert!(flawed(&|wish| wish.nics = vec![Card::default(); MOST_CARDS]).contains("at most"));
+        let addressed = Wish { nics: vec![card("52:54:00:00:00:0a"), Card::default()], ..wish.clone() };
+        let addressed = addressed.with_addresses(&[Some("52:54:00:00:00:01".into()), None]);
+        assert_eq!((addressed.mac.as_deref(), &addressed.nics), (Some("52:54:00:00:00:01"), &vec![Card::default(); 2]));
         assert!(flawed(&|wish| wish.firmware = Some("efi".into())).contains("uefi"));
         assert!(flawed(&|wish| wish.disk_bus = Some("nvme".into())).contains("virtio"));
         assert!(flawed(&|wish| wish.disks = vec![String::new()]).contains("empty"));

@@ -10,6 +10,8 @@ use shared::deploy::Wish;
 
 /// The network that needs nothing of the host.
 pub const USER: &str = "user";
+/// The network that libvirt brings.
+pub const DEFAULT: &str = "default";
 
 /// As it stands in XML.
 pub fn quoted(text: &str) -> String {
@@ -26,9 +28,9 @@ pub struct Apart<'a> {
     pub network: Option<&'a str>,
 }
 
-/// The XML of a domain: its disks (file and format) in order, its card, a serial console, a display on the loopback. One that is started
+/// The XML of a domain: its disks (file and format) in order, its cards (as many as there are addresses), a serial console, a display on the loopback. One that is started
 /// apart has no display to look at from elsewhere, and its disks need not survive the host.
-pub fn domain(wish: &Wish, uuid: &str, mac: &str, disks: &[(&Path, &str)], accelerator: &str, apart: Option<&Apart>) -> String {
+pub fn domain(wish: &Wish, uuid: &str, macs: &[String], disks: &[(&Path, &str)], accelerator: &str, apart: Option<&Apart>) -> String {
     let bus = wish.disk_bus.as_deref().unwrap_or("virtio");
     let is_uefi = wish.firmware.as_deref() == Some("uefi");
     // IDE is the older board's; everything else wants the newer one.
@@ -69,15 +71,17 @@ pub fn domain(wish: &Wish, uuid: &str, mac: &str, disks: &[(&Path, &str)], accel
             n + 1
         );
     }
-    let (kind, source) = match (apart.map(|apart| apart.network), wish.network.as_deref(), wish.bridge.as_deref()) {
-        (Some(None), _, _) => ("user", "<link state='down'/>".to_owned()),
-        (Some(Some(name)), _, _) => ("network", format!("<source network='{}'/>", quoted(name))),
-        (None, Some(USER), _) => ("user", String::new()),
-        (None, _, Some(bridge)) => ("bridge", format!("<source bridge='{}'/>", quoted(bridge))),
-        (None, name, None) => ("network", format!("<source network='{}'/>", quoted(name.unwrap_or("default")))),
-    };
     let model = wish.nic_model.as_deref().unwrap_or("virtio");
-    let _ = write!(xml, "<interface type='{kind}'><mac address='{}'/>{source}<model type='{model}'/></interface>", quoted(mac));
+    for (card, mac) in wish.cards().iter().zip(macs) {
+        let (kind, source) = match (apart.map(|apart| apart.network), card.network.as_deref(), card.bridge.as_deref()) {
+            (Some(None), _, _) => ("user", "<link state='down'/>".to_owned()),
+            (Some(Some(name)), _, _) => ("network", format!("<source network='{}'/>", quoted(name))),
+            (None, Some(USER), _) => ("user", String::new()),
+            (None, _, Some(bridge)) => ("bridge", format!("<source bridge='{}'/>", quoted(bridge))),
+            (None, name, None) => ("network", format!("<source network='{}'/>", quoted(name.unwrap_or(DEFAULT)))),
+        };
+        let _ = write!(xml, "<interface type='{kind}'><mac address='{}'/>{source}<model type='{model}'/></interface>", quoted(mac));
+    }
     match apart {
         Some(apart) => {
             let _ = write!(xml, "<serial type='pipe'><source path='{}'/></serial>", quoted(&apart.console.display().to_string()));
@@ -93,7 +97,13 @@ pub fn domain(wish: &Wish, uuid: &str, mac: &str, disks: &[(&Path, &str)], accel
 
 #[cfg(test)]
 mod tests {
+    use shared::deploy::Card;
+
     use super::*;
+
+    fn macs(count: usize) -> Vec<String> {
+        (0..count).map(|n| format!("52:54:00:00:00:{n:02x}")).collect()
+    }
 
     #[test]
     fn a_domain_has_what_was_wished_and_nothing_breaks_out() {
@@ -105,8 +115,14 @@ mod tests {
             disk_bus: Some("ide".into()),
             ..Wish::default()
         };
-        let xml =
-            domain(&wish, "u", "52:54:00:00:00:01", &[(Path::new("/x/a'b.qcow2"), "qcow2"), (Path::new("/x/c.raw"), "raw")], "tcg", None);
+        let xml = domain(
+            &wish,
+            "u",
+            &["52:54:00:00:00:01".to_owned()],
+            &[(Path::new("/x/a'b.qcow2"), "qcow2"), (Path::new("/x/c.raw"), "raw")],
+            "tcg",
+            None,
+        );
         let document = roxmltree::Document::parse(&xml).expect("well-formed");
         let text =
             |name: &str| document.descendants().find(|node| node.has_tag_name(name)).and_then(|node| node.text()).unwrap_or_default();
@@ -115,18 +131,34 @@ mod tests {
             document.descendants().filter(|node| node.has_tag_name("target")).filter_map(|node| node.attribute("dev")).collect();
         assert_eq!(targets, ["hda", "hdb"]);
         assert!(xml.contains("type='qemu'") && xml.contains("machine='pc'") && xml.contains("<source bridge='br0'/>"), "{xml}");
-        let uefi = domain(&Wish { firmware: Some("uefi".into()), network: Some(USER.into()), ..wish.clone() }, "u", "m", &[], "kvm", None);
+        let uefi =
+            domain(&Wish { firmware: Some("uefi".into()), network: Some(USER.into()), ..wish.clone() }, "u", &macs(1), &[], "kvm", None);
         assert!(uefi.contains("firmware='efi'") && uefi.contains("<domain type='kvm'>"), "{uefi}");
+
+        // Each card where it belongs, and apart none of them.
+        let second = Card { network: Some("inner".into()), ..Card::default() };
+        let two = Wish { nics: vec![second, Card::default()], ..wish.clone() };
+        let cards = |apart: Option<&Apart>| {
+            let xml = domain(&two, "u", &macs(3), &[], "tcg", apart);
+            let pieces: Vec<String> =
+                xml.split("<interface ").skip(1).map(|rest| rest.split("</interface>").next().unwrap_or_default().to_owned()).collect();
+            pieces
+        };
+        let placed = cards(None);
+        assert!(placed.len() == 3 && placed[0].contains("bridge='br0'") && placed[1].contains("network='inner'"), "{placed:?}");
+        assert!(placed[2].contains("network='default'") && placed[2].contains("52:54:00:00:00:02"), "{placed:?}");
+        let alone = cards(Some(&Apart { console: Path::new("/x/c"), variables: Path::new("/x/v"), network: None }));
+        assert!(alone.len() == 3 && alone.iter().all(|card| card.contains("<link state='down'/>")), "{alone:?}");
 
         // Apart, whatever network was wished for is not reached, and nobody looks in.
         let apart = |network| Apart { console: Path::new("/x/c"), variables: Path::new("/x/v"), network };
-        let alone = domain(&wish, "u", "m", &[(Path::new("/x/o.qcow2"), "qcow2")], "tcg", Some(&apart(None)));
+        let alone = domain(&wish, "u", &macs(1), &[(Path::new("/x/o.qcow2"), "qcow2")], "tcg", Some(&apart(None)));
         assert!(roxmltree::Document::parse(&alone).is_ok() && !alone.contains("br0") && !alone.contains("vnc"), "{alone}");
         assert!(
             alone.contains("<link state='down'/>") && alone.contains("cache='unsafe'") && alone.contains("<source path='/x/c'/>"),
             "{alone}"
         );
-        let netted = domain(&wish, "u", "m", &[], "tcg", Some(&apart(Some("n"))));
+        let netted = domain(&wish, "u", &macs(1), &[], "tcg", Some(&apart(Some("n"))));
         assert!(netted.contains("<source network='n'/>") && !netted.contains("br0") && !netted.contains("link state"), "{netted}");
     }
 }

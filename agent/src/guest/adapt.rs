@@ -76,7 +76,7 @@ pub fn is_ready(guest: &Guest) -> Option<String> {
 }
 
 /// Adapts the subject. `bus` is that of its disks at the source (`scsi`, `sata`, `ide`, `virtio`): files in the guest may name them by it.
-/// Interfaces are bound to the address in the subject's wish; without one they are left as they are. `log` gets the tools' lines.
+/// Interfaces are bound to the addresses in the subject's wish; without one they are left as they are. `log` gets the tools' lines.
 ///
 /// # Errors
 /// When the agent's own folders fail, or the job is to stop. Whatever the guest or a tool is to blame for is an outcome.
@@ -155,8 +155,12 @@ fn run(
     let how = Long { environment: &environment, time: LONGEST, is_stopped: &is_stopped };
     let mut done = Done { disks, ..Done::default() };
 
-    if let Some(mac) = subject.wish.mac.as_deref().filter(|mac| shared::deploy::is_mac(mac)) {
-        match pin(&done.disks, mac, &how, log) {
+    let macs: Vec<String> =
+        subject.wish.cards().into_iter().filter_map(|card| card.mac).filter(|mac| shared::deploy::is_mac(mac)).collect();
+    if macs.is_empty() {
+        done.warnings.push("the cards' addresses are not known yet: the names of network interfaces were not bound to them".to_owned());
+    } else {
+        match pin(&done.disks, &macs, &how, log) {
             Ok((pinned, left)) => {
                 done.pinned = pinned;
                 done.warnings.extend(left.into_iter().map(|why| format!("names of network interfaces: {why}")));
@@ -167,8 +171,6 @@ fn run(
             // v2v may know better what this guest is; without the names it is adapted all the same, and whoever asks is told.
             Err(e) => done.warnings.push(format!("the names of its network interfaces were not bound to their cards: {e}")),
         }
-    } else {
-        done.warnings.push("the card's address is not known yet: the names of network interfaces were not bound to it".to_owned());
     }
 
     vault::write_whole(scratch, "guest.xml", description(subject, &done.disks, bus).as_bytes()).map_err(failed("the description"))?;
@@ -221,9 +223,9 @@ fn is_unknown(words: &str) -> bool {
     .any(|word| words.contains(word))
 }
 
-/// Binds names to an address; answers the pairs, and what was left and why.
-fn pin(disks: &[GuestDisk], mac: &str, how: &Long, log: &mut dyn FnMut(&str)) -> Result<(Vec<String>, Vec<String>), exec::Error> {
-    let script = script("", &[mac]);
+/// Binds names to addresses; answers the pairs, and what was left and why.
+fn pin(disks: &[GuestDisk], macs: &[String], how: &Long, log: &mut dyn FnMut(&str)) -> Result<(Vec<String>, Vec<String>), exec::Error> {
+    let script = script("", &macs.iter().map(String::as_str).collect::<Vec<_>>());
     let mut arguments: Vec<PathBuf> = vec!["--rw".into()];
     for disk in disks {
         arguments.extend(["--format=qcow2".into(), "-a".into(), disk.path.clone()]);
@@ -278,8 +280,11 @@ fn description(subject: &Subject<'_>, disks: &[GuestDisk], bus: &str) -> String 
             disk.format
         );
     }
-    let mac = wish.mac.as_ref().map(|mac| format!("<mac address='{}'/>", quoted(mac))).unwrap_or_default();
-    let _ = write!(xml, "<interface type='network'><source network='default'/>{mac}</interface></devices></domain>");
+    for card in wish.cards() {
+        let mac = card.mac.map(|mac| format!("<mac address='{}'/>", quoted(&mac))).unwrap_or_default();
+        let _ = write!(xml, "<interface type='network'><source network='default'/>{mac}</interface>");
+    }
+    xml.push_str("</devices></domain>");
     xml
 }
 

@@ -110,7 +110,7 @@ pub fn prove(
         name: format!("{}{}-{}", libvirt::PROOF, held.job, shared::ids::random_hex::<4>()),
         domain: deploy::uuid(),
         network: asked.network.then(deploy::uuid),
-        mac: subject.wish.mac.as_ref().map_or_else(deploy::new_mac, |mac| mac.to_ascii_lowercase()),
+        macs: deploy::addresses(subject.wish),
         accelerator: deploy::accelerator(agent),
     };
     let log = |text: String| agent.table.log(held, "info", "deploying", text);
@@ -144,7 +144,7 @@ struct Begin {
     name: String,
     domain: String,
     network: Option<String>,
-    mac: String,
+    macs: Vec<String>,
     accelerator: &'static str,
 }
 
@@ -190,7 +190,7 @@ fn start(uri: &Uri, folder: &Dir, subject: &Subject<'_>, begin: &Begin) -> Resul
     let (console_path, variables) = (path.join(PIPE), path.join("variables.fd"));
     let network = begin.network.as_ref().map(|_| begin.name.as_str());
     let apart = xml::Apart { console: &console_path, variables: &variables, network };
-    let description = xml::domain(&wish, &begin.domain, &begin.mac, &disks, begin.accelerator, Some(&apart));
+    let description = xml::domain(&wish, &begin.domain, &begin.macs, &disks, begin.accelerator, Some(&apart));
     vault::write_whole(folder, "domain.xml", description.as_bytes()).map_err(failed("the domain's description"))?;
     uri.ask(&["create", &path.join("domain.xml").display().to_string()]).map_err(told)?;
     Ok(console)
@@ -331,11 +331,11 @@ fn learn(known: &mut Known, news: News) {
 /// nobody wants to know any more.
 fn lookout(uri: &Uri, begin: &Begin, asked: &Asked<'_>) -> io::Result<Receiver<News>> {
     let (tell, news) = channel();
-    let (uri, domain, mac, network) = (uri.clone(), begin.domain.clone(), begin.mac.clone(), begin.network.clone());
+    let (uri, domain, macs, network) = (uri.clone(), begin.domain.clone(), begin.macs.clone(), begin.network.clone());
     let wants_agent = asked.sign.is_none();
     thread::Builder::new().name("proof".to_owned()).spawn(move || {
         // Its end means that nobody listens any more.
-        let _ = look_out(&tell, &uri, &domain, wants_agent, network.as_deref(), &mac);
+        let _ = look_out(&tell, &uri, &domain, wants_agent, network.as_deref(), &macs);
     })?;
     Ok(news)
 }
@@ -346,7 +346,7 @@ fn look_out(
     domain: &str,
     mut wants_agent: bool,
     network: Option<&str>,
-    mac: &str,
+    macs: &[String],
 ) -> Result<(), SendError<News>> {
     let mut told = None;
     loop {
@@ -368,7 +368,8 @@ fn look_out(
             wants_agent = false;
             tell.send(News::Agent)?;
         }
-        if let Some(address) = network.and_then(|network| isolated::lease(uri, network, mac)) {
+        // Any of its cards will do: others may have fixed addresses.
+        if let Some(address) = network.and_then(|network| macs.iter().find_map(|mac| isolated::lease(uri, network, mac))) {
             if told != Some(address) {
                 told = Some(address);
                 tell.send(News::Address(address.to_string()))?;

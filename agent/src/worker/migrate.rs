@@ -7,30 +7,34 @@
 //! ```
 //! Owns: that order, the kept result `jobs/JOBID.result` in which each step that is done stands, the receipt. Never: changes a verified disk
 //! (overlays lie over it), switches the source, gives two machines that run one address.
+//! `addresses`: whose addresses the new VM has; `ready`: adaptation and boot proof.
 //! A crash here costs the step that it interrupts: what was sealed is sealed, a domain that is half made is noted and undone.
 
-use std::collections::BTreeSet;
+mod addresses;
+mod ready;
+
 use std::io;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use proto::v1;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use shared::deploy::Wish;
 use shared::error::Code;
-use shared::guest::Guest;
 use shared::migrate::{Adapt, BootProof, Target, Warm};
 use shared::options::{JobType, Options};
 use shared::vault::{self, Dir};
 use shared::vm::Vm;
 
+use self::addresses::has_address;
 use super::{End, Failure, result_name};
 use crate::Agent;
+use crate::deploy::volumes::{self, Ear, Filled, Filling};
 use crate::deploy::{self, Standing};
-use crate::guest::{GuestDisk, Subject, adapt, boot, inspect};
+use crate::guest::{GuestDisk, boot};
 use crate::held::Assignment;
-use crate::pipeline::Outcome;
+use crate::pipeline::{Format, Outcome};
 use crate::sources::local::Local;
 use crate::touched::{self, Halted};
 
@@ -61,8 +65,8 @@ enum Readiness {
 struct Progress {
     /// The VM as it was read.
     vm: Vm,
-    /// The address of the new VM's card: decided once, since the guest may be told of it.
-    mac: String,
+    /// The addresses of the new VM's cards: decided once, since the guest may be told of them.
+    macs: Vec<String>,
     /// When the source was read, RFC 3339.
     sealed_at: String,
     /// What came of the adaptation, and why; none as long as it was not tried.
@@ -154,46 +158,13 @@ impl<'a> Migration<'a> {
 
     /// Before a byte is copied: the hypervisor would take the VM.
     pub(super) fn check(&self) -> Result<(), Failure> {
+        self.clear_pool();
         if deploy::stands(&self.connection, &self.uuid)? {
             return Ok(());
         }
         // The source of a warm one is off by then.
-        let mac = self.address(None, self.is_warm())?;
-        Ok(deploy::check(self.agent, &self.connection, &Wish { mac, ..self.target.wish.clone() })?)
-    }
-
-    /// The card's address: none, a new one. `vm`: the source as it was read; absent: before that. `will_stop`: what runs now will not by then.
-    fn address(&self, vm: Option<&Vm>, will_stop: bool) -> Result<Option<String>, Failure> {
-        let wanted = self.target.mac.as_deref();
-        let is_same = self.source.name == self.target.connection;
-        let given = wanted.filter(|word| *word != "keep").map(str::to_ascii_lowercase);
-        match &given {
-            Some(word) if word == "new" => return Ok(None),
-            Some(address) if vm.is_some_and(|vm| !has_address(vm, address)) => return Ok(given),
-            _ => {}
-        }
-        let now = self.agent.source(&self.source).and_then(|source| source.some(&BTreeSet::from([self.vm_id.clone()])));
-        let now = match now {
-            Ok(found) => found.into_iter().next(),
-            Err(e) => {
-                let message = format!("whether the source is off, so that its address can be kept, cannot be seen: {}", e.message);
-                return Err(Failure { message, ..Failure::from(e) });
-            }
-        };
-        // One of the source's own is kept, whoever calls it by its digits.
-        if let Some(address) = &given
-            && ![vm, now.as_ref()].into_iter().flatten().any(|vm| has_address(vm, address))
-        {
-            return Ok(given);
-        }
-        let is_on = !will_stop && now.as_ref().is_some_and(|now| now.power_state == "poweredOn");
-        let mac = vm.or(now.as_ref()).and_then(|vm| vm.nics.first()).map(|nic| nic.mac.clone()).filter(|mac| !mac.is_empty());
-        let mac = given.or(mac);
-        if wanted.is_some() && (is_on || is_same) {
-            let message = "the source runs: its address cannot be kept as long as it does; switch it off and retry, or say `mac: new`";
-            return Err(Failure::fatal(Code::Conflict, message));
-        }
-        Ok(mac.filter(|_| !is_on && !is_same))
+        let addresses = self.addresses(None, self.is_warm())?;
+        Ok(deploy::check(self.agent, &self.connection, &self.target.wish.with_addresses(&addresses))?)
     }
 
     /// The result of a verified copy with what the steps behind it go by. `disks`: path from the job's folder, format, bytes.
@@ -233,19 +204,32 @@ impl<'a> Migration<'a> {
 
     /// Before anything is published: the hypervisor would still take the VM.
     pub(super) fn check_again(&self, result: &str) -> Result<(), Failure> {
+        self.clear_pool();
         if deploy::stands(&self.connection, &self.uuid)? {
             return Ok(());
         }
         let result: Value = serde_json::from_str(result).map_err(unreadable)?;
         let progress: Progress = serde_json::from_value(result["migration"].clone()).map_err(unreadable)?;
-        let wish = Wish { mac: Some(progress.mac), ..self.target.wish.clone() };
-        Ok(deploy::check(self.agent, &self.connection, &wish)?)
+        Ok(deploy::check(self.agent, &self.connection, &self.wish(&progress))?)
+    }
+
+    /// Volumes that a crash has left stand in nobody's way.
+    fn clear_pool(&self) {
+        if self.target.wish.pool.is_some() {
+            touched::undo(self.agent, &volumes::note(&self.uuid));
+        }
+    }
+
+    /// The VM with the addresses that were decided on.
+    fn wish(&self, progress: &Progress) -> Wish {
+        self.target.wish.with_addresses(&progress.macs.iter().cloned().map(Some).collect::<Vec<_>>())
     }
 
     fn begin(&self, vm: &Vm, disks: &[(String, String, u64)], will_stop: bool) -> Result<Progress, Failure> {
-        let mac = self.address(Some(vm), will_stop)?.unwrap_or_else(deploy::new_mac);
+        let addresses = self.addresses(Some(vm), will_stop)?;
+        let macs = addresses.into_iter().map(|mac| mac.unwrap_or_else(deploy::new_mac)).collect();
         let sealed_at = shared::clock::rfc3339(shared::clock::now());
-        Ok(Progress { vm: vm.clone(), mac, sealed_at, adapted: None, disks: disks.to_vec(), proof: None, warm: None })
+        Ok(Progress { vm: vm.clone(), macs, sealed_at, adapted: None, disks: disks.to_vec(), proof: None, warm: None })
     }
 
     /// The kept result, where the part folder holds what it names: an earlier attempt has copied and verified it.
@@ -270,121 +254,27 @@ impl<'a> Migration<'a> {
             .map_err(|e| Failure::io("the result", &e))
     }
 
-    /// Makes the guest ready and, where `proves`, has it prove that it boots. Answers the result so far.
-    pub(super) fn make_ready(&self, part: &Dir, path: &Path, result: &str, proves: bool) -> Result<String, End> {
-        let mut result: Value = serde_json::from_str(result).map_err(unreadable)?;
-        let mut progress: Progress = serde_json::from_value(result["migration"].clone()).map_err(unreadable)?;
-        if progress.adapted.is_none() {
-            self.agent.table.progress(self.held, "adapting", self.held.progress());
-            self.adapt(part, path, &mut progress)?;
-            result["migration"] = serde_json::to_value(&progress).map_err(unreadable)?;
-            self.keep(&result)?;
+    /// Copies the disks into the pool that they go to, unless the VM stands; they stay there when it does in the end. `path`: the folder that
+    /// `part` is.
+    fn fill(&self, part: &Dir, result: &str) -> Result<Option<Filled<'a>>, End> {
+        let Some(pool) = &self.target.wish.pool else { return Ok(None) };
+        if deploy::stands(&self.connection, &self.uuid).map_err(Failure::from)? {
+            return Ok(None);
         }
-        self.agent.table.progress(self.held, "deploying", self.held.progress());
-        if proves && self.proof.enabled && progress.proof.is_none() {
-            progress.proof = Some(self.prove(part, path, &progress, result["verified"].as_bool())?);
-            result["migration"] = serde_json::to_value(&progress).map_err(unreadable)?;
-            self.keep(&result)?;
-        }
-        Ok(result.to_string())
-    }
-
-    /// Has a copy of a VM that runs on show that it would come up, before the VM is stopped for it.
-    pub(super) fn rehearse(&self, part: &Dir, path: &Path, vm: &Vm, disks: &[(String, String, u64)]) -> Result<Rehearsal, End> {
-        if !self.proof.enabled {
-            return Ok(Rehearsal { adapted: None, adapting: 0.0, proof: None });
-        }
-        let mut progress = self.begin(vm, disks, true)?;
-        let began = Instant::now();
-        self.adapt(part, path, &mut progress)?;
-        let adapting = began.elapsed().as_secs_f64();
-        let proof = self.prove(part, path, &progress, Some(true))?;
-        Ok(Rehearsal { adapted: progress.adapted, adapting, proof: Some(proof) })
-    }
-
-    fn prove(&self, part: &Dir, path: &Path, progress: &Progress, verified: Option<bool>) -> Result<boot::Proof, End> {
-        let wish = Wish { mac: Some(progress.mac.clone()), ..self.target.wish.clone() };
-        let disks = disks_in(path, progress);
-        let subject = Subject { wish: &wish, disks: &disks, folder: part, path };
-        let timeout = Duration::from_secs(self.proof.timeout_seconds);
-        let asked = boot::Asked { sign: self.proof.sign.as_deref(), timeout, network: self.proof.network };
-        let proof = boot::prove(self.agent, self.held, &self.connection, &subject, &asked).map_err(Failure::from)?;
-        if proof.passed {
-            return Ok(proof);
-        }
-        let cause = proof.cause.as_deref().unwrap_or("no sign of life");
-        self.log("error", "deploying", format!("the end of its console:\n{}", proof.console_tail));
-        let hint = match &progress.adapted {
-            Some((Readiness::NotAdapted, why)) => format!("; it was converted, not adapted: {why}"),
-            Some((Readiness::Off, _)) => "; `adapt` was `never`".to_owned(),
-            _ => String::new(),
-        };
-        let message = format!("the boot proof failed after {:.0} s: {cause}{hint}; the verified disks are kept for a retry", proof.seconds);
-        let told = json!({
-            "boot_proof": shown(&proof, path), "verified": verified, "files": [], "adapted": adapted_json(progress),
-        });
-        Err(End::Failed(Failure { result: told.to_string(), ..Failure::fatal(Code::VerificationFailed, message) }))
-    }
-
-    /// Tries the adaptation. Its disks are overlays over the verified ones.
-    fn adapt(&self, part: &Dir, path: &Path, progress: &mut Progress) -> Result<(), End> {
-        let outcome = match self.adapt {
-            Adapt::Never => (Readiness::Off, "nobody wanted it".to_owned()),
-            Adapt::Auto if self.is_at_home(&progress.vm) => {
-                (Readiness::NotNeeded, "it ran on QEMU, from disks on the bus that it has now".to_owned())
-            }
-            Adapt::Auto => match look(part, progress).as_ref().and_then(adapt::is_ready) {
-                Some(why) => (Readiness::NotNeeded, why),
-                None => self.convert(part, path, progress)?,
-            },
-            Adapt::Always => self.convert(part, path, progress)?,
-        };
-        let (level, line) = match &outcome {
-            (Readiness::Adapted, how) => ("info", format!("adapted: {how}")),
-            (Readiness::NotNeeded, why) => ("info", format!("not adapted, as it needs none: {why}")),
-            (Readiness::NotAdapted, why) => ("warn", format!("converted, not adapted: {why}")),
-            (Readiness::Off, _) => ("info", "not adapted: `adapt` is `never`".to_owned()),
-        };
-        self.log(level, "adapting", line);
-        progress.adapted = Some(outcome);
-        Ok(())
-    }
-
-    /// Whether the VM finds the hardware that it had.
-    fn is_at_home(&self, vm: &Vm) -> bool {
-        let bus = self.target.wish.disk_bus.as_deref().unwrap_or("virtio");
-        self.source.kind == self.target.kind && !vm.disks.is_empty() && vm.disks.iter().all(|disk| disk.bus == bus)
-    }
-
-    /// Has the adaptation done; the disks are the overlays then.
-    fn convert(&self, part: &Dir, path: &Path, progress: &mut Progress) -> Result<(Readiness, String), End> {
-        let wish = Wish { mac: Some(progress.mac.clone()), ..self.target.wish.clone() };
-        let disks = disks_in(path, progress);
-        let subject = Subject { wish: &wish, disks: &disks, folder: part, path };
-        let bus = progress.vm.disks.first().map(|disk| disk.bus.clone()).unwrap_or_default();
-        let mut log = |line: &str| self.log("info", "adapting", line);
-        let done = match adapt::adapt(self.agent, self.held, &subject, &bus, &mut log).map_err(Failure::from)? {
-            adapt::Outcome::Adapted(done) => done,
-            adapt::Outcome::NotRecognised(words) => {
-                return Ok((Readiness::NotAdapted, format!("virt-v2v does not know this guest: {words}")));
-            }
-            adapt::Outcome::Missing(what) => return Ok((Readiness::NotAdapted, what)),
-            adapt::Outcome::Failed(words) => return Ok((Readiness::NotAdapted, format!("virt-v2v failed: {words}"))),
-        };
-        for warning in &done.warnings {
-            self.log("warn", "adapting", warning);
-        }
-        let named = |disk: &GuestDisk| Some((disk.path.file_name()?.to_str()?.to_owned(), disk.format.to_owned(), disk.capacity));
-        progress.disks = done.disks.iter().filter_map(named).collect();
-        let names = match done.pinned.as_slice() {
-            [] => String::new(),
-            pinned => format!("; interfaces keep their names: {}", pinned.join(", ")),
-        };
-        let virtio = match done.virtio {
-            Some(false) => "; it has no virtio drivers: give it `disk_bus: sata` and `nic_model: e1000`",
-            _ => "",
-        };
-        Ok((Readiness::Adapted, format!("by virt-v2v-in-place{names}{virtio}")))
+        let result: Value = serde_json::from_str(result).map_err(unreadable)?;
+        let progress: Progress = serde_json::from_value(result["migration"].clone()).map_err(unreadable)?;
+        let folder = Local::new(part.try_clone().map_err(|e| Failure::io("the part folder", &e))?);
+        let open = |(name, format, _): &(String, String, u64)| Ok(folder.open_declared(Path::new(name), format)?.disk);
+        let disks = progress.disks.iter().map(open).collect::<Result<Vec<_>, Failure>>()?;
+        let format = if progress.disks.iter().all(|(_, format, _)| format == "raw") { Format::Raw } else { Format::Qcow2 };
+        self.log("info", "deploying", format!("the disks are copied into the pool `{pool}`"));
+        let tell = |line: String| self.log("info", "deploying", line);
+        let stop = || self.held.stop().is_some();
+        let filling = Filling { vm: &self.target.wish.name, uuid: &self.uuid, disks, format };
+        let filled =
+            deploy::fill(self.agent, &self.connection, pool, &filling, &Ear { tell: &tell, stop: &stop }).map_err(Failure::from)?;
+        self.log("info", "deploying", format!("copied into the pool `{pool}` and read back"));
+        Ok(Some(filled))
     }
 
     /// From a sealed copy on: the guest is made ready and boots, the folder gets its name by `publish`, the VM is made.
@@ -399,10 +289,11 @@ impl<'a> Migration<'a> {
         let part = folder.open_dir(&name).map_err(|e| Failure::io("the part folder", &e))?;
         let mut result = self.make_ready(&part, &place.join(&name), result, true)?;
         self.check_again(&result)?;
+        let filled = self.fill(&part, &result)?;
         let published = place.join(&self.held.job);
         super::commit(self.agent, self.held, || {
             publish()?;
-            result = self.land(folder, &published, &result)?;
+            result = self.land(folder, &published, &result, filled.as_ref())?;
             Ok(())
         })?;
         self.log("info", "publishing", format!("published as {}", published.display()));
@@ -422,19 +313,21 @@ impl<'a> Migration<'a> {
             }
         }
         let mut ended = result.to_owned();
+        let part = folder.open_dir(&self.held.job).map_err(|e| Failure::io("the job's folder", &e))?;
+        let filled = self.fill(&part, result)?;
         super::commit(self.agent, self.held, || {
-            ended = self.take_over(folder, published, &ended)?;
+            ended = self.take_over(folder, published, &ended, filled.as_ref())?;
             Ok(())
         })?;
         Ok(End::Completed(ended))
     }
 
     /// The VM is made, and the source of a warm migration is off for good. Where it cannot be made the source goes on.
-    pub(super) fn take_over(&self, folder: &Dir, published: &Path, result: &str) -> Result<String, Failure> {
+    pub(super) fn take_over(&self, folder: &Dir, published: &Path, result: &str, filled: Option<&Filled>) -> Result<String, Failure> {
         let ledger = |e: io::Error| Failure::io("the ledger", &e);
         let mut tries = 0;
         let landed = loop {
-            match self.land(folder, published, result) {
+            match self.land(folder, published, result, filled) {
                 Err(e) if e.retryable && self.is_warm() && tries < TRIES => {
                     tries += 1;
                     self.log("warn", "publishing", format!("{}; it is tried again", e.message));
@@ -457,19 +350,19 @@ impl<'a> Migration<'a> {
     }
 
     /// Behind the rename: the domain, and the receipt. May be called again after a crash or a failure. `place`: the job's folder, absolute.
-    fn land(&self, folder: &Dir, place: &Path, result: &str) -> Result<String, Failure> {
+    fn land(&self, folder: &Dir, place: &Path, result: &str, filled: Option<&Filled>) -> Result<String, Failure> {
         let began = self.agent.ledger.read(&self.held.job).map_err(|e| Failure::io("the ledger", &e))?.map_or(0, |entry| entry.created);
         let published = folder.open_dir(&self.held.job).map_err(|e| Failure::io("the destination", &e))?;
         let mut result: Value = serde_json::from_str(result).map_err(unreadable)?;
         let progress: Progress = serde_json::from_value(result["migration"].clone()).map_err(unreadable)?;
         let stands = deploy::stands(&self.connection, &self.uuid)?;
-        let is_kept = has_address(&progress.vm, &progress.mac);
-        if is_kept && !stands && self.address(Some(&progress.vm), false)?.as_ref() != Some(&progress.mac) {
-            let message = "the source runs: its address cannot be kept as long as it does; switch it off and retry";
-            return Err(Failure::fatal(Code::Conflict, message));
+        let kept: Vec<&String> = progress.macs.iter().filter(|mac| has_address(&progress.vm, mac)).collect();
+        if !kept.is_empty() && !stands {
+            self.stays_off(&progress.vm, &kept)?;
         }
-        let wish = Wish { mac: Some(progress.mac.clone()), ..self.target.wish.clone() };
-        let disks: Vec<(PathBuf, &'static str)> = disks_in(place, &progress).into_iter().map(|disk| (disk.path, disk.format)).collect();
+        let wish = self.wish(&progress);
+        let own = || disks_in(place, &progress).into_iter().map(|disk| (disk.path, disk.format)).collect();
+        let disks: Vec<(PathBuf, &'static str)> = filled.map_or_else(own, |filled| filled.disks.clone());
         let standing = Standing { uuid: &self.uuid, disks: &disks };
         let made = deploy::place(self.agent, &self.connection, &wish, &standing)?;
         self.log("info", "publishing", format!("`{}` stands at {} as {}", wish.name, self.target.connection, self.uuid));
@@ -499,6 +392,7 @@ impl<'a> Migration<'a> {
             })),
             "bytes": result["counters"],
             "warm": passes,
+            "carbon": self.held.footprint(),
             "began_at": chrono::DateTime::from_timestamp(i64::try_from(began).unwrap_or_default(), 0).map(shared::clock::rfc3339),
             "copied_at": progress.sealed_at,
             "ended_at": shared::clock::rfc3339(shared::clock::now()),
@@ -520,11 +414,6 @@ impl<'a> Migration<'a> {
     }
 }
 
-/// Whether one of a VM's cards has this address.
-fn has_address(vm: &Vm, address: &str) -> bool {
-    vm.nics.iter().any(|nic| nic.mac.eq_ignore_ascii_case(address))
-}
-
 fn unreadable(e: serde_json::Error) -> Failure {
     Failure::fatal(Code::Internal, format!("the kept result cannot be read: {e}"))
 }
@@ -540,13 +429,6 @@ fn shown(proof: &boot::Proof, folder: &Path) -> Value {
 pub(super) fn disks_of(outcome: &Outcome) -> Vec<(String, String, u64)> {
     let format = |name: &str| outcome.files.iter().find(|file| file.path == name).map_or("qcow2", |file| file.format.as_str()).to_owned();
     outcome.disks.iter().map(|disk| (disk.file.clone(), format(&disk.file), disk.capacity)).collect()
-}
-
-/// A look into the guest on these disks; nothing where they cannot be opened.
-fn look(part: &Dir, progress: &Progress) -> Option<Guest> {
-    let folder = Local::new(part.try_clone().ok()?);
-    let open = |(name, format, _): &(String, String, u64)| Some(folder.open_declared(Path::new(name), format).ok()?.disk);
-    Some(inspect::inspect(&progress.disks.iter().map(open).collect::<Option<Vec<_>>>()?))
 }
 
 fn disks_in(folder: &Path, progress: &Progress) -> Vec<GuestDisk> {

@@ -292,7 +292,7 @@ impl Warm<'_> {
             }
             touched::note_halted(agent, &held.job, Some(migration.halted(true))).map_err(ledger)?;
             super::publish(agent, held, folder, None, &held.job)?;
-            result = migration.take_over(folder, &published, &result)?;
+            result = migration.take_over(folder, &published, &result, None)?;
             Ok(())
         })?;
         self.log("info", format!("published as {}", published.display()));

@@ -7,6 +7,16 @@ use shared::options::Format;
 
 use super::{format_parser, parse_rate};
 
+/// `A=B`.
+fn parse_pair(text: &str) -> Result<(String, String), String> {
+    let (from, to) = text.split_once('=').ok_or_else(|| format!("{text:?} is not FROM=TO"))?;
+    if from.is_empty() || to.is_empty() {
+        Err(format!("{text:?} lacks one of its sides: FROM=TO"))
+    } else {
+        Ok((from.to_owned(), to.to_owned()))
+    }
+}
+
 /// `hypersdk migrate`
 #[derive(Args)]
 #[command(next_line_help = true)]
@@ -34,6 +44,12 @@ pub struct Migrate {
     /// A bridge of the target's host, in place of a network
     #[arg(long, conflicts_with = "network")]
     pub bridge: Option<String>,
+    /// Where cards of a network go: FROM=NETWORK, FROM=user, FROM=bridge:NAME
+    #[arg(long, value_name = "FROM=TO", value_parser = parse_pair)]
+    pub map_network: Vec<(String, String)>,
+    /// Storage pool at the target that the disks are copied into
+    #[arg(long, conflicts_with = "warm")]
+    pub pool: Option<String>,
     /// keep, new, or an address; default: kept where the VM is off
     #[arg(long)]
     pub mac: Option<String>,

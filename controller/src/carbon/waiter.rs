@@ -1,4 +1,4 @@
-//! The task that looks at the grid for carbon-aware jobs.
+//! The task that looks at the grid for carbon-aware jobs, and for migrations, whose grams are counted.
 //!
 //! Each second it looks whether a job is new to it; each `carbon.poll_seconds` at all of them. What [`super::decision`] says goes to the queue.
 //! Owns: the rhythm. Never: changes a job itself, keeps a state of its own. A crash here costs nothing: the queue's clock releases jobs.
@@ -28,7 +28,7 @@ pub async fn run(app: web::Data<App>) {
     while !app.is_draining() {
         ticks.tick().await;
         let is_due = polled.is_none_or(|polled| polled.elapsed() >= every);
-        let jobs = app.queue.board().carbon_aware();
+        let jobs = app.queue.board().counted();
         let jobs: Vec<Job> = jobs.into_iter().filter(|job| is_due || is_new(job)).collect();
         if is_due {
             polled = Some(Instant::now());
@@ -65,8 +65,9 @@ async fn look(app: &App, job: Job, reading: &Reading) -> Result<(), Error> {
     let waits = job.state.status == Status::Queued && job.state.hold == Hold::Carbon;
     if !job.waits_for_grid() || !(waits || job.is_copying()) {
         // A job that an agent works on, or that a person told to go, is only accounted for.
+        let is_aware = job.options.carbon_aware == Some(true);
         let plan = match decision::decide(&task(&job, true), &reading.forecast(now), now) {
-            Decision::Stay(plan) if is_new(&job) => plan,
+            Decision::Stay(plan) if is_aware && is_new(&job) => plan,
             _ => None,
         };
         let is_live = matches!(job.state.status, Status::Running | Status::Cancelling);

@@ -120,6 +120,8 @@ async fn still_run_from(app: &App, job: &Job, result: &Value) -> Result<(), Erro
     let (Some(uuid), Some(target)) = (result.pointer("/domain/uuid").and_then(Value::as_str), &job.options.target) else { return Ok(()) };
     let Ok(connection) = crate::providers::service::resolve(&app.store, &target.connection).await else { return Ok(()) };
     match crate::vms::service::resolve(&app.store, &connection, uuid).await {
+        // Disks that were copied into a pool need no other files.
+        Ok(found) if !found.vm.disks.iter().any(|disk| disk.source.split('/').any(|part| part == job.id)) => Ok(()),
         Ok(found) => {
             let message =
                 format!("the files of {} are the disks of `{}` at `{}`; remove that first", job.id, found.vm.name, connection.name);

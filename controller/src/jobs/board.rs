@@ -71,8 +71,8 @@ impl Board {
         self.0.live.read().unwrap_or_else(PoisonError::into_inner).get(id).cloned()
     }
 
-    /// The carbon-aware jobs that are live.
-    pub fn carbon_aware(&self) -> Vec<Job> {
+    /// The live jobs whose grams are counted: the carbon-aware ones, and migrations.
+    pub fn counted(&self) -> Vec<Job> {
         let live = self.0.live.read().unwrap_or_else(PoisonError::into_inner);
         live.values().filter(|job| job.carbon.is_some()).cloned().collect()
     }

@@ -350,7 +350,10 @@ impl Core {
             }
             Effect::SendPark => self.stop(&agent, &job.id, job.state.epoch, false, job.state.public_stage()),
             Effect::GrantCommit => {
-                let reply = CommitReply { job: job.id.clone(), epoch: job.state.epoch, granted: true, reason: String::new() };
+                let footprint = job.carbon.as_ref().and_then(|carbon| carbon.shown(now_millis()));
+                let footprint_json = footprint.and_then(|shown| serde_json::to_string(&shown).ok()).unwrap_or_default();
+                let reply =
+                    CommitReply { job: job.id.clone(), epoch: job.state.epoch, granted: true, reason: String::new(), footprint_json };
                 self.ports.outbox.send(&agent, Kind::CommitReply(reply));
             }
             Effect::Acknowledge => self.acknowledge(&agent, &job.id, job.state.epoch),

@@ -12,9 +12,10 @@
 //! A crash here costs nothing: all of it is in the store.
 
 use shared::job::{Event, Hold, Stage, State, Status, step};
+use shared::options::JobType;
 
 use super::core::{Core, Error};
-use super::footprint::{Grid, Plan};
+use super::footprint::{Footprint, Grid, Plan};
 use super::record::{Job, now_millis};
 use super::store;
 use crate::store::Error as StoreError;
@@ -67,6 +68,9 @@ pub(super) fn begin(job: &mut Job, now: i64) {
         let carbon = job.carbon.get_or_insert_with(Box::default);
         // A job that is tried again is planned again.
         (carbon.planned_start, carbon.planned_average) = (None, None);
+    } else if job.kind == JobType::Migrate {
+        // Its receipt says what it cost; it waits for nothing.
+        job.carbon.get_or_insert_with(|| Box::new(Footprint { by_hand: true, ..Footprint::default() }));
     }
     let until = if job.waits_for_grid() { Some(latest_start(job).max(not_before.unwrap_or(i64::MIN))) } else { not_before };
     job.hold_until = until.filter(|until| *until > now);

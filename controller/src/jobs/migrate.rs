@@ -3,12 +3,14 @@
 //! Owns: the option `target`, what is taken over from the source where it says nothing, and every reason to refuse it before a byte is copied.
 //! Never: asks a hypervisor (the agent does, before it copies and again before it deploys). A crash here costs one answer.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
-use shared::deploy::Wish;
+use shared::deploy::{Card, Wish};
 use shared::error::Code;
 use shared::migrate::{Adapt, BootProof, Target, Warm};
 use shared::options::Format;
-use shared::vm::Vm;
+use shared::vm::{Nic, Vm};
 use utoipa::ToSchema;
 
 use super::service::{Wishes, clip};
@@ -28,15 +30,22 @@ pub struct Wanted {
     pub target: Option<String>,
     /// Name of the new VM; one that exists is a conflict.
     pub name: Option<String>,
+    /// A storage pool that the disks are copied into, each a whole; absent: the VM runs from the job's folder, from overlays where the guest was
+    /// adapted.
+    pub pool: Option<String>,
     /// Virtual CPUs.
     pub cpu: Option<u32>,
     /// MiB.
     pub memory_mb: Option<u64>,
-    /// A libvirt network's name, or `user`; absent, and without `bridge`: `default`.
+    /// What all cards are connected to that `networks` does not name: a libvirt network's name, or `user`; absent, and without `bridge`:
+    /// `default`.
     pub network: Option<String>,
     /// A bridge of the host, in place of `network`.
     pub bridge: Option<String>,
-    /// `keep`, `new` or an address; absent: kept where the source is off and stays elsewhere, else new.
+    /// By the network's name at the source: a libvirt network's name, `user`, or `bridge:NAME`.
+    #[schema(example = json!({"VM Network": "default", "DB Network": "bridge:br1"}))]
+    pub networks: BTreeMap<String, String>,
+    /// `keep`, `new` or an address (of the first card); absent: kept where the source is off and stays elsewhere, else new.
     #[schema(example = "keep")]
     pub mac: Option<String>,
     /// `bios` or `uefi`.
@@ -119,6 +128,10 @@ pub(super) async fn check(
         return Err(Error::not_built(message));
     }
     let is_same = connection.name == source.name;
+    if wanted.pool.is_some() && warm.is_some() {
+        let message = "a warm migration's VM runs from the job's folder: to copy its disks into a pool would be downtime; leave `pool` out";
+        return Err(Error::new(Code::Unprocessable, message));
+    }
     let mac = address(&wanted, vm, is_same, warm.is_some())?;
     let wish = wish(wanted, vm)?;
     if vms::service::is_named(&app.store, &connection.name, &wish.name).await? {
@@ -133,7 +146,11 @@ pub(super) async fn check(
         ));
     }
     if vm.nics.len() > 1 {
-        notes.push(format!("{} has {} network cards: the new VM gets one, as the first of them", vm.name, vm.nics.len()));
+        let places = vm.nics.iter().zip(wish.cards()).map(|(nic, card)| {
+            let to = card.bridge.map(|bridge| format!("bridge {bridge}")).or(card.network).unwrap_or_else(|| "default".to_owned());
+            format!("{} ({}) to {to}", nic.name, clip(&nic.network))
+        });
+        notes.push(format!("{} has {} network cards: {}", vm.name, vm.nics.len(), places.collect::<Vec<_>>().join(", ")));
     }
     let target = Target { connection: connection.name, kind: connection.kind, path: connection.path, wish, mac };
     Ok(Plan { target, adapt, boot_proof, warm })
@@ -182,17 +199,20 @@ fn address(wanted: &Wanted, vm: &Vm, is_same: bool, is_stopped: bool) -> Result<
 }
 
 fn wish(wanted: Wanted, vm: &Vm) -> Result<Wish, Error> {
+    let cards = cards(&wanted, vm)?;
     let missing = |field: &str| Error::bad_request(format!("`options.target.{field}` is missing: the source does not say"));
     let firmware = wanted.firmware.or_else(|| Some(vm.firmware.clone()).filter(|word| shared::deploy::FIRMWARES.contains(&word.as_str())));
     let wish = Wish {
         name: wanted.name.unwrap_or_else(|| vm.name.clone()),
         disk_path: String::new(),
         disks: Vec::new(),
+        pool: wanted.pool,
         cpu: wanted.cpu.or(Some(vm.cpu).filter(|cpu| *cpu > 0)).ok_or_else(|| missing("cpu"))?,
         memory_mb: wanted.memory_mb.or(Some(vm.memory_mb).filter(|memory| *memory > 0)).ok_or_else(|| missing("memory_mb"))?,
-        network: wanted.network,
-        bridge: wanted.bridge,
+        network: cards[0].network.clone(),
+        bridge: cards[0].bridge.clone(),
         mac: None,
+        nics: cards[1..].to_vec(),
         firmware,
         disk_bus: wanted.disk_bus,
         nic_model: wanted.nic_model,
@@ -207,11 +227,30 @@ fn wish(wanted: Wanted, vm: &Vm) -> Result<Wish, Error> {
     }
 }
 
+/// The cards, as many as the source has and at least one: what each is connected to.
+fn cards(wanted: &Wanted, vm: &Vm) -> Result<Vec<Card>, Error> {
+    if let Some(name) = wanted.networks.keys().find(|name| !vm.nics.iter().any(|nic| nic.network == **name)) {
+        let mut known: Vec<String> = vm.nics.iter().map(|nic| format!("`{}`", clip(&nic.network))).collect();
+        known.dedup();
+        let known = if known.is_empty() { "it has no card".to_owned() } else { format!("there are: {}", known.join(", ")) };
+        return Err(Error::bad_request(format!("options.target.networks: `{}` is no network of the source; {known}", clip(name))));
+    }
+    let usual = Card { network: wanted.network.clone(), bridge: wanted.bridge.clone(), mac: None };
+    let placed = |nic: &Nic| match wanted.networks.get(&nic.network) {
+        Some(to) => match to.strip_prefix("bridge:") {
+            Some(bridge) => Card { bridge: Some(bridge.to_owned()), ..Card::default() },
+            None => Card { network: Some(to.clone()), ..Card::default() },
+        },
+        None => usual.clone(),
+    };
+    let cards: Vec<Card> = vm.nics.iter().map(placed).collect();
+    Ok(if cards.is_empty() { vec![usual] } else { cards })
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
-    use shared::vm::Nic;
 
     #[test]
     fn what_the_source_says_is_taken_over_and_an_address_is_never_there_twice() {
@@ -225,6 +264,18 @@ mod tests {
         assert_eq!((other.name.as_str(), other.cpu, other.memory_mb), ("x", 1, 64));
         assert!(wish(Wanted::default(), &Vm { cpu: 0, ..vm.clone() }).is_err());
         assert!(wish(Wanted { name: Some("a/b".into()), ..Wanted::default() }, &vm).is_err());
+        // Each card to its network, and none that is not there.
+        let network = |name: &str| Nic { network: name.into(), ..Nic::default() };
+        let three = Vm { nics: vec![network("VM Network"), network("DB"), network("VM Network")], ..vm.clone() };
+        let map = |pairs: &[(&str, &str)]| pairs.iter().map(|(from, to)| ((*from).to_owned(), (*to).to_owned())).collect();
+        let wanted = Wanted { network: Some("lab".into()), networks: map(&[("DB", "bridge:br1")]), ..Wanted::default() };
+        let made = wish(wanted, &three).unwrap().cards();
+        let placed: Vec<_> = made.iter().map(|card| (card.network.as_deref(), card.bridge.as_deref())).collect();
+        assert_eq!(placed, [(Some("lab"), None), (None, Some("br1")), (Some("lab"), None)]);
+        let said = wish(Wanted { networks: map(&[("db", "x")]), ..Wanted::default() }, &three).unwrap_err().to_string();
+        assert!(said.contains("`VM Network`, `DB`"), "{said}");
+        assert!(wish(Wanted { networks: map(&[("DB", "bridge:a/b")]), ..Wanted::default() }, &three).is_err());
+
         let keep = Wanted { mac: Some("keep".into()), ..Wanted::default() };
         assert_eq!(address(&keep, &vm, false, false).unwrap().as_deref(), Some("keep"));
         assert_eq!(address(&keep, &vm, true, false).unwrap_err().code(), Code::Conflict);

@@ -244,6 +244,9 @@ fn steps(new: &NewJob, found: &Found) -> Vec<Step> {
                 format!("boot it apart from everything, on overlays, and wait {} s for a sign of life{network}", proof.timeout_seconds);
             steps.push(step("deploying", does, None));
         }
+        if let Some(pool) = &target.wish.pool {
+            steps.push(step("deploying", format!("copy the disks into the pool `{pool}` and read them back"), None));
+        }
         let last = format!(
             "sign the manifest, give the folder its name, define `{}` at `{}`, sign the receipt",
             target.wish.name, target.connection

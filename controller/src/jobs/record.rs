@@ -143,7 +143,7 @@ pub struct Job {
     pub deadline: Option<i64>,
     /// Whether the deadline has passed and was told.
     pub deadline_missed: bool,
-    /// What the grid says, of a carbon-aware job.
+    /// What the grid says, of a carbon-aware job and of a migration.
     pub carbon: Option<Box<Footprint>>,
     /// Speed of the running attempt; not stored.
     pub speed: Speed,

@@ -145,7 +145,8 @@ impl Core {
             Some(Err(refusal)) => refusal.to_string(),
             None => "no such job".to_owned(),
         };
-        let reply = CommitReply { job: request.job.clone(), epoch: request.epoch, granted: false, reason: refusal.clone() };
+        let reply =
+            CommitReply { job: request.job.clone(), epoch: request.epoch, granted: false, reason: refusal.clone(), ..Default::default() };
         self.ports.outbox.send(agent, Kind::CommitReply(reply));
         self.refuse(agent, &request.job, request.epoch, &refusal).await
     }

@@ -91,7 +91,7 @@ pub struct View {
     /// True once the deadline passed before the end.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub deadline_missed: bool,
-    /// What the grid costs, of a carbon-aware job that was planned.
+    /// What the grid costs, of a carbon-aware job that was planned, and of a migration.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub carbon: Option<super::footprint::Shown>,
 }
