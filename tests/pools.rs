@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::harness::fleet::Fleet;
 use crate::harness::images::{convert, guest, identical, link};
-use crate::harness::libvirtd::{Domain, virsh};
+use crate::harness::libvirtd::{Domain, URI, virsh};
 use crate::harness::{seconds, wait_for};
 use crate::migrate::fleet;
 
@@ -36,7 +36,7 @@ impl Drop for Pool {
     fn drop(&mut self) {
         for act in ["pool-destroy", "pool-undefine"] {
             // It may be off.
-            let _ = std::process::Command::new("virsh").args(["-q", "-c", crate::harness::libvirtd::URI, act, &self.0]).output();
+            let _ = said(&[act, &self.0]);
         }
     }
 }
@@ -57,13 +57,26 @@ impl Network {
 
 impl Drop for Network {
     fn drop(&mut self) {
-        virsh(&["net-destroy", &self.0]);
+        let _ = said(&["net-destroy", &self.0]);
     }
+}
+
+/// What libvirt's client says, whatever becomes of it.
+fn said(arguments: &[&str]) -> std::io::Result<std::process::Output> {
+    std::process::Command::new("virsh").args(["-q", "-c", URI]).args(arguments).output()
 }
 
 fn hidden(folder: &Path) -> Vec<String> {
     let names = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
     names.filter(|name| name.starts_with('.')).collect()
+}
+
+async fn listed(fleet: &Fleet, name: &str) {
+    wait_for("it to be listed", seconds(15), async || {
+        let answer = fleet.client.get(&format!("/vms/kvm/{name}")).await;
+        if answer.status == 200 { Ok(()) } else { Err(answer.text) }
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -142,11 +155,7 @@ async fn disks_are_copied_into_a_pool_and_cards_go_where_they_are_sent() {
     assert!(receipt.is_good() && told["carbon"]["grams"].as_f64().is_some_and(|grams| grams > 0.0), "{told:#}");
 
     // The same by content; and it needs the job's folder no more.
-    wait_for("it to be listed", seconds(15), async || {
-        let answer = fleet.client.get(&format!("/vms/kvm/{name}")).await;
-        if answer.status == 200 { Ok(()) } else { Err(answer.text) }
-    })
-    .await;
+    listed(&fleet, &name).await;
     let vm = |name: &str| json!({"provider": "kvm", "vm_name": name});
     let compared = fleet.client.post("/vms/compare", json!({"source": vm(&source.name), "target": vm(&name), "content": true})).await;
     let disks = compared.expect(200).body["disks"].clone();
@@ -177,5 +186,20 @@ async fn disks_are_copied_into_a_pool_and_cards_go_where_they_are_sent() {
     assert_eq!(made.body["nics"][1], json!({"network": network.0, "bridge": null, "mac": "52:54:00:bb:00:02"}), "{}", made.body);
     assert_eq!(made.body["disk_path"], json!(folder.join(format!("{deployed}.qcow2"))), "{}", made.body);
     identical(("raw", &guest().raw), ("qcow2", &folder.join(format!("{deployed}.qcow2"))));
+
+    // A domain whose disk is a volume by name is read as one whose disk is a file.
+    let xml = virsh(&["dumpxml", "--inactive", &deployed]);
+    let (before, after) = xml.split_once("<disk type='file'").unwrap();
+    let (driver, rest) = after.split_once("<source file='").unwrap();
+    let rest = rest.split_once("'/>").unwrap().1;
+    let volume = format!("{before}<disk type='volume'{driver}<source pool='{}' volume='{deployed}.qcow2'/>{rest}", pool.0);
+    let file = fleet.scratch.join("volume.xml");
+    std::fs::write(&file, volume).unwrap();
+    virsh(&["define", file.to_str().unwrap()]);
+    assert!(virsh(&["dumpxml", &deployed]).contains("type='volume'"));
+    listed(&fleet, &deployed).await;
+    let export = fleet.client.post("/jobs", json!({"type": "export", "provider": "kvm", "vm_name": deployed, "format": "raw"}));
+    let export = fleet.client.completed(export.await.expect(201).body["id"].as_str().unwrap(), seconds(60)).await;
+    identical(("raw", &guest().raw), ("raw", &crate::harness::client::file_of(&export, ".raw")));
     drop((domain, second));
 }

@@ -229,7 +229,7 @@ fn open_input(request: &Request) -> Result<(shared::vm::Vm, Vec<crate::sources::
     let path = request.input.as_path();
     let real = vault::real_user_path(path).map_err(|e| Error::path(path, &e))?;
     let (folder, name) = vault::open_user_dir_of(&real, false).map_err(|e| Error::path(path, &e))?;
-    let options = OpenOptions { follow_chain: request.follow_chain, snapshot: request.snapshot.clone() };
+    let options = OpenOptions { follow_chain: request.follow_chain, snapshot: request.snapshot.clone(), ..OpenOptions::default() };
     Local::new(folder).open_with(&name, options).map_err(|e| Error::new(e.code, e.message))
 }
 

@@ -54,6 +54,9 @@ pub struct Local {
 pub struct OpenOptions {
     /// Lay a VMDK delta over its parent and a qcow2 over its backing file, as long as these lie beside or below it in the same folder.
     pub follow_chain: bool,
+    /// The path of the root that the folder is, where a qcow2's parents may lie anywhere in it: of disks that a hypervisor runs, whose headers
+    /// no guest has written.
+    pub within: Option<PathBuf>,
     /// Id or name of the internal snapshot to read instead of the present state; every disk of the VM must be a qcow2 that has it.
     pub snapshot: Option<String>,
 }
@@ -174,8 +177,8 @@ impl Local {
     }
 
     /// Opens a disk in the format that somebody declares whose word counts more than the name's: libvirt's words, `vpc` among them. A qcow2 is
-    /// laid over its backing files, as far as these lie beside or below it.
-    pub fn open_declared(&self, below: &Path, format: &str) -> Result<Opened, Error> {
+    /// laid over its backing files, as far as these lie beside or below it, or, where that is given, in the root of this path.
+    pub fn open_declared(&self, below: &Path, format: &str, within: Option<&Path>) -> Result<Opened, Error> {
         let kind = match format {
             "raw" => Declared::Raw,
             "qcow2" => Declared::Qcow2,
@@ -185,7 +188,7 @@ impl Local {
             "vdi" => Declared::Vdi,
             other => return Err(Error::fatal(Code::NotBuilt, format!("disks of format {other:?} are not read yet"))),
         };
-        let options = OpenOptions { follow_chain: kind == Declared::Qcow2, ..OpenOptions::default() };
+        let options = OpenOptions { follow_chain: kind == Declared::Qcow2, within: within.map(Path::to_owned), snapshot: None };
         let image = self.image_as(below, Some(kind), &options).map_err(|e| refusal(&below.display().to_string(), e))?;
         Ok(Opened { name: "disk-0".to_owned(), snapshot: None, disk: image.disk, identity: image.identity })
     }

@@ -264,7 +264,7 @@ impl<'a> Migration<'a> {
         let result: Value = serde_json::from_str(result).map_err(unreadable)?;
         let progress: Progress = serde_json::from_value(result["migration"].clone()).map_err(unreadable)?;
         let folder = Local::new(part.try_clone().map_err(|e| Failure::io("the part folder", &e))?);
-        let open = |(name, format, _): &(String, String, u64)| Ok(folder.open_declared(Path::new(name), format)?.disk);
+        let open = |(name, format, _): &(String, String, u64)| Ok(folder.open_declared(Path::new(name), format, None)?.disk);
         let disks = progress.disks.iter().map(open).collect::<Result<Vec<_>, Failure>>()?;
         let format = if progress.disks.iter().all(|(_, format, _)| format == "raw") { Format::Raw } else { Format::Qcow2 };
         self.log("info", "deploying", format!("the disks are copied into the pool `{pool}`"));

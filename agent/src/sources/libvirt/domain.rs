@@ -20,6 +20,17 @@ pub struct Facts {
     pub snapshots: u32,
     /// Bytes by target device.
     pub capacities: HashMap<String, u64>,
+    /// Paths of volumes, by pool and name.
+    pub volumes: HashMap<(String, String), String>,
+}
+
+/// Pools and names of the volumes that a domain's disks are.
+pub fn volumes(xml: &str) -> Vec<(String, String)> {
+    let options = ParsingOptions { allow_dtd: false, nodes_limit: NODES, ..ParsingOptions::default() };
+    let Ok(document) = Document::parse_with_options(xml, options) else { return Vec::new() };
+    let sources = document.descendants().filter(|node| node.has_tag_name("source"));
+    let volume = |source: Node| Some((source.attribute("pool")?.to_owned(), source.attribute("volume")?.to_owned()));
+    sources.filter_map(volume).collect()
 }
 
 /// One domain, and what its disks need to be opened.
@@ -76,12 +87,24 @@ pub fn read(xml: &str, facts: &Facts) -> Result<Domain, String> {
     let others = all("disk").filter(|disk| !is_disk(disk)).filter_map(target_of).collect();
     for device in all("disk").filter(is_disk) {
         let target = child(device, "target").and_then(|target| target.attribute("dev")).unwrap_or("a disk");
-        let source = child(device, "source").and_then(|source| source.attribute("file")).unwrap_or_default();
+        let (kind, place) = (device.attribute("type").unwrap_or("unknown"), child(device, "source"));
+        let named = |name: &str| place.and_then(|place| place.attribute(name)).unwrap_or_default().to_owned();
+        let source = match kind {
+            "file" => named("file"),
+            "block" => named("dev"),
+            "volume" => facts.volumes.get(&(named("pool"), named("volume"))).cloned().unwrap_or_default(),
+            // QEMU reads it while the domain runs; nobody here does.
+            "network" => format!("{}:{}", named("protocol"), named("name")),
+            _ => String::new(),
+        };
         let format = child(device, "driver").and_then(|driver| driver.attribute("type")).unwrap_or("raw");
-        match device.attribute("type") {
-            Some("file") if source.is_empty() => problems.push(format!("{target} has no file")),
-            Some("file") => {}
-            other => problems.push(format!("{target} is of type {:?}; disks in files are read", other.unwrap_or("unknown"))),
+        match kind {
+            "file" | "block" if source.is_empty() => problems.push(format!("{target} has no file")),
+            "volume" if source.is_empty() => {
+                problems.push(format!("libvirt does not find the volume {} of the pool {} ({target})", named("volume"), named("pool")));
+            }
+            "file" | "block" | "volume" | "network" => {}
+            other => problems.push(format!("{target} is of type {other:?}; disks of type file, block, volume and network are read")),
         }
         if child(device, "encryption").is_some() || child(device, "source").is_some_and(|source| child(source, "encryption").is_some()) {
             problems.push(format!("{target} is encrypted"));
@@ -93,7 +116,7 @@ pub fn read(xml: &str, facts: &Facts) -> Result<Domain, String> {
         targets.push(target.to_owned());
         vm.disks.push(Disk {
             name: format!("disk-{}", vm.disks.len()),
-            source: source.to_owned(),
+            source,
             capacity: facts.capacities.get(target).copied().unwrap_or_default(),
             format: format.to_owned(),
             thin_provisioned: format != "raw",
@@ -210,7 +233,8 @@ mod tests {
 
     #[test]
     fn a_domain_is_described_as_a_vm() {
-        let facts = Facts { state: "running".into(), snapshots: 2, capacities: HashMap::from([("vda".into(), 5 << 30)]) };
+        let capacities = HashMap::from([("vda".into(), 5 << 30)]);
+        let facts = Facts { state: "running".into(), snapshots: 2, capacities, ..Facts::default() };
         let Domain { vm, formats, targets, others, number, is_off } = read(XML, &facts).unwrap();
         assert_eq!((vm.name.as_str(), vm.path.as_str(), vm.cpu, vm.memory_mb, vm.snapshots), ("web 01", "/web 01", 2, 2048, 2));
         assert_eq!((vm.firmware.as_str(), vm.power_state.as_str(), vm.tools_status.as_str()), ("uefi", "poweredOn", "running"));
@@ -221,7 +245,18 @@ mod tests {
         assert_eq!((targets, others), (vec!["vda".to_owned(), "vdb".to_owned()], vec!["sda".to_owned()]));
         let nics: Vec<_> = vm.nics.iter().map(|nic| (nic.model.as_str(), nic.network.as_str(), nic.mac.as_str())).collect();
         assert_eq!(nics, [("virtio", "br0", "52:54:00:aa:bb:cc"), ("", "user", "52:54:00:00:00:01")]);
-        assert!(vm.problem.contains("vdb") && vm.problem.contains("block"), "{}", vm.problem);
+        assert_eq!((vm.disks[1].source.as_str(), vm.problem.as_str()), ("/dev/sdb", ""));
+
+        let volume = XML.replace("type='block'", "type='volume'").replace("dev='/dev/sdb'", "pool='p&amp;' volume='v 1'");
+        let key = ("p&".to_owned(), "v 1".to_owned());
+        assert_eq!(volumes(&volume), [key.clone()]);
+        assert!(read(&volume, &facts).unwrap().vm.problem.contains("does not find the volume v 1 of the pool p&"));
+        let found = Facts { volumes: HashMap::from([(key, "/srv/p/v 1".to_owned())]), ..facts.clone() };
+        let vm = read(&volume, &found).unwrap().vm;
+        assert_eq!((vm.disks[1].source.as_str(), vm.problem.as_str()), ("/srv/p/v 1", ""));
+        let odd = XML.replace("type='block'", "type='vhostuser'");
+        let problem = read(&odd, &facts).unwrap().vm.problem;
+        assert!(problem.contains("vdb") && problem.contains("vhostuser"), "{problem}");
     }
 
     #[test]

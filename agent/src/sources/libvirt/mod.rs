@@ -125,7 +125,7 @@ impl Libvirt {
             };
             let place = self.vault.locate(&disk.source).map_err(outside)?;
             let folder = Local::new(place.root.dir().try_clone().map_err(|e| Error::fatal(Code::BadGateway, e.to_string()))?);
-            let image = folder.open_declared(&place.below, format)?;
+            let image = folder.open_declared(&place.below, format, Some(&place.root.path))?;
             opened.push(Opened { name: disk.name.clone(), ..image });
         }
         Ok(opened)

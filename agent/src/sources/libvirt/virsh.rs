@@ -114,11 +114,23 @@ impl Uri {
                 if let [xml, state, snapshots] = of_one
                     && !xml.trim().is_empty()
                 {
-                    described.push((xml.trim().to_owned(), facts(state, snapshots, sizes)));
+                    let (xml, mut facts) = (xml.trim().to_owned(), facts(state, snapshots, sizes));
+                    facts.volumes = self.paths(&xml);
+                    described.push((xml, facts));
                 }
             }
         }
         Ok(described)
+    }
+
+    /// Where the volumes lie that a domain's disks are; those that are found.
+    fn paths(&self, xml: &str) -> HashMap<(String, String), String> {
+        let path = |(pool, volume): (String, String)| {
+            let said = self.ask(&["vol-path", "--pool", &pool, "--vol", &volume]).ok()?;
+            Some(((pool, volume), said.trim().to_owned())).filter(|(_, path)| path.starts_with('/'))
+        };
+        // Most domains have none, and are not parsed for that.
+        if xml.contains(" volume=") { super::domain::volumes(xml).into_iter().filter_map(path).collect() } else { HashMap::new() }
     }
 
     /// Listens to everything that happens; ends by itself after a while.
@@ -142,7 +154,12 @@ fn facts(state: &str, snapshots: &str, sizes: &str) -> Facts {
         Some((words.next()?.to_owned(), words.next()?.parse().ok()?))
     };
     let capacities: HashMap<String, u64> = sizes.lines().filter_map(size).collect();
-    Facts { state: state.trim().to_owned(), snapshots: u32::try_from(lines(snapshots)).unwrap_or(u32::MAX), capacities }
+    Facts {
+        state: state.trim().to_owned(),
+        snapshots: u32::try_from(lines(snapshots)).unwrap_or(u32::MAX),
+        capacities,
+        volumes: HashMap::new(),
+    }
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! Delta chains in a folder: from a child to its parents, by consent only.
 //!
-//! Owns: which parent's name is followed (a relative path that stays beside or below the child), how it is opened (no links), and the
-//! proofs that it is the right one: the VMDK content identifier, the declared format of a backing file, no cycle.
+//! Owns: which parent's name is followed (a relative path that stays beside or below the child; of a hypervisor's own disk any that stays in
+//! the root), how it is opened (no links), and the proofs that it is the right one: the VMDK content identifier, the declared format of a
+//! backing file, no cycle.
 //! Never: guesses a format or a name, leaves the root. A crash here costs nothing.
 
 use std::collections::BTreeSet;
@@ -57,7 +58,8 @@ impl Local {
         let file = vault::open_regular(&self.dir, &top.path)?;
         seen.insert(inode(&file)?);
         let mut identity = super::identity(&file)?;
-        let Node { layer, mut next, snapshots } = self.layer(&top, file, options.snapshot.as_deref(), MAX_TABLE_BYTES, &mut identity)?;
+        let Node { layer, mut next, snapshots } =
+            self.layer(&top, file, options, options.snapshot.as_deref(), MAX_TABLE_BYTES, &mut identity)?;
         mark_snapshot(&mut identity, options);
         let mut chain = Chain::new(Link { name: top.path.display().to_string(), layer })?;
         let mut parents = Vec::new();
@@ -71,7 +73,7 @@ impl Local {
             }
             identity.push('+');
             identity.push_str(&super::identity(&file)?);
-            let opened = self.layer(&step, file, None, chain.room(), &mut identity);
+            let opened = self.layer(&step, file, options, None, chain.room(), &mut identity);
             let Node { layer, next: parent, .. } = opened.map_err(|e| in_parent(&name, e))?;
             chain.push(Link { name, layer })?;
             parents.push(step.path);
@@ -81,14 +83,22 @@ impl Local {
     }
 
     /// Opens one file of a chain; its L1 table may take `room` bytes.
-    fn layer(&self, step: &Step, file: File, snapshot: Option<&str>, room: u64, identity: &mut String) -> Result<Node, FormatError> {
+    fn layer(
+        &self,
+        step: &Step,
+        file: File,
+        options: &OpenOptions,
+        snapshot: Option<&str>,
+        room: u64,
+        identity: &mut String,
+    ) -> Result<Node, FormatError> {
         let window = Window::whole(file)?;
         match step.format {
             Layered::Raw => Ok(Node { layer: Arc::new(raw::Reader::open(window)?), next: None, snapshots: 0 }),
             Layered::Qcow2 => {
                 let reader = qcow2::Reader::open_layer(window, snapshot, room)?;
                 let snapshots = reader.header().snapshots;
-                let next = reader.header().backing.as_ref().map(|backing| backing_step(&step.path, backing)).transpose()?;
+                let next = reader.header().backing.as_ref().map(|backing| backing_step(&step.path, backing, options)).transpose()?;
                 Ok(Node { layer: Arc::new(reader), next, snapshots })
             }
             Layered::Vmdk => {
@@ -159,8 +169,35 @@ fn beside(child: &Path, named: &str, format: &'static str) -> Result<PathBuf, Fo
     Ok(child.parent().unwrap_or(Path::new("")).join(names.collect::<PathBuf>()))
 }
 
+/// Where a parent lies below the root whose path is `root`, wherever that is: by a path from its child's folder, or an absolute one.
+fn within(root: &Path, child: &Path, named: &str) -> Result<PathBuf, FormatError> {
+    let plain = named.strip_prefix("file:").unwrap_or(named);
+    let refused = || {
+        let short: String = named.chars().take(80).collect();
+        let reason = format!("it names the parent {short:?}; only files in the same root of this agent are followed");
+        FormatError::Refused { format: "qcow2", reason }
+    };
+    if plain.len() > 1023 || plain.contains(':') || plain.ends_with('/') || plain.chars().any(char::is_control) {
+        return Err(refused());
+    }
+    let (mut path, rest) = match Path::new(plain).strip_prefix(root) {
+        Ok(rest) => (PathBuf::new(), rest),
+        Err(_) if plain.starts_with('/') => return Err(refused()),
+        Err(_) => (child.parent().unwrap_or(Path::new("")).to_owned(), Path::new(plain)),
+    };
+    for part in rest.components() {
+        match part {
+            Component::Normal(name) => path.push(name),
+            Component::CurDir => {}
+            Component::ParentDir if path.pop() => {}
+            _ => return Err(refused()),
+        }
+    }
+    if path.file_name().is_some() { Ok(path) } else { Err(refused()) }
+}
+
 /// The next step from a qcow2: its backing file in the format that it declares, which is never guessed.
-fn backing_step(child: &Path, backing: &qcow2::Backing) -> Result<Step, FormatError> {
+fn backing_step(child: &Path, backing: &qcow2::Backing, options: &OpenOptions) -> Result<Step, FormatError> {
     let refused = |reason: String| FormatError::Refused { format: "qcow2", reason };
     let shown = |text: &str| format!("{:?}", text.chars().take(80).collect::<String>());
     let format = match backing.format.as_deref() {
@@ -180,5 +217,34 @@ fn backing_step(child: &Path, backing: &qcow2::Backing) -> Result<Step, FormatEr
             return Err(refused(reason));
         }
     };
-    Ok(Step { path: beside(child, &backing.name, "qcow2")?, format, cid: None })
+    let path = match &options.within {
+        Some(root) => within(root, child, &backing.name)?,
+        None => beside(child, &backing.name, "qcow2")?,
+    };
+    Ok(Step { path, format, cid: None })
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_hypervisors_disk_has_its_parents_anywhere_in_the_root_and_nowhere_else() {
+        let at = |named: &str| within(Path::new("/srv/r"), Path::new("job/pass-2/a.qcow2"), named).ok();
+        for (named, path) in [
+            ("../pass-1/a.qcow2", "job/pass-1/a.qcow2"),
+            ("b.qcow2", "job/pass-2/b.qcow2"),
+            ("./c/b.qcow2", "job/pass-2/c/b.qcow2"),
+            ("/srv/r/base.qcow2", "base.qcow2"),
+            ("file:/srv/r/x/../base.qcow2", "base.qcow2"),
+            ("../../base.qcow2", "base.qcow2"),
+        ] {
+            assert_eq!(at(named), Some(PathBuf::from(path)), "{named}");
+        }
+        for named in ["../../../out", "/etc/passwd", "/srv/rest/x", "/srv/r/../x", "json:{}", "nbd://h/x", "", "..", "a/", "/srv/r", "a\nb"]
+        {
+            assert_eq!(at(named), None, "{named}");
+        }
+    }
 }

@@ -38,7 +38,7 @@ impl Root {
 
     /// Opens with the chain followed.
     fn follow(&self, id: &str) -> Result<(Vm, Vec<Opened>), Error> {
-        self.local().open_with(id, OpenOptions { follow_chain: true, snapshot: None })
+        self.local().open_with(id, OpenOptions { follow_chain: true, ..OpenOptions::default() })
     }
 
     fn refused(&self, id: &str) -> String {
@@ -307,7 +307,9 @@ fn a_snapshot_is_opened_by_name_and_only_where_there_is_one() {
         root.run("qemu-io", &["-f", "qcow2", "-c", "write -P 4 0 1M", name]);
     }
     let open = |id: &str, follow_chain, snapshot: &str| {
-        root.local().open_with(id, OpenOptions { follow_chain, snapshot: Some(snapshot.to_owned()) }).map_err(|e| e.message)
+        root.local()
+            .open_with(id, OpenOptions { follow_chain, snapshot: Some(snapshot.to_owned()), ..OpenOptions::default() })
+            .map_err(|e| e.message)
     };
     let expected = |rest: u8| [vec![3; 64 << 10], vec![rest; MIB - (64 << 10)]].concat();
     let (vm, disks) = open("a.qcow2", false, "before").unwrap();

@@ -140,6 +140,6 @@ impl Migration<'_> {
 /// A look into the guest on these disks; nothing where they cannot be opened.
 fn look(part: &Dir, progress: &Progress) -> Option<Guest> {
     let folder = Local::new(part.try_clone().ok()?);
-    let open = |(name, format, _): &(String, String, u64)| Some(folder.open_declared(Path::new(name), format).ok()?.disk);
+    let open = |(name, format, _): &(String, String, u64)| Some(folder.open_declared(Path::new(name), format, None).ok()?.disk);
     Some(inspect::inspect(&progress.disks.iter().map(open).collect::<Option<Vec<_>>>()?))
 }
