@@ -110,6 +110,10 @@ async fn an_exported_guest_is_deployed_boots_and_is_switched() {
     .await;
     println!("the deployed guest has booted after {} s", began.elapsed().as_secs());
 
+    // Its disk's export stays as long as it does.
+    let kept = fleet.client.delete(&format!("/exports/{id}")).await.refused(409, "conflict");
+    assert!(kept.contains(&name) && disk.is_file(), "{kept}");
+
     // Switched, by the name that it has now.
     wait_for("it to be listed", seconds(5), async || {
         let answer = fleet.client.get(&format!("/vms/kvm/{name}")).await;

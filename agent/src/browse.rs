@@ -54,6 +54,7 @@ pub fn remove_export(agent: &Agent, wanted: &v1::RemoveExport) -> Result<Value, 
         return Err(Error::fatal(Code::OutsideRoots, format!("{} lies in a root that is only read", wanted.destination)));
     }
     has_no_vm(agent, &job, wanted)?;
+    is_nobodys(agent, &job, &place.absolute().join(job.as_str()))?;
     let removed = match agent.vault.open_dir(&wanted.destination) {
         Ok(folder) => {
             let failed = |source| refused(vault::Error::Io { path: place.named(), source });
@@ -85,6 +86,18 @@ fn has_no_vm(agent: &Agent, job: &JobId, wanted: &v1::RemoveExport) -> Result<()
         }
     }
     Ok(())
+}
+
+/// Refuses where a domain of this host has a file of the folder as its disk or beneath it, whoever made it.
+fn is_nobodys(agent: &Agent, job: &JobId, folder: &Path) -> Result<(), Error> {
+    match deploy::user_of(agent, folder)? {
+        Some((domain, connection)) => {
+            let message =
+                format!("files of {job} are disks of the domain `{domain}` at `{connection}`, or lie beneath them; remove that first");
+            Err(Error::fatal(Code::Conflict, message))
+        }
+        None => Ok(()),
+    }
 }
 
 /// Where a migration's VM may stand: where the controller says; without that, a receipt says that there is one at a libvirt of this host.

@@ -122,6 +122,30 @@ pub fn runs_from(job: &str, uri: &str) -> Result<Option<String>, Error> {
     Ok(Some(if name.is_empty() { uuid } else { name }))
 }
 
+/// The domain that has a file below this folder as its disk or beneath it, and its connection; of the libvirts that this agent serves here.
+///
+/// # Errors
+/// Where one of them cannot be asked: then nobody knows.
+pub fn user_of(agent: &Agent, folder: &std::path::Path) -> Result<Option<(String, String)>, Error> {
+    for connection in agent.serves(hypervisors::LIBVIRT) {
+        if !Uri::parse(&connection.path).is_ok_and(|uri| uri.is_here) {
+            continue;
+        }
+        let vms = agent.source(&connection).and_then(|source| source.inventory()).map_err(|e| {
+            let message = format!("whether a VM of `{}` uses these files cannot be seen: {}", connection.name, e.message);
+            Error { message, ..e }
+        })?;
+        let is_in = |path: &std::path::Path| path.starts_with(folder);
+        let uses = |disk: &shared::vm::Disk| {
+            is_in(std::path::Path::new(&disk.source)) || beneath::layers(&agent.vault, disk).iter().any(|path| is_in(path))
+        };
+        if let Some(vm) = vms.iter().find(|vm| vm.disks.iter().any(uses)) {
+            return Ok(Some((vm.name.clone(), connection.name)));
+        }
+    }
+    Ok(None)
+}
+
 /// Whether the hypervisor would take the VM, whose disks are still to be made.
 pub fn check(agent: &Agent, connection: &v1::Connection, wish: &Wish) -> Result<(), Error> {
     fits(agent, &here(connection)?, connection, wish, &[], false)

@@ -186,6 +186,12 @@ impl Agent {
         self.own.clone()
     }
 
+    /// The connections of a kind.
+    pub fn serves(&self, kind: &str) -> Vec<v1::Connection> {
+        let connections = self.connections.lock().unwrap_or_else(|e| e.into_inner());
+        connections.values().filter(|connection| connection.kind == kind).cloned().collect()
+    }
+
     /// Serves the connections that people made by REST beside its own.
     fn serve(&self, more: Vec<v1::Connection>) {
         let own = self.own_connections();

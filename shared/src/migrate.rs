@@ -88,6 +88,8 @@ pub enum Cutover {
     Auto,
     /// When somebody says so: `POST /jobs/{id}/cutover`.
     Manual,
+    /// Somebody has said so: behind the next pass, whatever the downtime.
+    Now,
 }
 
 /// A warm migration: the VM runs on while it is copied; what it changes follows in passes, and it is stopped only for the last one.

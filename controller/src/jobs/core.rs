@@ -15,7 +15,8 @@ use std::time::Instant;
 use proto::v1::controller_message::Kind;
 use proto::v1::{Cancel, CommitReply};
 use shared::ids::JobId;
-use shared::job::{Effect, Event, Hold, Refusal, State, Status, invariant, step};
+use shared::job::{Effect, Event, Hold, Refusal, Stage, State, Status, invariant, step};
+use shared::migrate::Cutover;
 use tokio::sync::watch;
 
 use super::batches::{Batches, Picked};
@@ -231,11 +232,20 @@ impl Core {
     pub async fn cutover(&mut self, id: &str) -> Result<Job, Error> {
         let job = self.find(id).await?.ok_or_else(|| Error::NotFound(id.to_owned()))?;
         let illegal = || Error::Refused(Refusal::Illegal { stage: job.state.public_stage(), verb: "cut over" });
-        let runs = job.state.status == Status::Running && job.options.warm.is_some();
-        let agent = job.state.agent.clone().filter(|_| runs).ok_or_else(illegal)?;
-        let told = Kind::Cutover(proto::v1::Cutover { job: job.id.clone(), epoch: job.state.epoch });
-        if !self.ports.outbox.send(&agent, told) {
-            return Err(Error::Away(self.ports.outbox.name(&agent)));
+        let mut job = job.clone();
+        let is_open = matches!(job.state.status, Status::Queued | Status::Running) && job.state.stage != Stage::Publishing;
+        let warm = job.options.warm.as_mut().filter(|_| is_open);
+        warm.ok_or_else(illegal)?.cutover = Cutover::Now;
+        // The word stands: an agent that is lost before it has acted on it is told again with its next assignment.
+        if !store::save_options(&self.ports.store, &job).await? {
+            self.reload(&job.id).await?;
+            return Err(illegal());
+        }
+        if self.jobs.contains_key(&job.id) {
+            self.remember(job.clone());
+        }
+        if let Some(agent) = job.state.agent.clone().filter(|_| job.state.status == Status::Running) {
+            self.ports.outbox.send(&agent, Kind::Cutover(proto::v1::Cutover { job: job.id.clone(), epoch: job.state.epoch }));
         }
         Ok(job)
     }

@@ -279,15 +279,16 @@ pub async fn pause(caller: Operator, app: web::Data<App>, id: web::Path<String>)
     Ok(web::Json(act!(app, caller, id, "job.pause", pause)))
 }
 
-/// Stops the VM of a warm migration now, copies the rest and starts the new one, whatever the downtime.
+/// Stops the VM of a warm migration behind the pass that runs or comes next, copies the rest and starts the new one, whatever the downtime.
+/// The word stands over a crash of whichever part.
 #[utoipa::path(post, path = "/jobs/{id}/cutover", tag = "Jobs", security(("token" = [])), params(("id" = String, Path)), responses(
-    (status = 202, description = "its agent was told", body = View),
+    (status = 202, description = "it stands, and the job's agent is told", body = View),
     (status = 401, description = "no valid token", body = ErrorBody),
     (status = 403, description = "not an operator", body = ErrorBody),
     (status = 404, description = "no such job", body = ErrorBody),
-    (status = 409, description = "it is no warm migration, or does not run", body = ErrorBody),
+    (status = 409, description = "it is no warm migration, or has ended or is being published", body = ErrorBody),
     (status = 429, description = "too many requests", body = ErrorBody),
-    (status = 503, description = "the database or the agent is away", body = ErrorBody),
+    (status = 503, description = "the database is away", body = ErrorBody),
 ))]
 pub async fn cutover(caller: Operator, app: web::Data<App>, id: web::Path<String>) -> Result<HttpResponse, Error> {
     let view = act!(app, caller, id, "job.cutover", cutover);

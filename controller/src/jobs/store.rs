@@ -271,6 +271,13 @@ pub async fn save_hold(store: &Store, job: &Job) -> Result<bool, Error> {
     store.run(move |db| async move { Ok(update.exec(&db).await?.rows_affected == 1) }).await
 }
 
+/// Stores a live job's options, whose state stays. False where that is another by now.
+pub async fn save_options(store: &Store, job: &Job) -> Result<bool, Error> {
+    let row = jobs::ActiveModel { options: Set(serde_json::to_string(&job.options).unwrap_or_default()), ..Default::default() };
+    let update = jobs::Entity::update_many().set(row).filter(still(&job.id, &job.state));
+    store.run(move |db| async move { Ok(update.exec(&db).await?.rows_affected == 1) }).await
+}
+
 #[derive(FromQueryResult)]
 struct StatusCount {
     status: String,
