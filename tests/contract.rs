@@ -54,7 +54,7 @@ async fn every_error_has_the_one_shape_at_both_prefixes() {
         client.with_token("nonsense").get(&path("/jobs")).await.refused(401, "unauthorized");
     }
     // What the contract names and is not built says so.
-    let sentence = client.post("/vms/local/x/snapshots", json!({"name": "x"})).await.refused(422, "not_built");
+    let sentence = client.post("/providers/connect", json!({"provider": "warehouse"})).await.refused(422, "not_built");
     assert!(sentence.contains("not built yet"), "{sentence}");
     // The caller's own request id comes back.
     let answer = client.send(client.request(Method::GET, "/no").header("X-Request-Id", "night-7")).await.unwrap();

@@ -32,6 +32,7 @@ mod no_trace;
 mod operations;
 mod pools;
 mod schedules;
+mod snapshots;
 mod survival;
 mod system;
 mod uploads;

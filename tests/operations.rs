@@ -295,7 +295,13 @@ async fn an_agent_that_hangs_is_a_bad_gateway_and_no_more() {
     fleet.agents[0].process().signal("CONT");
     assert!(answers.len() > 3, "{answers:?}");
     // What acts at a hypervisor has more time than a silent agent: there the end of its session is the answer. Of nothing else.
-    let acts = ["POST /vms/deploy", "POST /vms/{provider}/{id}/power"];
+    let acts = [
+        "POST /vms/deploy",
+        "POST /vms/{provider}/{id}/power",
+        "GET /vms/{provider}/{id}/snapshots",
+        "POST /vms/{provider}/{id}/snapshots",
+        "DELETE /vms/{provider}/{id}/snapshots/{snapshot}",
+    ];
     let is_told = |name: &str, answer: &Answer| {
         let code = answer.body["code"].as_str().unwrap_or_default();
         (answer.status, code) == (502, "bad_gateway")
@@ -385,7 +391,7 @@ async fn an_answer_arrives_however_much_came_with_the_question() {
         pattern(&body, size, &[(0, size)], 4);
         for version in ["--http2", "--http1.1"] {
             for (path, token, status) in
-                [("/vms/x/y/snapshots", token.as_str(), "422"), ("/nowhere", &token, "404"), ("/jobs", "wrong", "401")]
+                [("/jobs/none/retry", token.as_str(), "404"), ("/nowhere", &token, "404"), ("/jobs", "wrong", "401")]
             {
                 // Of a stranger at most 1 MiB is listened to, or anybody could keep the controller busy with nothing.
                 if status == "401" && size > MIB {

@@ -28,6 +28,7 @@ mod points;
 mod proof;
 mod pull;
 mod session;
+mod snapshots;
 pub mod sources;
 mod touched;
 mod transfer;

@@ -24,7 +24,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use crate::held::Stop;
 use crate::identity::{self, Identity};
-use crate::{Agent, browse, hypervisors, inspect, pull, touched, transfer, worker};
+use crate::{Agent, browse, hypervisors, inspect, pull, snapshots, touched, transfer, worker};
 
 /// Longest pause between two tries.
 const MAX_BACKOFF: Duration = Duration::from_secs(15);
@@ -348,6 +348,9 @@ fn answer(agent: &Arc<Agent>, browse: v1::Browse, tell: &mpsc::Sender<v1::AgentM
                 agent.end_question(browse.id, &stop);
                 answered
             }
+            Some(Question::Snapshots(asked)) => snapshots::list(&agent, &asked),
+            Some(Question::TakeSnapshot(wanted)) => snapshots::take(&agent, &tell, &wanted),
+            Some(Question::RemoveSnapshot(wanted)) => snapshots::remove(&agent, &tell, &wanted),
             Some(Question::RemoveExport(wanted)) => browse::remove_export(&agent, &wanted),
             Some(Question::Digests(question)) => {
                 let answered = crate::digests::answer(&agent, &question, &stop);

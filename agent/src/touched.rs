@@ -7,6 +7,7 @@
 //! Owns: `jobs/JOBID.touched`, the reaper, and that one job at a time freezes a VM. Never: forgets a thing before it is gone at the source, undoes what a running attempt needs.
 //! A crash here costs nothing: what is noted stays noted.
 
+mod freezing;
 mod halted;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,6 +22,7 @@ use shared::vault;
 use crate::Agent;
 use crate::deploy::volumes::{self, Volumes};
 
+pub use self::freezing::{Freezing, frozen_name};
 pub use self::halted::{Halted, halted, let_go, note_halted};
 
 /// How long after its note a thing may still come into being: as long as a task at the source may take.
@@ -31,9 +33,6 @@ const PATIENCE: Duration = Duration::from_secs(5);
 const THAW: Duration = Duration::from_secs(120);
 /// Between two of these tries.
 const PAUSE: Duration = Duration::from_millis(500);
-
-/// How often a job that waits for a VM looks whether it is to stop.
-const LOOK: Duration = Duration::from_millis(300);
 
 /// What one attempt has touched of one VM.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -194,7 +193,7 @@ impl<'a> Pen<'a> {
     /// Waits until no other job has the VM frozen, or is about to: a removal of a snapshot must not meet the making of the next, nor a
     /// restore point begin over one that another is about to be laid over.
     pub fn wait_for_vm(&self) -> io::Result<()> {
-        self.agent.freezing.take(&format!("{} {}", self.connection.0, self.vm), self.held)
+        self.agent.freezing.take(&frozen_name(&self.connection.0, &self.vm), self.held)
     }
 
     /// Adds to what is noted: an earlier attempt's things that could not be undone are among it.
@@ -364,33 +363,19 @@ pub fn thaw(agent: &Agent, job: &str, obsolete: &BTreeSet<String>) -> Result<(),
     write(agent, job, &rest).map_err(failed)
 }
 
-/// VMs that a job has frozen, or is about to.
-#[derive(Default)]
-pub struct Freezing {
-    /// Jobs by VM.
-    vms: Mutex<BTreeMap<String, String>>,
-    done: Condvar,
-}
-
-impl Freezing {
-    /// Waits until nobody else has the VM, or the job is to stop.
-    fn take(&self, vm: &str, held: &crate::held::Assignment) -> io::Result<()> {
-        let mut vms = self.vms.lock().unwrap_or_else(PoisonError::into_inner);
-        while vms.get(vm).is_some_and(|job| *job != held.job) {
-            if held.stop().is_some() {
-                return Err(io::ErrorKind::Interrupted.into());
-            }
-            vms = self.done.wait_timeout(vms, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+/// The job whose notes name one of these snapshots of a VM, and which: that job removes it, or the reaper does.
+pub fn maker(agent: &Agent, connection: &str, vm: &str, names: &BTreeSet<&str>) -> io::Result<Option<(String, String)>> {
+    for entry in agent.ledger.dir().entries()? {
+        let Ok(file) = entry?.file_name().into_string() else { continue };
+        let Some(job) = file.strip_suffix(".touched") else { continue };
+        // One that cannot be read, or vanishes meanwhile, names nothing; the reaper says so.
+        let Ok(Some(noted)) = noted(agent, job) else { continue };
+        let is_of = noted.connection.0 == connection && noted.vm == vm;
+        if let Some(name) = noted.snapshots.iter().find(|name| is_of && names.contains(name.as_str())) {
+            return Ok(Some((job.to_owned(), name.clone())));
         }
-        vms.insert(vm.to_owned(), held.job.clone());
-        Ok(())
     }
-
-    /// The job has nothing frozen any more.
-    pub fn give_back(&self, job: &str) {
-        self.vms.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, holder| holder != job);
-        self.done.notify_all();
-    }
+    Ok(None)
 }
 
 /// Undoes what an ended attempt has touched, once more where the source is not well for a moment. What cannot be undone now stays noted, and

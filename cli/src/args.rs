@@ -5,6 +5,7 @@
 mod backups;
 mod migrate;
 mod providers;
+mod snapshots;
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -18,6 +19,7 @@ use shared::options::{Algorithm, Format, JobType};
 pub use self::backups::{Backup, Restore};
 pub use self::migrate::Migrate;
 pub use self::providers::{Connect, Providers, ProvidersAction};
+pub use self::snapshots::{OfVm, Snapshots, SnapshotsAction};
 
 /// Heading of the options that every verb takes.
 const GLOBAL: &str = "Everywhere";
@@ -87,6 +89,8 @@ pub enum Verb {
     Export(Export),
     /// Move a VM to another hypervisor: copied, proven, booted
     Migrate(Migrate),
+    /// List, take or remove snapshots of a VM
+    Snapshots(Snapshots),
     /// Make a restore point of a VM: what changed since the last one
     Backup(Backup),
     /// Make whole disks of a restore point, or list the points

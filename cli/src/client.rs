@@ -38,6 +38,8 @@ pub struct Client {
     base: String,
     token: Option<Secret>,
     check: Option<Arc<Check>>,
+    /// An answer that takes longer is none.
+    longest: Duration,
 }
 
 /// A page's rows, all pages put together, and how many there are on the server.
@@ -69,7 +71,12 @@ impl Client {
             builder = builder.no_proxy();
         }
         let http = builder.build().map_err(|e| Failure::failed(format!("the HTTP client cannot be set up: {}", cause(&e))))?;
-        Ok(Self { http, base: session.url, token: session.token, check })
+        Ok(Self { http, base: session.url, token: session.token, check, longest: ANSWER })
+    }
+
+    /// The same for what takes longer.
+    pub fn patient(self, longest: Duration) -> Self {
+        Self { longest, ..self }
     }
 
     /// The certificate that the server showed, as a fingerprint.
@@ -84,7 +91,7 @@ impl Client {
 
     /// GET.
     pub async fn get(&self, path: &str, query: &[(&str, String)]) -> Result<Value, Failure> {
-        let response = self.send(|| self.request(Method::GET, path, query).map(|request| request.timeout(ANSWER))).await?;
+        let response = self.send(|| self.request(Method::GET, path, query).map(|request| request.timeout(self.longest))).await?;
         self.body(response).await
     }
 
@@ -92,7 +99,7 @@ impl Client {
     pub async fn post(&self, path: &str, body: Option<&Value>) -> Result<Value, Failure> {
         let key = random_hex::<16>();
         let request = || {
-            let request = self.request(Method::POST, path, &[])?.timeout(ANSWER).header("Idempotency-Key", &key);
+            let request = self.request(Method::POST, path, &[])?.timeout(self.longest).header("Idempotency-Key", &key);
             Ok(match body {
                 Some(body) => request.json(body),
                 None => request,
@@ -104,7 +111,7 @@ impl Client {
 
     /// DELETE.
     pub async fn delete(&self, path: &str) -> Result<Value, Failure> {
-        let response = self.send(|| self.request(Method::DELETE, path, &[]).map(|request| request.timeout(ANSWER))).await?;
+        let response = self.send(|| self.request(Method::DELETE, path, &[]).map(|request| request.timeout(self.longest))).await?;
         self.body(response).await
     }
 

@@ -3,7 +3,7 @@
 //! ```text
 //! args ─► main ─► demo ▸ up ▸ admin  whole installation    ┐
 //!              ├► local            the engine, no server   ├► output · progress · failure
-//!              └► login ▸ jobs ▸ watch ▸ inventory ─► client ▸ session ▸ tls
+//!              └► login ▸ jobs ▸ watch ▸ inventory ▸ snapshots ─► client ▸ session ▸ tls
 //! ```
 //! Owns: which verb runs where, and the exit code. Never: prints a secret but the ones that are shown once by design (a first password, a
 //! join token). A crash here costs one command.
@@ -23,6 +23,7 @@ mod output;
 mod progress;
 mod sample;
 mod session;
+mod snapshots;
 mod tls;
 mod up;
 mod watch;
@@ -82,6 +83,7 @@ async fn converse(cli: &Cli, verb: &Verb) -> Outcome {
         Verb::Vms(args) => inventory::vms(&client()?, args, style).await,
         Verb::Export(args) => jobs::export(&client()?, args, style).await,
         Verb::Migrate(args) => migrate::migrate(&client()?, args, style).await,
+        Verb::Snapshots(args) => snapshots::snapshots(&client()?.patient(snapshots::PATIENCE), args, style).await,
         Verb::Backup(args) => backups::backup(&client()?, args, style).await,
         Verb::Restore(args) => backups::restore(&client()?, args, style).await,
         Verb::Jobs(args) => jobs::jobs(&client()?, args, style).await,

@@ -9,6 +9,7 @@ use std::process::Command;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
+use super::images::qemu_img;
 use super::lab;
 use super::process::{Process, mortal, output, run};
 
@@ -63,6 +64,9 @@ pub fn virsh(arguments: &[&str]) -> String {
     run(Command::new("virsh").args(["-q", "-c", URI]).args(arguments))
 }
 
+/// A snapshot of the domain that stands.
+pub const STANDING_SNAPSHOT: &str = "stands";
+
 /// The name of a domain that stands as long as the binary runs; who switches it on must be alone with that.
 pub fn standing() -> &'static str {
     static NAME: OnceLock<String> = OnceLock::new();
@@ -72,9 +76,10 @@ pub fn standing() -> &'static str {
         for name in virsh(&["list", "--all", "--name"]).lines().filter(|name| name.starts_with("standing-")) {
             drop(Domain::adopt(name.trim(), ""));
         }
-        let disk = lab().join("standing.raw");
-        std::fs::write(&disk, vec![0; 1 << 20]).unwrap();
-        let domain = Domain::define("standing", &disk, "raw");
+        let disk = lab().join("standing.qcow2");
+        qemu_img(&["create", "-q", "-f", "qcow2", disk.to_str().unwrap(), "1M"]);
+        let domain = Domain::define("standing", &disk, "qcow2");
+        virsh(&["snapshot-create-as", &domain.name, STANDING_SNAPSHOT]);
         let name = domain.name.clone();
         std::mem::forget(domain);
         name
@@ -198,7 +203,9 @@ impl Domain {
 
 impl Drop for Domain {
     fn drop(&mut self) {
-        for act in [&["destroy", self.name.as_str()][..], &["undefine", self.name.as_str(), "--checkpoints-metadata"]] {
+        for act in
+            [&["destroy", self.name.as_str()][..], &["undefine", self.name.as_str(), "--checkpoints-metadata", "--snapshots-metadata"]]
+        {
             // It may be off, or gone.
             let _ = output(Command::new("virsh").args(["-q", "-c", URI]).args(act));
         }

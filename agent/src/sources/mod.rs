@@ -14,6 +14,7 @@ use std::sync::Arc;
 use shared::details::Details;
 use shared::error::Code;
 use shared::options::Action;
+use shared::snapshots::{self, Wish};
 use shared::vm::{Snapshot, Vm};
 
 use crate::formats::{Disk, Extent, FormatError, Scratch};
@@ -176,6 +177,24 @@ pub trait Source: Send + Sync {
         Err(Error::fatal(Code::Unprocessable, format!("{action} is for VMs of a hypervisor; these are disk images")))
     }
 
+    /// The VM's snapshots, in any order.
+    fn snapshots(&self, vm_id: &str) -> Result<Vec<snapshots::Snapshot>, Error> {
+        let _ = vm_id;
+        Err(without_snapshots())
+    }
+
+    /// Takes a snapshot; its name is nobody's yet. It is there when this returns.
+    fn take_snapshot(&self, vm_id: &str, wish: &Wish) -> Result<(), Error> {
+        let _ = (vm_id, wish);
+        Err(without_snapshots())
+    }
+
+    /// Removes a snapshot, and with `children` those that were taken over it; else these stay as they are.
+    fn remove_snapshot(&self, vm_id: &str, snapshot: &snapshots::Snapshot, children: bool) -> Result<(), Error> {
+        let _ = (vm_id, snapshot, children);
+        Err(without_snapshots())
+    }
+
     /// Stops a VM for good, so that another one takes its place, with what it holds as it is: nothing is written to its disks any more. `undo`
     /// of a note that it is halted lets it go on.
     fn halt(&self, vm_id: &str) -> Result<(), Error> {
@@ -221,6 +240,10 @@ pub trait Source: Send + Sync {
 
     /// The snapshots of the VM's disks, disk by disk, the oldest first.
     fn open_snapshots(&self, vm_id: &str) -> Result<Vec<Opened>, Error>;
+}
+
+fn without_snapshots() -> Error {
+    Error::fatal(Code::Unprocessable, "snapshots are of VMs of a hypervisor; these are disk images")
 }
 
 /// A disk that is only looked at.

@@ -18,7 +18,6 @@ pub mod query;
 pub mod reply;
 mod span;
 pub mod tls;
-pub mod unbuilt;
 mod unread;
 
 #[cfg(test)]
@@ -43,7 +42,7 @@ pub fn rfc3339(milliseconds: i64) -> String {
     shared::clock::rfc3339(chrono::DateTime::from_timestamp_millis(milliseconds).unwrap_or_default())
 }
 
-/// Every operation. What the contract names and is not built yet stands here too, so that it says so (see [`unbuilt`]).
+/// Every operation.
 fn table(at: &mut dyn FnMut(&str, Vec<Operation>)) {
     at("/auth/login", vec![post(access::routes::login)]);
     at("/auth/logout", vec![post(access::routes::logout)]);
@@ -77,8 +76,8 @@ fn table(at: &mut dyn FnMut(&str, Vec<Operation>)) {
     at("/vms/deploy", vec![post(vms::deploy::deploy)]);
     at("/vms/{provider}/{id}", vec![get(vms::routes::get)]);
     at("/vms/{provider}/{id}/power", vec![post(vms::power::switch)]);
-    at("/vms/{provider}/{id}/snapshots", vec![get(unbuilt::snapshots), post(unbuilt::snapshot)]);
-    at("/vms/{provider}/{id}/snapshots/{snapshot}", vec![delete(unbuilt::snapshot_remove)]);
+    at("/vms/{provider}/{id}/snapshots", vec![get(vms::snapshots::list), post(vms::snapshots::take)]);
+    at("/vms/{provider}/{id}/snapshots/{snapshot}", vec![delete(vms::snapshots::remove)]);
 
     at("/providers", vec![get(providers::routes::list)]);
     at("/providers/connect", vec![post(providers::connect::connect)]);

@@ -7,7 +7,6 @@ use utoipa::openapi::{ContentBuilder, Deprecated, PathItem, Ref, RefOr, Response
 use utoipa::{Modify, OpenApi};
 
 use super::reply::ErrorBody;
-use super::unbuilt;
 use crate::{access, alerts, carbon, files, fleet, jobs, live, providers, schedules, system, uploads, vms, webhooks};
 
 /// The document.
@@ -25,12 +24,12 @@ use crate::{access, alerts, carbon, files, fleet, jobs, live, providers, schedul
         jobs::routes::retry, jobs::routes::pause, jobs::routes::cutover, jobs::routes::resume, jobs::routes::stats, jobs::routes::batch,
         jobs::legacy::submit, jobs::legacy::query, jobs::legacy::cancel, jobs::legacy::progress, jobs::legacy::status,
         vms::routes::list, vms::routes::browse, vms::routes::get, vms::power::switch, vms::deploy::deploy,
+        vms::snapshots::list, vms::snapshots::take, vms::snapshots::remove,
         providers::routes::list, providers::connect::connect, providers::routes::capabilities, providers::routes::get,
         providers::routes::remove, providers::routes::test, providers::routes::refresh,
         fleet::routes::list, fleet::routes::get, fleet::routes::remove, fleet::routes::drain, fleet::routes::resume,
         fleet::routes::token_create,
         system::routes::health, system::routes::livez, system::routes::readyz, system::routes::metrics, system::routes::audit_list,
-        unbuilt::snapshots, unbuilt::snapshot, unbuilt::snapshot_remove,
         system::state::health, system::state::readiness, alerts::routes::list, providers::change::change, vms::compare::routes::compare,
         webhooks::routes::list, webhooks::routes::create, webhooks::routes::remove, webhooks::routes::test,
         live::routes::open, live::routes::ticket,

@@ -152,7 +152,7 @@ async fn every_error_has_the_one_shape() {
         (get("/vms/list?provider=unheard-of", &token), 400, "bad_request"),
         (get("/vms/%ff/x", &token), 400, "bad_request"),
         (get("/jobs/none", &token), 404, "not_found"),
-        (get("/vms/local/x/snapshots", &token), 422, "not_built"),
+        (get("/vms/local/x/snapshots?colour=red", &token), 400, "bad_request"),
         (TestRequest::get().uri("/schedules"), 401, "unauthorized"),
         (get("/ws", &token), 400, "bad_request"),
         (get("/ws", &token).insert_header(("Origin", "https://elsewhere.example")).insert_header(("Host", "here")), 403, "forbidden"),

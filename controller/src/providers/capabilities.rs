@@ -29,6 +29,8 @@ pub struct Capability {
     hot_export: bool,
     /// Incremental backup.
     changed_blocks: bool,
+    /// Listing, taking and removing snapshots of VMs.
+    snapshots: bool,
     /// Deploying VMs.
     deploy: bool,
     /// Migrating VMs of this kind to libvirt: needs a connection of that kind.
@@ -61,7 +63,7 @@ pub async fn detect(app: &App) -> Result<Capabilities, Error> {
             "local" => local(app, names).await?,
             "vsphere" => hypervisor(app, (kind, "vCenter or ESXi"), names, false, "deploy: nothing is deployed to vSphere").await?,
             "libvirt" => {
-                let lacks = "export of a remote host's domains, and deploying there: run an agent on it and connect qemu:///system; warm migration, consoles, snapshots";
+                let lacks = "export of a remote host's domains, and deploying there: run an agent on it and connect qemu:///system; warm migration, consoles";
                 hypervisor(app, (kind, "libvirt"), names, true, lacks).await?
             }
             kind => unbuilt(kind),
@@ -83,7 +85,7 @@ async fn local(app: &App, connections: Vec<String>) -> Result<Capability, Error>
     let available = !agents.is_empty();
     let formats = Format::ALL.iter().copied();
     let mut missing = vec![
-        "hot_export, changed_blocks: a folder of images has no running VM".to_owned(),
+        "hot_export, changed_blocks, snapshots: a folder of images has no running VM".to_owned(),
         "deploy: nothing runs in a folder; connect libvirt".to_owned(),
     ];
     if !available {
@@ -100,6 +102,7 @@ async fn local(app: &App, connections: Vec<String>) -> Result<Capability, Error>
         export: usable,
         hot_export: false,
         changed_blocks: false,
+        snapshots: false,
         deploy: false,
         migrate: false,
         formats: if available { formats.collect() } else { Vec::new() },
@@ -134,6 +137,7 @@ async fn hypervisor(
         export: usable,
         hot_export: usable,
         changed_blocks: usable,
+        snapshots: usable,
         deploy: usable && deploys,
         migrate: false,
         formats: if available { Format::ALL.to_vec() } else { Vec::new() },
@@ -152,6 +156,7 @@ fn unbuilt(kind: &'static str) -> Capability {
         export: false,
         hot_export: false,
         changed_blocks: false,
+        snapshots: false,
         deploy: false,
         migrate: false,
         formats: Vec::new(),

@@ -7,3 +7,4 @@ pub mod deploy;
 pub mod power;
 pub mod routes;
 pub mod service;
+pub mod snapshots;

@@ -22,6 +22,7 @@ var (
 	firstTaskTime = flag.Duration("task", 0, "how long a snapshot's making and removal take; 0: done when the call is answered")
 	laterTaskTime int64    // nanoseconds + 1, where /tasktime has said something
 	working       sync.Map // VM id -> its running task
+	unlikeMethod  = regexp.MustCompile(`<(?:[A-Za-z0-9]+:)?(memory|removeChildren)>true<`)
 	slowMethod    = regexp.MustCompile(`<(?:[A-Za-z0-9]+:)?(CreateSnapshot_Task|RemoveSnapshot_Task)\b`)
 )
 
@@ -32,8 +33,35 @@ func taskTime() time.Duration {
 	return *firstTaskTime
 }
 
-// slowed: whether a call goes to fakeExport's methods below.
-func slowed(body []byte) bool { return taskTime() > 0 && slowMethod.Match(body) }
+// slowed: whether a call goes to fakeExport's methods below; so does what the simulator does not do as a server does.
+func slowed(body []byte) bool {
+	return slowMethod.Match(body) && (taskTime() > 0 || unlikeMethod.Match(body))
+}
+
+// holds: whether a snapshot is in a tree.
+func holds(tree []types.VirtualMachineSnapshotTree, of types.ManagedObjectReference) bool {
+	for _, s := range tree {
+		if s.Snapshot == of || holds(s.ChildSnapshotList, of) {
+			return true
+		}
+	}
+	return false
+}
+
+// above: the snapshot that another was taken over; none for the oldest.
+func above(tree []types.VirtualMachineSnapshotTree, of types.ManagedObjectReference) *types.ManagedObjectReference {
+	for i := range tree {
+		for _, child := range tree[i].ChildSnapshotList {
+			if child.Snapshot == of {
+				return &tree[i].Snapshot
+			}
+		}
+		if found := above(tree[i].ChildSnapshotList, of); found != nil {
+			return found
+		}
+	}
+	return nil
+}
 
 // setTaskTime: GET /tasktime?ms=N
 func setTaskTime(w http.ResponseWriter, r *http.Request) {
@@ -96,6 +124,9 @@ func (f *fakeExport) CreateSnapshotTask(ctx *simulator.Context, r *types.CreateS
 	task, fault := begin(vm.Self, vm, "createSnapshot", func() (made types.ManagedObjectReference) {
 		simulator.Map.WithLock(vm, func() {
 			made = vm.CreateSnapshotTask(&call).(*methods.CreateSnapshot_TaskBody).Res.Returnval
+			if n := len(vm.LayoutEx.Snapshot); n > 0 && call.Memory && vm.Runtime.PowerState == types.VirtualMachinePowerStatePoweredOn {
+				vm.LayoutEx.Snapshot[n-1].MemoryKey = vm.LayoutEx.Snapshot[n-1].DataKey
+			}
 		})
 		return
 	})
@@ -117,7 +148,19 @@ func (f *fakeExport) RemoveSnapshotTask(ctx *simulator.Context, r *types.RemoveS
 	call := *r
 	call.This = s.Self
 	task, fault := begin(s.Vm, s, "removeSnapshot", func() types.ManagedObjectReference {
-		return s.RemoveSnapshotTask(ctx, &call).(*methods.RemoveSnapshot_TaskBody).Res.Returnval
+		vm := simulator.Map.Get(s.Vm).(*simulator.VirtualMachine)
+		var parent *types.ManagedObjectReference
+		if vm.Snapshot != nil {
+			parent = above(vm.Snapshot.RootSnapshotList, s.Self)
+		}
+		done := s.RemoveSnapshotTask(ctx, &call).(*methods.RemoveSnapshot_TaskBody).Res.Returnval
+		// With the one that the VM went on from it goes on from the one below.
+		simulator.Map.WithLock(vm, func() {
+			if vm.Snapshot != nil && vm.Snapshot.CurrentSnapshot != nil && !holds(vm.Snapshot.RootSnapshotList, *vm.Snapshot.CurrentSnapshot) {
+				vm.Snapshot.CurrentSnapshot = parent
+			}
+		})
+		return done
 	})
 	if fault != nil {
 		body.Fault_ = simulator.Fault("", fault)

@@ -142,15 +142,18 @@ pub fn read(xml: &str, facts: &Facts) -> Result<Domain, String> {
     Ok(Domain { vm, formats, targets, others, number, is_off })
 }
 
-fn child<'a, 'input>(node: Node<'a, 'input>, name: &str) -> Option<Node<'a, 'input>> {
+/// The child of that name.
+pub fn child<'a, 'input>(node: Node<'a, 'input>, name: &str) -> Option<Node<'a, 'input>> {
     node.children().find(|child| child.is_element() && child.tag_name().name() == name)
 }
 
-fn children<'a, 'input>(node: Node<'a, 'input>, name: &'static str) -> impl Iterator<Item = Node<'a, 'input>> {
+/// The children of that name.
+pub fn children<'a, 'input>(node: Node<'a, 'input>, name: &'static str) -> impl Iterator<Item = Node<'a, 'input>> {
     node.children().filter(move |child| child.is_element() && child.tag_name().name() == name)
 }
 
-fn text<'a>(node: Node<'a, '_>, name: &str) -> &'a str {
+/// The text of the child of that name, empty where there is none.
+pub fn text<'a>(node: Node<'a, '_>, name: &str) -> &'a str {
     child(node, name).and_then(|child| child.text()).map(str::trim).unwrap_or_default()
 }
 

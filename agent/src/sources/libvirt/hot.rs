@@ -70,7 +70,8 @@ pub fn is_about_checkpoints(words: &str) -> bool {
     ["checkpoint", "bitmap", "incremental"].iter().any(|word| words.contains(word))
 }
 
-fn quoted(text: &str) -> String {
+/// Text as it may stand in an element or an attribute.
+pub fn quoted(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('\'', "&apos;").replace('"', "&quot;")
 }
 

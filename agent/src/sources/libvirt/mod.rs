@@ -16,8 +16,10 @@
 mod domain;
 mod hot;
 mod nbd;
+mod snapshots;
 pub mod virsh;
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -25,6 +27,7 @@ use std::sync::atomic::Ordering;
 pub use shared::deploy::PROOF;
 use shared::error::Code;
 use shared::options::Action;
+use shared::snapshots::{Snapshot, Wish};
 use shared::vault::{Dir, Root, Vault};
 use shared::vm::Vm;
 
@@ -76,6 +79,21 @@ impl Libvirt {
     /// Where it is.
     pub fn uri(&self) -> &Uri {
         &self.uri
+    }
+
+    /// These domains as an inventory shows them; those that are gone are not among them, nor what is nobody's VM.
+    fn vms(&self, domains: &[String]) -> Result<Vec<Vm>, Error> {
+        let described = self.uri.describe(domains).map_err(told)?;
+        let mut vms = Vec::with_capacity(described.len());
+        for (xml, facts) in &described {
+            match domain::read(xml, facts) {
+                Ok(domain) if domain.vm.name.starts_with(PROOF) => {}
+                Ok(domain) => vms.push(domain.vm),
+                Err(e) => tracing::warn!(error = e, "a domain is left out"),
+            }
+        }
+        vms.sort_by(|a, b| a.path.cmp(&b.path).then_with(|| a.id.cmp(&b.id)));
+        Ok(vms)
     }
 
     fn found(&self, id: &str) -> Result<Domain, Error> {
@@ -227,18 +245,11 @@ fn told(e: exec::Error) -> Error {
 
 impl Source for Libvirt {
     fn inventory(&self) -> Result<Vec<Vm>, Error> {
-        let domains = self.uri.domains().map_err(told)?;
-        let described = self.uri.describe(&domains).map_err(told)?;
-        let mut vms = Vec::with_capacity(described.len());
-        for (xml, facts) in &described {
-            match domain::read(xml, facts) {
-                Ok(domain) if domain.vm.name.starts_with(PROOF) => {}
-                Ok(domain) => vms.push(domain.vm),
-                Err(e) => tracing::warn!(error = e, "a domain is left out"),
-            }
-        }
-        vms.sort_by(|a, b| a.path.cmp(&b.path).then_with(|| a.id.cmp(&b.id)));
-        Ok(vms)
+        self.vms(&self.uri.domains().map_err(told)?)
+    }
+
+    fn some(&self, vm_ids: &BTreeSet<String>) -> Result<Vec<Vm>, Error> {
+        self.vms(&vm_ids.iter().cloned().collect::<Vec<_>>())
     }
 
     /// A domain that runs is not touched for a look: its disks are measured as libvirt tells.
@@ -308,12 +319,13 @@ impl Source for Libvirt {
             touch.checkpoint(stale).map_err(ledger)?;
         }
         let since_of = |((target, format), source): ((&String, &String), &str)| {
-            let before = since.iter().find(|since| since.key == *target && hot::bears_bitmap(format))?;
+            let before = since.iter().find(|since| since.key == *target && hot::bears_bitmap(format) && !since.had_snapshots)?;
             // Of another image at the same place it is another book.
             let (checkpoint, of) = before.change_id.as_deref()?.split_once(' ')?;
             (of == source && standing.iter().any(|name| name == checkpoint)).then(|| checkpoint.to_owned())
         };
-        let bearers = found.formats.iter().any(|format| hot::bears_bitmap(format));
+        // Over snapshots a checkpoint is of no use to the next point, which compares, and keeps QEMU from going back to one.
+        let bearers = found.vm.snapshots == 0 && found.formats.iter().any(|format| hot::bears_bitmap(format));
         let checkpoint = bearers.then(|| format!("{}{}-{}", self.ours, touch.job(), shared::ids::random_hex::<4>()));
         let sources = found.vm.disks.iter().map(|disk| disk.source.as_str());
         let wanted = Wanted { since: found.targets.iter().zip(&found.formats).zip(sources).map(since_of).collect(), checkpoint };
@@ -323,11 +335,17 @@ impl Source for Libvirt {
         let mut frozen = Vec::with_capacity(exports.len());
         for (n, (export, moved)) in exports.into_iter().enumerate() {
             let (disk, target, format) = (&found.vm.disks[n], &found.targets[n], &found.formats[n]);
-            let is_known = since.iter().any(|since| since.key == *target);
-            let areas = match (export.dirty(), is_known) {
+            let before = since.iter().find(|since| since.key == *target);
+            let areas = match (export.dirty(), before) {
                 (Some(dirty), _) => Areas::Changed(dirty.to_vec()),
-                (None, false) => Areas::Allocated(export.data().to_vec()),
-                (None, true) => Areas::Unknown(reason.clone().unwrap_or_else(|| "there is no checkpoint of the point before".to_owned())),
+                (None, None) => Areas::Allocated(export.data().to_vec()),
+                // What a revert brings back is in no bitmap.
+                (None, Some(before)) if before.had_snapshots => {
+                    Areas::Unknown("the domain had snapshots then, and may have been reverted to one since".to_owned())
+                }
+                (None, Some(_)) => {
+                    Areas::Unknown(reason.clone().unwrap_or_else(|| "there is no checkpoint of the point before".to_owned()))
+                }
             };
             let opened =
                 Opened { name: disk.name.clone(), snapshot: None, identity: format!("{name}:{}", disk.source), disk: Arc::new(export) };
@@ -335,6 +353,37 @@ impl Source for Libvirt {
             frozen.push(Frozen { opened, key: target.clone(), change_id, areas, moved });
         }
         Ok((found.vm, frozen))
+    }
+
+    fn snapshots(&self, vm_id: &str) -> Result<Vec<Snapshot>, Error> {
+        let found = self.found(vm_id)?;
+        snapshots::list(&self.uri, &found.vm.id).map_err(told)
+    }
+
+    fn take_snapshot(&self, vm_id: &str, wish: &Wish) -> Result<(), Error> {
+        let found = self.found(vm_id)?;
+        if let Some(message) = snapshots::hindrance(&found, wish) {
+            return Err(Error::fatal(Code::Unprocessable, message));
+        }
+        // QEMU goes back to no snapshot with the memory as long as a bitmap is in the image. Ours cost the next backup a comparing pass.
+        let standing = hot::checkpoints(&self.uri, vm_id).map_err(told)?;
+        if let Some(other) = standing.iter().find(|name| wish.memory && !name.starts_with(&self.ours)) {
+            let message = format!(
+                "{} has the checkpoint {other}, which is not of this connection's restore points: as long as it stands nobody can go back to a \
+                 snapshot with the memory; remove it first (virsh checkpoint-delete)",
+                found.vm.name
+            );
+            return Err(Error::fatal(Code::Conflict, message));
+        }
+        for ours in &standing {
+            hot::forget(&self.uri, vm_id, ours).map_err(told)?;
+        }
+        snapshots::take(&self.uri, &found, wish, (&self.folders.notes, &self.folders.notes_path))
+    }
+
+    fn remove_snapshot(&self, vm_id: &str, snapshot: &Snapshot, children: bool) -> Result<(), Error> {
+        let found = self.found(vm_id)?;
+        snapshots::remove(&self.uri, &found, &snapshot.id, children)
     }
 
     fn power(&self, vm_id: &str, action: Action) -> Result<String, Error> {

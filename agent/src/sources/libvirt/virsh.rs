@@ -77,7 +77,8 @@ impl Uri {
         self.ask_within(arguments, TIME)
     }
 
-    fn ask_within(&self, arguments: &[&str], time: Duration) -> Result<String, exec::Error> {
+    /// The same for an order that may take longer than a question.
+    pub fn ask_within(&self, arguments: &[&str], time: Duration) -> Result<String, exec::Error> {
         let mut all = vec!["-q", "-c", self.text.as_str()];
         all.extend_from_slice(arguments);
         let said = exec::run(Tool::Virsh, &all, time, MOST)?;

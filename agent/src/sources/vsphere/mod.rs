@@ -26,6 +26,7 @@ mod lease;
 mod nfc;
 mod power;
 mod snapshot;
+mod snapshots;
 mod wire;
 
 use std::collections::BTreeSet;
@@ -35,6 +36,7 @@ use std::time::Duration;
 use shared::details::Details;
 use shared::error::Code;
 use shared::options::Action;
+use shared::snapshots::{Snapshot, Wish};
 use shared::vm::Vm;
 use tokio::runtime::Handle;
 
@@ -182,7 +184,8 @@ impl Vsphere {
         }
         let name = format!("hypersdk-{}-{}", touch.job(), shared::ids::random_hex::<4>());
         touch.snapshot(&name).map_err(|e| ledger(&e))?;
-        let made = self.runtime.block_on(snapshot::create(&self.client, &found.vm.id, &name, false, &touch.stopping()));
+        let made =
+            self.runtime.block_on(snapshot::create(&self.client, &found.vm.id, &snapshot::temporary(&name, false), &touch.stopping()));
         made.map(|made| (name, made)).map_err(|e| self.told(&e))
     }
 
@@ -461,6 +464,29 @@ impl Source for Vsphere {
         };
         let frozen = opened.into_iter().zip(parts).map(whole).collect();
         Ok((found.vm, frozen))
+    }
+
+    fn snapshots(&self, vm_id: &str) -> Result<Vec<Snapshot>, Error> {
+        let all = self.runtime.block_on(snapshots::list(&self.client, vm_id)).map_err(|e| self.told(&e))?;
+        all.ok_or_else(|| self.is_gone(vm_id))
+    }
+
+    fn take_snapshot(&self, vm_id: &str, wish: &Wish) -> Result<(), Error> {
+        let Vm { path, power_state, tools_status, .. } = self.found(vm_id)?.vm;
+        let refused = |message| Err(Error::fatal(Code::Unprocessable, message));
+        if wish.memory && power_state != ON {
+            return refused(format!("{path} is {power_state}: there is no memory to keep; ask without `memory`"));
+        }
+        if wish.quiesce && (power_state != ON || tools_status != "running") {
+            let message = format!("{path} is {power_state} and its VMware Tools are {tools_status}: only running ones quiesce a guest");
+            return refused(format!("{message}; ask without `quiesce`"));
+        }
+        self.runtime.block_on(snapshots::take(&self.client, vm_id, wish)).map_err(|e| snapshots::told(&self.client, &e))
+    }
+
+    fn remove_snapshot(&self, vm_id: &str, snapshot: &Snapshot, children: bool) -> Result<(), Error> {
+        let removed = self.runtime.block_on(snapshots::remove(&self.client, vm_id, &snapshot.id, children));
+        removed.map_err(|e| snapshots::told(&self.client, &e))
     }
 
     fn power(&self, vm_id: &str, action: Action) -> Result<String, Error> {

@@ -8,6 +8,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use roxmltree::Node;
+use shared::snapshots::Wish;
 
 use super::client::{CALL, Client, Error};
 use super::collect::{self, property};
@@ -17,17 +18,23 @@ use crate::sources::Stopping;
 /// How long a task may take: a removal consolidates, which copies what was written meanwhile.
 const TASK: Duration = Duration::from_secs(900);
 /// How long a removal waits for what else the VM is at.
-const OCCUPIED: Duration = Duration::from_secs(60);
+pub(super) const OCCUPIED: Duration = Duration::from_secs(60);
 /// Between two looks at a task.
-const LOOK: Duration = Duration::from_millis(300);
+pub(super) const LOOK: Duration = Duration::from_millis(300);
 
-/// Makes a snapshot of the disks alone, without memory; where `quiesce`, the guest's tools are asked to calm file systems. A VM that is at
-/// something else (the removal of another snapshot) is waited for, until `stopping`.
-pub async fn create(client: &Client, vm: &str, name: &str, quiesce: bool, stopping: &Stopping) -> Result<MoRef, Error> {
+/// A temporary snapshot of the disks alone; where `quiesce`, the guest's tools are asked to calm file systems.
+pub fn temporary(name: &str, quiesce: bool) -> Wish {
+    Wish { name: name.to_owned(), description: "temporary, of HyperSDK".to_owned(), memory: false, quiesce }
+}
+
+/// Makes a snapshot. A VM that is at something else (the removal of another one) is waited for, until `stopping`.
+pub async fn create(client: &Client, vm: &str, wish: &Wish, stopping: &Stopping) -> Result<MoRef, Error> {
     let this = MoRef::new("VirtualMachine", vm);
+    let Wish { name, description, memory, quiesce } = wish;
     let body = format!(
-        "<name>{}</name><description>temporary, of HyperSDK</description><memory>false</memory><quiesce>{quiesce}</quiesce>",
-        quote(name)
+        "<name>{}</name><description>{}</description><memory>{memory}</memory><quiesce>{quiesce}</quiesce>",
+        quote(name),
+        quote(description)
     );
     let end = Instant::now() + TASK;
     let done = loop {
@@ -82,7 +89,7 @@ pub async fn remove(client: &Client, vm: &str, name: &str) -> Result<Removed, Er
 }
 
 /// Asks for a task and waits for its end.
-async fn task(client: &Client, method: &str, this: &MoRef, body: &str) -> Result<(), Error> {
+pub(super) async fn task(client: &Client, method: &str, this: &MoRef, body: &str) -> Result<(), Error> {
     let answer = client.within(async |session| client.call(session, method, this, body, CALL).await).await?;
     finished(client, &collect::returned(&answer, method)?).await
 }
