@@ -152,7 +152,7 @@ pub fn results(result: &Value, least: usize) {
                 format!("{} at {}, {}, {}", told(domain, "name"), told(domain, "target"), told(domain, "status"), told(domain, "uuid")),
             ),
             ("address", told(domain, "mac")),
-            ("adapted", format!("{status}: {}", told(adapted, "reason"))),
+            ("adapted", if status == "adapted" { told(adapted, "reason") } else { format!("{status}: {}", told(adapted, "reason")) }),
             ("booted", proven),
             ("picture", told(proof, "screenshot")),
             ("away", result["warm"]["downtime_seconds"].as_f64().map(|seconds| format!("{seconds:.1} s")).unwrap_or_default()),

@@ -55,7 +55,7 @@ pub struct View {
     pub bytes_read: u64,
     /// Bytes a second, copied or read back, while running.
     pub rate_bps: u64,
-    /// Seconds to the end at that rate; null where there is no rate.
+    /// Seconds to the end at that rate; null where there is none, and while a guest is adapted and booted: nobody knows how long that takes.
     pub eta_seconds: Option<u64>,
     /// The whole job's length in words, from measured rates; null before anything was measured.
     pub estimated_duration: Option<String>,
@@ -162,7 +162,9 @@ pub fn progress(job: &Job) -> u8 {
 
 fn rate_and_eta(job: &Job) -> (u64, Option<u64>) {
     let rate = job.speed.bytes_per_second;
-    if !matches!(job.state.status, Status::Running) || rate < 1.0 {
+    // How long a guest takes to be adapted and to boot nobody knows, and no bytes say.
+    let moves = !matches!(job.state.stage, Stage::Adapting | Stage::Deploying | Stage::Publishing);
+    if !matches!(job.state.status, Status::Running) || rate < 1.0 || !moves {
         return (0, None);
     }
     // A check moves both counters at once.
