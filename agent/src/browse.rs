@@ -16,9 +16,10 @@ use shared::ids::JobId;
 use shared::sniff;
 use shared::vault::{self, Dir, Vault};
 
+use crate::deploy::users;
 use crate::sources::Error;
 use crate::sources::libvirt::virsh::Uri;
-use crate::{Agent, deploy, hypervisors, points, touched, worker};
+use crate::{Agent, hypervisors, points, touched, worker};
 
 /// Most entries of one answer.
 const MOST: u32 = 1000;
@@ -80,7 +81,7 @@ fn has_no_vm(agent: &Agent, job: &JobId, wanted: &v1::RemoveExport) -> Result<()
         return Err(Error::fatal(Code::Conflict, message));
     }
     for uri in domain_at(agent, job, wanted) {
-        if let Some(name) = deploy::runs_from(job.as_str(), &uri)? {
+        if let Some(name) = users::runs_from(job.as_str(), &uri)? {
             let message = format!("the files of {job} are the disks of the domain `{name}` at {uri}; remove that first");
             return Err(Error::fatal(Code::Conflict, message));
         }
@@ -90,7 +91,7 @@ fn has_no_vm(agent: &Agent, job: &JobId, wanted: &v1::RemoveExport) -> Result<()
 
 /// Refuses where a domain of this host has a file of the folder as its disk or beneath it, whoever made it.
 fn is_nobodys(agent: &Agent, job: &JobId, folder: &Path) -> Result<(), Error> {
-    match deploy::user_of(agent, folder)? {
+    match users::user_of(agent, folder)? {
         Some((domain, connection)) => {
             let message =
                 format!("files of {job} are disks of the domain `{domain}` at `{connection}`, or lie beneath them; remove that first");

@@ -7,6 +7,7 @@
 //! A crash here leaves a domain that the ledger names; the reaper removes it, never its disks.
 
 mod beneath;
+pub mod users;
 pub mod volumes;
 pub mod xml;
 
@@ -19,6 +20,7 @@ use serde_json::{Value, json};
 use shared::deploy::{Card, Wish};
 use shared::error::Code;
 use shared::vault;
+use shared::vm::Vm;
 
 use self::volumes::{Ear, Filling};
 use crate::exec::{self, Tool};
@@ -34,8 +36,8 @@ struct Found {
     /// On this host.
     path: PathBuf,
     format: &'static str,
-    /// Open, where it was opened.
-    disk: Option<Arc<dyn Disk>>,
+    /// Open, where it was opened, and what makes its content the same content.
+    disk: Option<(Arc<dyn Disk>, String)>,
 }
 
 fn refused(message: impl Into<String>) -> Error {
@@ -65,11 +67,22 @@ pub fn deploy(agent: &Agent, asked: &v1::Deploy, stop: &AtomicBool) -> Result<Va
         Some(pool) => {
             // A raw disk among others becomes what these are.
             let format = if disks.iter().all(|disk| disk.format == "raw") { Format::Raw } else { Format::Qcow2 };
-            let opened = disks.iter().filter_map(|disk| disk.disk.clone()).collect();
+            let opened = disks.iter().filter_map(|disk| disk.disk.as_ref().map(|(disk, _)| disk.clone())).collect();
             let filling = Filling { vm: &wish.name, uuid: &uuid, disks: opened, format };
             let tell = |line: String| tracing::info!(vm = wish.name, pool, "{line}");
             let ear = Ear { tell: &tell, stop: &|| stop.load(Ordering::Relaxed) };
-            Some(volumes::fill(agent, &uri, &connection, pool, &filling, &ear)?)
+            let filled = volumes::fill(agent, &uri, &connection, pool, &filling, &ear)?;
+            // That may have taken hours: what was copied is still what it was, and the VM is still wanted and fits.
+            let identity = |found: &Found| found.disk.as_ref().map(|(_, identity)| identity.clone());
+            let again = self::disks(agent, &wish)?;
+            if let Some((disk, _)) = disks.iter().zip(&again).find(|(before, now)| identity(before) != identity(now)) {
+                return Err(Error::fatal(Code::Conflict, format!("{} was changed while it was copied", disk.path.display())));
+            }
+            if stop.load(Ordering::Relaxed) {
+                return Err(Error::fatal(Code::Unavailable, "nobody waits for this VM any more"));
+            }
+            fits(agent, &uri, &connection, &wish, &disks, true)?;
+            Some(filled)
         }
         None => None,
     };
@@ -99,53 +112,6 @@ pub fn stands(connection: &v1::Connection, uuid: &str) -> Result<bool, Error> {
     Ok(uri.domains().map_err(told)?.iter().any(|known| known == uuid))
 }
 
-/// Name of the domain that a job has made at the libvirt of a URI, where it stands there and has the job's files as its disks.
-///
-/// # Errors
-/// Where that libvirt cannot be asked: then nobody knows.
-pub fn runs_from(job: &str, uri: &str) -> Result<Option<String>, Error> {
-    let unknown = |why: String| {
-        let message = format!("whether a VM has the files of {job} as its disks cannot be seen at {uri}: {why}");
-        Error { code: Code::BadGateway, message, retryable: true }
-    };
-    let (libvirt, uuid) = (Uri::parse(uri).map_err(&unknown)?, uuid_of(job));
-    if !libvirt.domains().map_err(|e| unknown(e.to_string()))?.contains(&uuid) {
-        return Ok(None);
-    }
-    // Disks that were copied into a pool need no other files.
-    let disks = libvirt.ask(&["dumpxml", "--inactive", &uuid]).map(|xml| disks_of(&xml)).unwrap_or_default();
-    let is_its = |(path, _): &(PathBuf, &str)| path.components().any(|part| part.as_os_str() == job);
-    if !disks.is_empty() && !disks.iter().any(is_its) {
-        return Ok(None);
-    }
-    let name = libvirt.ask(&["domname", &uuid]).map(|said| said.trim().to_owned()).unwrap_or_default();
-    Ok(Some(if name.is_empty() { uuid } else { name }))
-}
-
-/// The domain that has a file below this folder as its disk or beneath it, and its connection; of the libvirts that this agent serves here.
-///
-/// # Errors
-/// Where one of them cannot be asked: then nobody knows.
-pub fn user_of(agent: &Agent, folder: &std::path::Path) -> Result<Option<(String, String)>, Error> {
-    for connection in agent.serves(hypervisors::LIBVIRT) {
-        if !Uri::parse(&connection.path).is_ok_and(|uri| uri.is_here) {
-            continue;
-        }
-        let vms = agent.source(&connection).and_then(|source| source.inventory()).map_err(|e| {
-            let message = format!("whether a VM of `{}` uses these files cannot be seen: {}", connection.name, e.message);
-            Error { message, ..e }
-        })?;
-        let is_in = |path: &std::path::Path| path.starts_with(folder);
-        let uses = |disk: &shared::vm::Disk| {
-            is_in(std::path::Path::new(&disk.source)) || beneath::layers(&agent.vault, disk).iter().any(|path| is_in(path))
-        };
-        if let Some(vm) = vms.iter().find(|vm| vm.disks.iter().any(uses)) {
-            return Ok(Some((vm.name.clone(), connection.name)));
-        }
-    }
-    Ok(None)
-}
-
 /// Whether the hypervisor would take the VM, whose disks are still to be made.
 pub fn check(agent: &Agent, connection: &v1::Connection, wish: &Wish) -> Result<(), Error> {
     fits(agent, &here(connection)?, connection, wish, &[], false)
@@ -154,8 +120,7 @@ pub fn check(agent: &Agent, connection: &v1::Connection, wish: &Wish) -> Result<
 /// Makes the domain of a job, unless an earlier attempt has. Answers as [`deploy`].
 pub fn place(agent: &Agent, connection: &v1::Connection, wish: &Wish, standing: &Standing<'_>) -> Result<Value, Error> {
     let uri = here(connection)?;
-    // What an earlier attempt has left half made goes first.
-    touched::undo(agent, &format!("deploy-{}", standing.uuid));
+    clear(agent, standing.uuid);
     let accelerator = accelerator(agent);
     if stands(connection, standing.uuid)? {
         let state = uri.ask(&["domstate", standing.uuid]).map_err(told)?;
@@ -173,6 +138,11 @@ pub fn place(agent: &Agent, connection: &v1::Connection, wish: &Wish, standing: 
     let macs = addresses(wish);
     define(agent, &uri, connection, wish, (standing.uuid, &macs, accelerator), standing.disks)?;
     Ok(told_of(&uri, connection, wish, (standing.uuid, &macs, accelerator), standing.disks))
+}
+
+/// Removes what an earlier attempt has left half made: first the domain, then its volumes, which stay where the domain does.
+pub fn clear(agent: &Agent, uuid: &str) {
+    touched::undo(agent, &format!("deploy-{uuid}"));
 }
 
 /// Copies disks into a pool of the connection's libvirt: see [`volumes::fill`].
@@ -302,7 +272,7 @@ fn disks(agent: &Agent, wish: &Wish) -> Result<Vec<Found>, Error> {
             return Err(refused(format!("{named} is not a regular file")));
         }
         let (_, opened) = Local::new(folder).open_file(name, Depth::Structure)?;
-        Ok(Found { path: place.absolute(), format, disk: opened.into_iter().next().map(|opened| opened.disk) })
+        Ok(Found { path: place.absolute(), format, disk: opened.into_iter().next().map(|opened| (opened.disk, opened.identity)) })
     };
     let disks = std::iter::once(&wish.disk_path).chain(&wish.disks).map(find).collect::<Result<Vec<_>, _>>()?;
     for (n, disk) in disks.iter().enumerate() {
@@ -320,15 +290,16 @@ fn fits(agent: &Agent, uri: &Uri, connection: &v1::Connection, wish: &Wish, disk
         return Err(Error::fatal(Code::Conflict, format!("a domain `{}` exists already", wish.name)));
     }
     let path = |disk: &Found| disk.path.display().to_string();
-    // What is copied is nobody's disk but for a while.
-    let disks = if wish.pool.is_some() { &[] } else { disks };
+    // What is copied may be a disk of a domain that is off: nobody writes to it meanwhile.
+    let is_in_the_way = |vm: &&Vm| wish.pool.is_none() || vm.power_state != "poweredOff";
+    let others = || vms.iter().filter(is_in_the_way);
     let taken = disks
         .iter()
-        .find_map(|disk| vms.iter().find(|vm| vm.disks.iter().any(|other| other.source == path(disk))).map(|vm| (path(disk), vm)));
+        .find_map(|disk| others().find(|vm| vm.disks.iter().any(|other| other.source == path(disk))).map(|vm| (path(disk), vm)));
     if let Some((path, vm)) = taken {
         return Err(Error::fatal(Code::Conflict, format!("{path} is a disk of the domain `{}`", vm.name)));
     }
-    for (vm, other) in vms.iter().flat_map(|vm| vm.disks.iter().map(move |other| (vm, other))) {
+    for (vm, other) in others().flat_map(|vm| vm.disks.iter().map(move |other| (vm, other))) {
         // Nobody is slowed down who has no disks yet.
         let layers = if disks.is_empty() { Vec::new() } else { beneath::layers(&agent.vault, other) };
         if let Some(disk) = disks.iter().find(|disk| layers.contains(&disk.path)) {

@@ -31,7 +31,7 @@ pub struct Wish {
     #[serde(default)]
     pub disks: Vec<String>,
     /// A storage pool that the disks are copied into; absent: they are used where they lie.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pool: Option<String>,
     /// Virtual CPUs.
     pub cpu: u32,
@@ -47,7 +47,7 @@ pub struct Wish {
     #[serde(default)]
     pub mac: Option<String>,
     /// Further cards, in order.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nics: Vec<Card>,
     /// `bios` or `uefi`.
     #[serde(default)]
@@ -78,8 +78,8 @@ pub const BUSES: &[&str] = &["virtio", "scsi", "sata", "ide"];
 pub const CARDS: &[&str] = &["virtio", "e1000", "e1000e", "rtl8139", "vmxnet3"];
 /// How the name of a domain begins that is started for a boot proof: it is nobody's VM, and no inventory shows it.
 pub const PROOF: &str = "hypersdk-proof-";
-/// Most network cards: libvirt's board has room for more, no VMware guest has.
-pub const MOST_CARDS: usize = 10;
+/// Most network cards: a VMware guest has ten at most.
+pub const MOST_CARDS: usize = 32;
 /// Least memory, MiB: less starts nothing that has a disk.
 pub const LEAST_MEMORY: u64 = 16;
 

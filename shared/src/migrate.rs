@@ -88,8 +88,6 @@ pub enum Cutover {
     Auto,
     /// When somebody says so: `POST /jobs/{id}/cutover`.
     Manual,
-    /// Somebody has said so: behind the next pass, whatever the downtime.
-    Now,
 }
 
 /// A warm migration: the VM runs on while it is copied; what it changes follows in passes, and it is stopped only for the last one.
@@ -100,6 +98,9 @@ pub struct Warm {
     pub max_downtime_seconds: u64,
     /// When it is stopped.
     pub cutover: Cutover,
+    /// Somebody has said so: behind the next pass, whatever the downtime.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub now: bool,
 }
 
 /// Seconds that a VM may be away, where nobody says otherwise.
@@ -107,7 +108,7 @@ pub const DOWNTIME: u64 = 30;
 
 impl Default for Warm {
     fn default() -> Self {
-        Self { max_downtime_seconds: DOWNTIME, cutover: Cutover::Auto }
+        Self { max_downtime_seconds: DOWNTIME, cutover: Cutover::Auto, now: false }
     }
 }
 

@@ -1,18 +1,19 @@
 //! Volumes: disks that are copied into a libvirt pool, so that a VM's disks lie where its hypervisor keeps them.
 //!
 //! ```text
-//! noted ─► copied and read back, in a hidden folder of the pool ─► noted by inode ─► named ─► (the VM is made) ─► forgotten
+//! noted ─► copied and read back, in a hidden folder of the pool ─► noted by inode and birth ─► named ─► (the VM is made) ─► forgotten
 //!   └────────── anything fails, or a crash: what is noted goes ───────────┴─ unless the VM stands
 //! ```
 //! A copy is whole: what lay over other files lies over none any more.
-//! Owns: that order, what a pool must be. Never: replaces a volume, removes one whose VM stands or that is not the file that was noted; reaches a
+//! Owns: that order, what a pool must be. Never: replaces a volume, removes one whose VM stands or that is not the file that was noted (device, inode, birth); reaches a
 //! pool that does not lie in a writable root of the agent. A crash here leaves files that the ledger names.
 //! Source: libvirt, Storage pool and volume XML format (formatstorage).
 
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
+use std::time::UNIX_EPOCH;
 
-use cap_std::fs::MetadataExt as _;
+use cap_std::fs::{Metadata, MetadataExt as _};
 use proto::v1;
 use serde::{Deserialize, Serialize};
 use shared::error::Code;
@@ -30,6 +31,8 @@ use crate::touched::{self, Hold, Touched};
 
 /// The journal of a copy, in its folder. Nothing goes on from it.
 const JOURNAL: &str = "journal";
+/// Disks whose names are looked for before anything is copied; others are found when they are about to be.
+const MOST_DISKS: usize = 16;
 
 /// Volumes of a VM that is not made yet.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,8 +43,27 @@ pub struct Volumes {
     pub folder: String,
     /// The hidden folder in it.
     pub part: String,
-    /// Files that have or will have their names in the pool, with their inodes.
-    pub files: Vec<(String, u64)>,
+    /// Files that have or will have their names in the pool.
+    pub files: Vec<File>,
+}
+
+/// A file by what tells it from another of its name, now and later.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct File {
+    /// Its name in the pool.
+    pub name: String,
+    /// Device and inode, which the next file may get.
+    pub inode: (u64, u64),
+    /// Nanoseconds since 1970 at its birth, where the file system knows.
+    pub born: Option<u64>,
+}
+
+impl File {
+    fn of(name: &str, metadata: &Metadata) -> Self {
+        let born = metadata.created().ok().and_then(|time| time.into_std().duration_since(UNIX_EPOCH).ok());
+        let born = born.and_then(|since| u64::try_from(since.as_nanos()).ok());
+        Self { name: name.to_owned(), inode: (metadata.dev(), metadata.ino()), born }
+    }
 }
 
 /// Volumes that are there, as long as this is held; then they stay where their VM stands, and go where it does not.
@@ -88,7 +110,8 @@ struct Pool {
 pub fn check(agent: &Agent, uri: &Uri, pool: &str, vm: &str) -> Result<(), Error> {
     let found = find(agent, uri, pool)?;
     let stem = crate::formats::ova::stem(vm);
-    for name in ["", "-disk-0"].into_iter().flat_map(|tail| ["qcow2", "raw"].map(|format| format!("{stem}{tail}.{format}"))) {
+    let tails = std::iter::once(String::new()).chain((0..=MOST_DISKS).map(|n| format!("-disk-{n}")));
+    for name in tails.flat_map(|tail| ["qcow2", "raw"].map(|format| format!("{stem}{tail}.{format}"))) {
         if found.dir.try_exists(&name).map_err(lost)? {
             return Err(Error::fatal(Code::Conflict, format!("the pool `{pool}` has a volume {name} already")));
         }
@@ -165,11 +188,6 @@ pub fn fill<'a>(
     };
     let disks: Vec<SourceDisk> = filling.disks.iter().enumerate().map(source).collect();
     let names = pipeline::output_names(filling.vm, filling.format, &disks);
-    for name in &names {
-        if found.dir.try_exists(name).map_err(lost)? {
-            return Err(Error::fatal(Code::Conflict, format!("the pool `{pool}` has a volume {name} already")));
-        }
-    }
     let volumes =
         Volumes { pool: pool.to_owned(), folder: found.named.clone(), part: format!(".hypersdk-{}.part", filling.uuid), files: Vec::new() };
     let noted = |volumes: &Volumes| Touched {
@@ -179,11 +197,16 @@ pub fn fill<'a>(
         noted_ms: shared::clock::now().timestamp_millis(),
         ..Touched::default()
     };
+    // What an earlier attempt has left goes with that, before its names are in the way.
     let hold = touched::hold(agent, &note(filling.uuid), &noted(&volumes))?;
+    for name in &names {
+        if found.dir.try_exists(name).map_err(lost)? {
+            return Err(Error::fatal(Code::Conflict, format!("the pool `{pool}` has a volume {name} already")));
+        }
+    }
     let formats = copy(&found, &volumes.part, filling, disks, ear)?;
     let part = found.dir.open_dir(&volumes.part).map_err(lost)?;
-    let inode = |name: &String| Ok((name.clone(), part.metadata(name)?.ino()));
-    let files = names.iter().map(inode).collect::<std::io::Result<Vec<_>>>().map_err(lost)?;
+    let files = names.iter().map(|name| Ok(File::of(name, &part.metadata(name)?))).collect::<std::io::Result<Vec<_>>>().map_err(lost)?;
     hold.note(&noted(&Volumes { files, ..volumes.clone() }))?;
     for name in &names {
         vault::rename_without_replacing(&found.dir, &format!("{}/{name}", volumes.part), name).map_err(|e| match e.kind() {
@@ -194,7 +217,10 @@ pub fn fill<'a>(
         })?;
     }
     vault::sync_dir(&found.dir).map_err(lost)?;
-    uri.ask(&["pool-refresh", pool]).map_err(told)?;
+    // The domain goes by the files; what libvirt shows of the pool may be told later.
+    if let Err(e) = uri.ask(&["pool-refresh", pool]) {
+        tracing::warn!(pool, error = %e, "the pool has new volumes and could not be refreshed");
+    }
     let disks = names.iter().map(|name| (found.path.join(name), formats)).collect();
     Ok(Filled { disks, _hold: hold })
 }
@@ -283,6 +309,15 @@ pub fn clear(agent: &Agent, noted: &Touched, volumes: &Volumes) -> Result<(), Er
         let message = "its VM is half made".to_owned();
         return Err(Error { code: Code::Unavailable, message, retryable: true });
     }
+    let uri = super::here(&connection)?;
+    // The folder of a pool that is not mounted is another one, and empty.
+    let lists = |arguments: &[&str]| {
+        let said = uri.ask(arguments).map_err(|e| Error { retryable: true, ..told(e) })?;
+        Ok::<_, Error>(said.lines().any(|line| line.trim() == volumes.pool))
+    };
+    if lists(&["pool-list", "--all", "--name"])? && !lists(&["pool-list", "--name"])? {
+        return Err(Error { code: Code::Unavailable, message: format!("the pool `{}` is not active", volumes.pool), retryable: true });
+    }
     let dir = match agent.vault.open_dir(&volumes.folder) {
         Ok(dir) => dir,
         Err(e) if e.code() == Code::NotFound => return Ok(()),
@@ -290,9 +325,9 @@ pub fn clear(agent: &Agent, noted: &Touched, volumes: &Volumes) -> Result<(), Er
     };
     let gone = |e: std::io::Error| if e.kind() == std::io::ErrorKind::NotFound { Ok(()) } else { Err(lost(e)) };
     if !stands {
-        for (file, inode) in &volumes.files {
-            match dir.symlink_metadata(file) {
-                Ok(found) if found.ino() == *inode => dir.remove_file(file).or_else(gone)?,
+        for file in &volumes.files {
+            match dir.symlink_metadata(&file.name) {
+                Ok(found) if File::of(&file.name, &found) == *file => dir.remove_file(&file.name).or_else(gone)?,
                 // Somebody else's, or not named yet.
                 Ok(_) => {}
                 Err(e) => gone(e)?,
@@ -302,7 +337,7 @@ pub fn clear(agent: &Agent, noted: &Touched, volumes: &Volumes) -> Result<(), Er
     dir.remove_dir_all(&volumes.part).or_else(gone)?;
     vault::sync_dir(&dir).map_err(lost)?;
     // What libvirt shows of the pool is what it saw last.
-    let _ = super::here(&connection)?.ask(&["pool-refresh", &volumes.pool]);
+    let _ = uri.ask(&["pool-refresh", &volumes.pool]);
     Ok(())
 }
 

@@ -66,6 +66,7 @@ struct Progress {
     /// The VM as it was read.
     vm: Vm,
     /// The addresses of the new VM's cards: decided once, since the guest may be told of them.
+    #[serde(alias = "mac", deserialize_with = "one_or_several")]
     macs: Vec<String>,
     /// When the source was read, RFC 3339.
     sealed_at: String,
@@ -78,6 +79,20 @@ struct Progress {
     /// Of a warm one: the passes, and since when the source is stopped, milliseconds since 1970.
     #[serde(default)]
     warm: Option<(Value, i64)>,
+}
+
+/// An earlier build kept the one address of a VM of one card.
+fn one_or_several<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vec<String>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Kept {
+        One(String),
+        Several(Vec<String>),
+    }
+    Ok(match Kept::deserialize(deserializer)? {
+        Kept::One(mac) => vec![mac],
+        Kept::Several(macs) => macs,
+    })
 }
 
 /// What a copy of a VM that runs on has shown before the VM was stopped for it.
@@ -158,7 +173,7 @@ impl<'a> Migration<'a> {
 
     /// Before a byte is copied: the hypervisor would take the VM.
     pub(super) fn check(&self) -> Result<(), Failure> {
-        self.clear_pool();
+        self.clear();
         if deploy::stands(&self.connection, &self.uuid)? {
             return Ok(());
         }
@@ -204,7 +219,7 @@ impl<'a> Migration<'a> {
 
     /// Before anything is published: the hypervisor would still take the VM.
     pub(super) fn check_again(&self, result: &str) -> Result<(), Failure> {
-        self.clear_pool();
+        self.clear();
         if deploy::stands(&self.connection, &self.uuid)? {
             return Ok(());
         }
@@ -213,8 +228,9 @@ impl<'a> Migration<'a> {
         Ok(deploy::check(self.agent, &self.connection, &self.wish(&progress))?)
     }
 
-    /// Volumes that a crash has left stand in nobody's way.
-    fn clear_pool(&self) {
+    /// What a crash has left half made stands in nobody's way: a domain that was not started yet, then its volumes.
+    fn clear(&self) {
+        deploy::clear(self.agent, &self.uuid);
         if self.target.wish.pool.is_some() {
             touched::undo(self.agent, &volumes::note(&self.uuid));
         }
@@ -302,6 +318,7 @@ impl<'a> Migration<'a> {
 
     /// An attempt that finds the folder published: what is left is the VM.
     pub(super) fn arrive_again(&self, folder: &Dir, published: &Path, result: &str) -> Result<End, End> {
+        self.clear();
         if self.is_warm() {
             let noted = touched::halted(self.agent, &self.held.job).map_err(|e| Failure::io("the ledger", &e))?;
             let stands = deploy::stands(&self.connection, &self.uuid).map_err(Failure::from)?;
@@ -444,5 +461,21 @@ fn adapted_json(progress: &Progress) -> Value {
     match &progress.adapted {
         Some((status, reason)) => json!({"status": status, "reason": reason}),
         None => Value::Null,
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_an_earlier_build_has_kept_is_gone_on_from() {
+        let kept =
+            json!({"vm": {}, "mac": "52:54:00:00:00:01", "sealed_at": "2026-11-26T00:00:00Z", "adapted": null, "disks": [], "proof": null});
+        let progress: Progress = serde_json::from_value(kept).unwrap();
+        assert_eq!(progress.macs, ["52:54:00:00:00:01"]);
+        let again: Progress = serde_json::from_value(serde_json::to_value(&progress).unwrap()).unwrap();
+        assert_eq!(again.macs, progress.macs);
     }
 }

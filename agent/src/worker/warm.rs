@@ -123,7 +123,7 @@ pub(super) fn run(
         let text =
             format!("{}: {:.1} s; {:.1} s of downtime are to be expected", done.name, done.took.as_secs_f64(), expected.as_secs_f64());
         warm.log("info", text);
-        if held.is_to_cut_over() || wish.cutover == Cutover::Now || (wish.cutover == Cutover::Auto && fits) {
+        if held.is_to_cut_over() || wish.now || (wish.cutover == Cutover::Auto && fits) {
             break;
         }
         warm.passed += 1;

@@ -24,6 +24,8 @@ use crate::system::audit;
 
 /// Where an output goes that names no destination.
 const EXPORTS: &str = "exports";
+/// How long an agent may take to see that nobody runs from an export, and to remove it.
+const ASKING: Duration = Duration::from_secs(60);
 /// What a job's result says once its files are gone.
 const REMOVED: &str = "removed_at";
 /// Whose files go when their time is over. What was imported is the catalogue's, what was migrated a VM's: these stay.
@@ -136,7 +138,8 @@ async fn remove_at(app: &App, agent: &str, job: &Job, destination: &str, mut res
     let target = job.options.target.as_ref().filter(|_| job.kind == JobType::Migrate);
     let domain_at = target.map(|target| target.path.clone()).unwrap_or_default();
     let question = v1::RemoveExport { job: job.id.clone(), destination: destination.to_owned(), domain_at };
-    let answer = app.fleet.ask(agent, Question::RemoveExport(question)).await?;
+    // The agent asks its hypervisors first.
+    let answer = app.fleet.ask_within(agent, Question::RemoveExport(question), ASKING).await?;
     if let Some(result) = result.as_object_mut() {
         result.insert(REMOVED.to_owned(), shared::clock::rfc3339(shared::clock::now()).into());
     }

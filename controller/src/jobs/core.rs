@@ -16,7 +16,6 @@ use proto::v1::controller_message::Kind;
 use proto::v1::{Cancel, CommitReply};
 use shared::ids::JobId;
 use shared::job::{Effect, Event, Hold, Refusal, Stage, State, Status, invariant, step};
-use shared::migrate::Cutover;
 use tokio::sync::watch;
 
 use super::batches::{Batches, Picked};
@@ -212,6 +211,11 @@ impl Core {
         }
         let mut change = self.plan(&job, &event)?;
         if event == Event::Retry {
+            if let Some(warm) = change.after.options.warm.as_mut().filter(|warm| warm.now) {
+                // Of the attempt that failed: whoever tries again says so again.
+                warm.now = false;
+                store::save_options(&self.ports.store, &change.after).await?;
+            }
             (change.after.error, change.after.error_code, change.after.result, change.after.finished_at) = (None, None, None, None);
             self.logs.reopen(id);
             self.number(id).await?;
@@ -228,14 +232,14 @@ impl Core {
         Ok(after)
     }
 
-    /// A person has a warm migration cut over: its agent is told. Nothing is stored: an attempt that ends before it cuts over waits again.
+    /// A person has a warm migration cut over: that stands until the job is tried again by a person, and its agent is told.
     pub async fn cutover(&mut self, id: &str) -> Result<Job, Error> {
         let job = self.find(id).await?.ok_or_else(|| Error::NotFound(id.to_owned()))?;
         let illegal = || Error::Refused(Refusal::Illegal { stage: job.state.public_stage(), verb: "cut over" });
         let mut job = job.clone();
         let is_open = matches!(job.state.status, Status::Queued | Status::Running) && job.state.stage != Stage::Publishing;
         let warm = job.options.warm.as_mut().filter(|_| is_open);
-        warm.ok_or_else(illegal)?.cutover = Cutover::Now;
+        warm.ok_or_else(illegal)?.now = true;
         // The word stands: an agent that is lost before it has acted on it is told again with its next assignment.
         if !store::save_options(&self.ports.store, &job).await? {
             self.reload(&job.id).await?;
@@ -245,7 +249,8 @@ impl Core {
             self.remember(job.clone());
         }
         if let Some(agent) = job.state.agent.clone().filter(|_| job.state.status == Status::Running) {
-            self.ports.outbox.send(&agent, Kind::Cutover(proto::v1::Cutover { job: job.id.clone(), epoch: job.state.epoch }));
+            // One that is away hears it when it comes back.
+            self.ports.outbox.send(&agent, cutover(&job));
         }
         Ok(job)
     }
@@ -521,4 +526,9 @@ impl Core {
         };
         self.tell(kind, job);
     }
+}
+
+/// Tells the agent of a warm migration to cut over.
+pub(super) fn cutover(job: &Job) -> Kind {
+    Kind::Cutover(proto::v1::Cutover { job: job.id.clone(), epoch: job.state.epoch })
 }

@@ -113,6 +113,12 @@ impl Core {
             .filter(|live| live.job.state.status == Status::Cancelling)
             .map(|live| (live.job.id.clone(), live.job.state.epoch))
             .collect();
+        // So did a word to cut over.
+        let is_told = |job: &Job| job.state.status == Status::Running && job.options.warm.as_ref().is_some_and(|warm| warm.now);
+        let told = known.running.iter().filter_map(|id| self.jobs.get(id)).filter(|live| is_told(&live.job));
+        for word in told.map(|live| super::core::cutover(&live.job)).collect::<Vec<_>>() {
+            self.ports.outbox.send(agent, word);
+        }
         for (job, epoch) in cancelling {
             self.stop(agent, &job, epoch, true, "cancelled");
         }

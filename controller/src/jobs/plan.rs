@@ -229,7 +229,6 @@ fn steps(new: &NewJob, found: &Found) -> Vec<Step> {
             let when = match warm.cutover {
                 Cutover::Auto => format!("until at most {} s of downtime are to be expected", warm.max_downtime_seconds),
                 Cutover::Manual => "until somebody says so".to_owned(),
-                Cutover::Now => "once".to_owned(),
             };
             let does = format!("copy what the running VM has changed, pass by pass, {when}; stop it, and copy the rest");
             steps.push(step("syncing", does, None));

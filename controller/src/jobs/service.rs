@@ -102,7 +102,7 @@ pub struct Wishes {
     pub boot_proof: Option<BootProofWish>,
     /// Migrations only: `true`, `false` (default), or `{"max_downtime_seconds", "cutover"}`. The VM runs on while it is copied, and what it
     /// changes follows in passes; it is stopped for the last one, once the downtime to expect is at most `max_downtime_seconds` (30), or, with
-    /// `cutover: "manual"`, at `POST /jobs/{id}/cutover` (`"now"`: behind the next pass). Where the new VM is not made, the old one goes on.
+    /// `cutover: "manual"`, at `POST /jobs/{id}/cutover`. Where the new VM is not made, the old one goes on.
     #[schema(value_type = Option<Object>, example = json!({"max_downtime_seconds": 30, "cutover": "auto"}))]
     pub warm: Option<WarmWish>,
     /// Answers 200 with the plan and makes nothing.

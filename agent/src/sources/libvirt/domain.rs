@@ -103,6 +103,9 @@ pub fn read(xml: &str, facts: &Facts) -> Result<Domain, String> {
             "volume" if source.is_empty() => {
                 problems.push(format!("libvirt does not find the volume {} of the pool {} ({target})", named("volume"), named("pool")));
             }
+            "network" if facts.state == "shut off" => {
+                problems.push(format!("{target} is {source}, which QEMU alone reads: export it while the domain runs"));
+            }
             "file" | "block" | "volume" | "network" => {}
             other => problems.push(format!("{target} is of type {other:?}; disks of type file, block, volume and network are read")),
         }

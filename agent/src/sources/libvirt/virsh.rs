@@ -94,6 +94,7 @@ impl Uri {
     /// XML and facts of domains; one that has gone meanwhile is not among them.
     pub fn describe(&self, domains: &[String]) -> Result<Vec<(String, Facts)>, exec::Error> {
         let mut described = Vec::with_capacity(domains.len());
+        let mut pools = HashMap::new();
         for some in domains.chunks(AT_ONCE) {
             // Parts are told apart by a word that nobody can have put into a description.
             let mark = shared::ids::random_hex::<16>();
@@ -116,7 +117,7 @@ impl Uri {
                     && !xml.trim().is_empty()
                 {
                     let (xml, mut facts) = (xml.trim().to_owned(), facts(state, snapshots, sizes));
-                    facts.volumes = self.paths(&xml);
+                    facts.volumes = self.paths(&xml, &mut pools);
                     described.push((xml, facts));
                 }
             }
@@ -124,14 +125,20 @@ impl Uri {
         Ok(described)
     }
 
-    /// Where the volumes lie that a domain's disks are; those that are found.
-    fn paths(&self, xml: &str) -> HashMap<(String, String), String> {
-        let path = |(pool, volume): (String, String)| {
-            let said = self.ask(&["vol-path", "--pool", &pool, "--vol", &volume]).ok()?;
-            Some(((pool, volume), said.trim().to_owned())).filter(|(_, path)| path.starts_with('/'))
-        };
+    /// Where the volumes lie that a domain's disks are; those that are found. `pools`: what was heard of pools so far.
+    fn paths(&self, xml: &str, pools: &mut HashMap<String, String>) -> HashMap<(String, String), String> {
         // Most domains have none, and are not parsed for that.
-        if xml.contains(" volume=") { super::domain::volumes(xml).into_iter().filter_map(path).collect() } else { HashMap::new() }
+        if !xml.contains(" volume=") {
+            return HashMap::new();
+        }
+        let path = |(pool, volume): (String, String)| {
+            // One that hangs or is off is asked once.
+            let ask = |pool: &String| self.ask_within(&["vol-list", "--pool", pool], SIZES).unwrap_or_default();
+            let listed = pools.entry(pool.clone()).or_insert_with_key(ask);
+            let path = path_of(listed, &volume)?;
+            Some(((pool, volume), path))
+        };
+        super::domain::volumes(xml).into_iter().filter_map(path).collect()
     }
 
     /// Listens to everything that happens; ends by itself after a while.
@@ -145,6 +152,15 @@ impl Uri {
 pub fn is_uuid(text: &str) -> bool {
     text.len() == 36
         && text.bytes().enumerate().all(|(at, byte)| if matches!(at, 8 | 13 | 18 | 23) { byte == b'-' } else { byte.is_ascii_hexdigit() })
+}
+
+/// The path of a volume in what `vol-list` says: name, blanks, path.
+fn path_of(listed: &str, volume: &str) -> Option<String> {
+    let path = |line: &str| {
+        let rest = line.trim().strip_prefix(volume)?;
+        Some(rest.trim_start().to_owned()).filter(|path| path.starts_with('/') && rest.starts_with(' '))
+    };
+    listed.lines().find_map(path)
 }
 
 fn facts(state: &str, snapshots: &str, sizes: &str) -> Facts {
@@ -204,6 +220,10 @@ mod tests {
         let said = facts("\nshut off\n\n", "a\nb c\n\n", "\n vda  268435456 30000000 30000000\n vdb  - - -\n");
         assert_eq!((said.state.as_str(), said.snapshots), ("shut off", 2));
         assert_eq!(said.capacities, HashMap::from([("vda".to_owned(), 268_435_456)]));
+        let listed = " a b.qcow2   /srv/p/a b.qcow2\n a    /srv/p/a\n";
+        assert_eq!(path_of(listed, "a").as_deref(), Some("/srv/p/a"));
+        assert_eq!(path_of(listed, "a b.qcow2").as_deref(), Some("/srv/p/a b.qcow2"));
+        assert_eq!((path_of(listed, "b"), path_of(listed, "")), (None, None));
         assert!(is_uuid("6695eb01-f6a4-8304-79aa-97f2502e193f") && !is_uuid("6695eb01-f6a4-8304-79aa-97f2502e193;"));
     }
 }
