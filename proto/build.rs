@@ -6,8 +6,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // The bytes of disks are handed on as they came, without a copy.
     tonic_prost_build::configure()
         .bytes(".hypersdk.v1.Piece.data")
-        // A password must not come into a log by a derived Debug.
-        .skip_debug([".hypersdk.v1.Account"])
+        .bytes(".hypersdk.v1.ConsolePiece.data")
+        // A password must not come into a log by a derived Debug, nor what somebody types.
+        .skip_debug([".hypersdk.v1.Account", ".hypersdk.v1.ConsolePiece"])
         .compile_fds(descriptors)?;
     Ok(())
 }

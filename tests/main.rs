@@ -15,6 +15,7 @@ mod bad_input;
 mod boot;
 mod carbon;
 mod cli;
+mod console;
 mod contract;
 mod deploy;
 mod files;

@@ -1,13 +1,15 @@
 //! The one dialer.
 //!
 //! Owns: every connection that the agent opens: gRPC to its controller, TLS with the pinned CA of the join token; HTTPS to a hypervisor that
-//! an admin connected, whose certificate is verified, or pinned by its fingerprint, or not looked at where the admin said so.
+//! an admin connected, whose certificate is verified, or pinned by its fingerprint, or not looked at where the admin said so; QEMU's sockets
+//! on this host.
 //! Never: follows a redirect, asks a proxy, reaches link-local and metadata addresses, dials a host that a guest named.
 //! A crash here costs the session; it dials again.
 
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -18,6 +20,7 @@ use rustls::{CertificateError, DigitallySignedStruct, SignatureScheme};
 use rustls_pki_types::{CertificateDer, ServerName, UnixTime};
 use sha2::{Digest, Sha256};
 use shared::address::may_be_dialled;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Error, Identity};
 
 /// Longest time to connect.
@@ -43,8 +46,43 @@ pub async fn controller(url: &str, ca_pem: &str, identity: Option<(&str, &str)>)
 }
 
 /// Dials a socket of this host: QEMU's, which a backup job of ours has made.
-pub fn local(socket: &Path) -> std::io::Result<UnixStream> {
+pub fn local(socket: &Path) -> io::Result<UnixStream> {
     UnixStream::connect(socket)
+}
+
+/// Where a VM shows its screen: on this host, and nowhere else.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Screen {
+    /// A port of the loopback.
+    Port(SocketAddr),
+    /// A socket that QEMU has made.
+    Socket(PathBuf),
+}
+
+/// Bytes both ways.
+pub trait Duplex: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Duplex for T {}
+
+/// Dials a VM's screen.
+///
+/// # Errors
+/// When nobody listens there within 10 s, or it is no address of the loopback.
+#[allow(clippy::disallowed_methods)]
+pub async fn screen(screen: &Screen) -> io::Result<Box<dyn Duplex>> {
+    let dial = async {
+        match screen {
+            Screen::Port(address) if address.ip().is_loopback() => {
+                let stream = tokio::net::TcpStream::connect(address).await?;
+                // A key must not wait for the next one.
+                stream.set_nodelay(true)?;
+                Ok(Box::new(stream) as Box<dyn Duplex>)
+            }
+            Screen::Port(address) => Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{address} is no address of the loopback"))),
+            Screen::Socket(path) => Ok(Box::new(tokio::net::UnixStream::connect(path).await?) as Box<dyn Duplex>),
+        }
+    };
+    tokio::time::timeout(CONNECT, dial).await.map_err(|_| io::Error::from(io::ErrorKind::TimedOut))?
 }
 
 /// Whom to believe at the other end.

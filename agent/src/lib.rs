@@ -10,6 +10,7 @@
 
 mod browse;
 pub mod config;
+mod console;
 pub mod convert;
 mod deploy;
 mod digests;
@@ -96,6 +97,8 @@ struct Agent {
     identity: Mutex<Option<Arc<Identity>>>,
     /// Transfers that may run at a time.
     transfers: Arc<Semaphore>,
+    /// Consoles that may be open at a time.
+    consoles: Arc<Semaphore>,
     /// Looks into guests that may run at a time.
     looks: Semaphore,
     /// For threads of workers that have to dial.
@@ -148,6 +151,7 @@ impl Agent {
             last_heard: Mutex::new(Instant::now()),
             identity: Mutex::default(),
             transfers: Arc::new(Semaphore::new(transfer::AT_ONCE)),
+            consoles: Arc::new(Semaphore::new(console::AT_ONCE)),
             looks: Semaphore::new(inspect::AT_ONCE),
             runtime: tokio::runtime::Handle::current(),
             asked: Mutex::default(),

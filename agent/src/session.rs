@@ -24,7 +24,7 @@ use tokio_stream::wrappers::ReceiverStream;
 
 use crate::held::Stop;
 use crate::identity::{self, Identity};
-use crate::{Agent, browse, hypervisors, inspect, pull, snapshots, touched, transfer, worker};
+use crate::{Agent, browse, console, hypervisors, inspect, pull, snapshots, touched, transfer, worker};
 
 /// Longest pause between two tries.
 const MAX_BACKOFF: Duration = Duration::from_secs(15);
@@ -261,6 +261,7 @@ async fn handle(agent: &Arc<Agent>, kind: FromController, tell: &mpsc::Sender<v1
         FromController::Drain(_) => agent.table.stop_all(Stop::Park),
         FromController::Browse(browse) => answer(agent, browse, tell),
         FromController::Fetch(fetch) => transfer::serve(agent, fetch),
+        FromController::OpenConsole(wanted) => console::serve(agent, wanted),
         FromController::Cutover(cutover) => {
             if let Some(held) = agent.table.get(&cutover.job).filter(|held| held.epoch == cutover.epoch) {
                 held.ask_to_cut_over();

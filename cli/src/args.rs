@@ -3,6 +3,7 @@
 //! Owns: the clap tree. Never: does anything. A crash here costs nothing.
 
 mod backups;
+mod console;
 mod migrate;
 mod providers;
 mod snapshots;
@@ -17,6 +18,7 @@ use shared::ids::JobId;
 use shared::options::{Algorithm, Format, JobType};
 
 pub use self::backups::{Backup, Restore};
+pub use self::console::Console;
 pub use self::migrate::Migrate;
 pub use self::providers::{Connect, Providers, ProvidersAction};
 pub use self::snapshots::{OfVm, Snapshots, SnapshotsAction};
@@ -95,6 +97,8 @@ pub enum Verb {
     Backup(Backup),
     /// Make whole disks of a restore point, or list the points
     Restore(Restore),
+    /// Open the console of a running VM for a VNC viewer
+    Console(Console),
     /// List jobs, or act on one
     Jobs(Jobs),
     /// Print a job's log

@@ -8,12 +8,19 @@ use std::error::Error as _;
 use std::sync::Arc;
 use std::time::Duration;
 
-use reqwest::header::{AUTHORIZATION, HeaderValue, RETRY_AFTER};
-use reqwest::{Method, RequestBuilder, Response, StatusCode};
+use reqwest::header::{
+    AUTHORIZATION, CONNECTION, HeaderValue, RETRY_AFTER, SEC_WEBSOCKET_ACCEPT, SEC_WEBSOCKET_KEY, SEC_WEBSOCKET_PROTOCOL,
+    SEC_WEBSOCKET_VERSION, UPGRADE,
+};
+use reqwest::{Method, RequestBuilder, Response, StatusCode, Upgraded};
 use serde_json::Value;
 use shared::error::Code;
 use shared::ids::random_hex;
 use shared::secret::Secret;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::handshake::client::generate_key;
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use tokio_tungstenite::tungstenite::protocol::Role;
 
 use crate::failure::{Exit, Failure};
 use crate::session::Session;
@@ -31,6 +38,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const PAGE: u32 = 200;
 /// An answer that is larger than this is not read: no list page comes near it.
 const ANSWER_LIMIT: usize = 64 << 20;
+
+/// A WebSocket to a controller.
+pub type Socket = WebSocketStream<Upgraded>;
 
 /// A client of one controller.
 pub struct Client {
@@ -120,6 +130,25 @@ impl Client {
         self.send(|| self.request(Method::GET, path, query)).await
     }
 
+    /// A WebSocket; whoever takes it reads it, or it is closed soon.
+    pub async fn socket(&self, path: &str) -> Result<Socket, Failure> {
+        let key = generate_key();
+        let request = || {
+            let request = self.request(Method::GET, path, &[])?;
+            let request = request.header(CONNECTION, "Upgrade").header(UPGRADE, "websocket").header(SEC_WEBSOCKET_VERSION, "13");
+            Ok(request.header(SEC_WEBSOCKET_KEY, &key).header(SEC_WEBSOCKET_PROTOCOL, "binary"))
+        };
+        let sent = tokio::time::timeout(ANSWER, self.send(request)).await;
+        let response = sent.map_err(|_| Failure::new(Exit::NotReachable, format!("{} did not answer in time", self.base)))??;
+        let accepted =
+            response.headers().get(SEC_WEBSOCKET_ACCEPT).is_some_and(|value| value == derive_accept_key(key.as_bytes()).as_str());
+        if response.status() != StatusCode::SWITCHING_PROTOCOLS || !accepted {
+            return Err(Failure::failed(format!("{} opened no WebSocket; is it a HyperSDK controller?", self.base)));
+        }
+        let upgraded = response.upgrade().await.map_err(|e| self.unreachable(&e))?;
+        Ok(WebSocketStream::from_raw_socket(upgraded, Role::Client, None).await)
+    }
+
     /// All pages of a list, up to `limit` rows.
     pub async fn list(&self, path: &str, query: &[(&str, String)], limit: u32) -> Result<Listing, Failure> {
         let mut rows: Vec<Value> = Vec::new();
@@ -167,7 +196,7 @@ impl Client {
             let later = matches!(response.status(), StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE);
             match retry_after(&response).filter(|wait| later && attempt < ATTEMPTS && *wait <= PATIENCE) {
                 Some(wait) => tokio::time::sleep(wait.max(Duration::from_millis(200))).await,
-                None if response.status().is_success() => return Ok(response),
+                None if response.status().is_success() || response.status() == StatusCode::SWITCHING_PROTOCOLS => return Ok(response),
                 None => return Err(self.refusal(response).await),
             }
             attempt += 1;

@@ -3,7 +3,7 @@
 //! ```text
 //! args ─► main ─► demo ▸ up ▸ admin  whole installation    ┐
 //!              ├► local            the engine, no server   ├► output · progress · failure
-//!              └► login ▸ jobs ▸ watch ▸ inventory ▸ snapshots ─► client ▸ session ▸ tls
+//!              └► login ▸ jobs ▸ watch ▸ inventory ▸ snapshots ▸ console ─► client ▸ session ▸ tls
 //! ```
 //! Owns: which verb runs where, and the exit code. Never: prints a secret but the ones that are shown once by design (a first password, a
 //! join token). A crash here costs one command.
@@ -12,6 +12,7 @@ mod admin;
 mod args;
 mod backups;
 mod client;
+mod console;
 mod demo;
 mod failure;
 mod inventory;
@@ -86,6 +87,7 @@ async fn converse(cli: &Cli, verb: &Verb) -> Outcome {
         Verb::Snapshots(args) => snapshots::snapshots(&client()?.patient(snapshots::PATIENCE), args, style).await,
         Verb::Backup(args) => backups::backup(&client()?, args, style).await,
         Verb::Restore(args) => backups::restore(&client()?, args, style).await,
+        Verb::Console(args) => console::console(&client()?, args, style).await,
         Verb::Jobs(args) => jobs::jobs(&client()?, args, style).await,
         Verb::Logs(args) => watch::logs(&client()?, args, style).await,
         Verb::Watch(args) => watch::watch(&client()?, args, style).await,

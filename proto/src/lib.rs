@@ -20,3 +20,9 @@ impl std::fmt::Debug for v1::Account {
         f.debug_struct("Account").field("insecure", &self.insecure).field("fingerprint", &self.fingerprint).finish_non_exhaustive()
     }
 }
+
+impl std::fmt::Debug for v1::ConsolePiece {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ConsolePiece").field("id", &self.id).finish_non_exhaustive()
+    }
+}

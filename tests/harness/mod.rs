@@ -11,6 +11,7 @@ pub mod libvirtd;
 pub mod live;
 pub mod postgres;
 pub mod process;
+pub mod rfb;
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};

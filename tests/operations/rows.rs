@@ -87,6 +87,12 @@ impl Row {
         self
     }
 
+    /// A header of every request.
+    fn with(mut self, name: &'static str, value: &str) -> Self {
+        self.happy.headers.push((name, value.to_owned()));
+        self
+    }
+
     /// An error of the happy request at another path.
     pub fn fails_at(mut self, status: u16, code: &'static str, path: impl Into<String>) -> Self {
         let ask = Ask { path: path.into(), ..self.happy.clone() };
@@ -446,6 +452,17 @@ pub async fn rows(fleet: &Fleet, people: &People) -> Vec<Row> {
             .fails_at(409, "ambiguous", "/vms/local/twin/snapshots/x")
             .fails_at(422, "unprocessable", "/vms/local/db-server-01/snapshots/x")
             .gives(204, Value::Null),
+        // Its happy answer, 101, stands in `console`. Before the next one switches it on.
+        row("GET", "/vms/{provider}/{id}/console", Operator)
+            .at(format!("/vms/kvm/{}/console", libvirtd::standing()))
+            .with("Connection", "Upgrade")
+            .with("Upgrade", "websocket")
+            .with("Sec-WebSocket-Version", "13")
+            .with("Sec-WebSocket-Key", "AAAAAAAAAAAAAAAAAAAAAA==")
+            .fails_by(403, "forbidden", "Origin", "https://elsewhere.example")
+            .fails_at(409, "ambiguous", "/vms/local/twin/console")
+            .fails_at(409, "conflict", format!("/vms/kvm/{}/console", libvirtd::standing()))
+            .fails_at(422, "unprocessable", "/vms/local/db-server-01/console"),
         row("POST", "/vms/{provider}/{id}/power", Operator)
             .json(json!({"action": "start"}))
             .at(format!("/vms/kvm/{}/power", libvirtd::standing()))

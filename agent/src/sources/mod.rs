@@ -17,6 +17,7 @@ use shared::options::Action;
 use shared::snapshots::{self, Wish};
 use shared::vm::{Snapshot, Vm};
 
+use crate::egress::Screen;
 use crate::formats::{Disk, Extent, FormatError, Scratch};
 use crate::touched::Touched;
 
@@ -90,6 +91,17 @@ impl Error {
     pub fn fatal(code: Code, message: impl Into<String>) -> Self {
         Self { code, message: message.into(), retryable: false }
     }
+}
+
+/// Where a VM shows its screen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Display {
+    /// The VM's name.
+    pub name: String,
+    /// The place.
+    pub screen: Screen,
+    /// Another one after each start: as long as it is the same, so is who listens at the place.
+    pub life: u32,
 }
 
 /// A manifest beside a disk.
@@ -193,6 +205,12 @@ pub trait Source: Send + Sync {
     fn remove_snapshot(&self, vm_id: &str, snapshot: &snapshots::Snapshot, children: bool) -> Result<(), Error> {
         let _ = (vm_id, snapshot, children);
         Err(without_snapshots())
+    }
+
+    /// Where a VM that is on shows its screen.
+    fn display(&self, vm_id: &str) -> Result<Display, Error> {
+        let _ = vm_id;
+        Err(Error::fatal(Code::NotBuilt, "consoles of this kind of provider are not built yet; those of `libvirt` are"))
     }
 
     /// Stops a VM for good, so that another one takes its place, with what it holds as it is: nothing is written to its disks any more. `undo`

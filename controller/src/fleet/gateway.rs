@@ -1,7 +1,7 @@
 //! The gRPC server that agents dial.
 //!
 //! Owns: the listener, who may call what: Enroll needs no certificate, Renewal one of a known key (whose time may have run out),
-//! Session, Transfer and Pull a current one. Never: believes a name in a message; who calls is what the certificate says.
+//! Session, Transfer, Pull and Console a current one. Never: believes a name in a message; who calls is what the certificate says.
 //! A crash here costs the connections.
 
 use std::io;
@@ -10,7 +10,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use proto::v1::fleet_server::{Fleet, FleetServer};
-use proto::v1::{AgentMessage, ControllerMessage, EnrollReply, EnrollRequest, Piece, PullRequest, RenewalRequest, TransferReply};
+use proto::v1::{
+    AgentMessage, ConsolePiece, ControllerMessage, EnrollReply, EnrollRequest, Piece, PullRequest, RenewalRequest, TransferReply,
+};
 use tokio::sync::{mpsc, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::Server;
@@ -19,7 +21,7 @@ use tonic::{Request, Response, Status, Streaming};
 use super::registry::Handle;
 use super::session::{OUTGOING, Session};
 use super::transfer::{self, Shelf};
-use super::{ca, enroll, store, tls};
+use super::{ca, console, enroll, store, tls};
 use crate::jobs::queue;
 use crate::store::entities::agents;
 
@@ -119,6 +121,13 @@ impl Fleet for Service {
         let shelved = self.shelf.open(&agent.id, &wanted.job, wanted.epoch, &wanted.path).await;
         let shelved = shelved.map_err(|error| transfer::status(&error))?;
         Ok(Response::new(ReceiverStream::new(transfer::give(shelved, wanted.offset, &wanted.version))))
+    }
+
+    type ConsoleStream = console::ToScreen;
+
+    async fn console(&self, request: Request<Streaming<ConsolePiece>>) -> Result<Response<Self::ConsoleStream>, Status> {
+        let agent = self.member(&request).await?;
+        console::take(self.registry.consoles(), (&agent.id, &agent.name), request.into_inner()).await.map(Response::new)
     }
 }
 

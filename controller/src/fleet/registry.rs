@@ -18,6 +18,7 @@ use tokio::sync::{mpsc, watch};
 use tonic::Status;
 
 use super::ca::{self, Authority};
+use super::console;
 use super::enroll::{self, Token};
 use super::link::{Ask, Link, Snapshot};
 use super::store::{self, RootRow};
@@ -70,6 +71,7 @@ struct Inner {
     since: Instant,
     sessions: AtomicU64,
     transfers: transfer::Table,
+    consoles: console::Table,
 }
 
 /// The registry, for any thread.
@@ -94,6 +96,7 @@ impl Handle {
             since: Instant::now(),
             sessions: AtomicU64::new(0),
             transfers: transfer::Table::default(),
+            consoles: console::Table::default(),
         })))
     }
 
@@ -115,6 +118,11 @@ impl Handle {
     /// The transfers that are waited for.
     pub(super) fn transfers(&self) -> &transfer::Table {
         &self.0.transfers
+    }
+
+    /// The consoles that are waited for, and how many are open.
+    pub(super) fn consoles(&self) -> &console::Table {
+        &self.0.consoles
     }
 
     /// Makes a join token; see [`enroll::join_token`].
@@ -243,8 +251,9 @@ impl Handle {
         }
     }
 
-    /// Ends all sessions, for the drain: agents go on copying and come back.
+    /// Ends all sessions and consoles, for the drain: agents go on copying and come back.
     pub fn close_all(&self) {
+        self.0.consoles.close();
         for peer in self.0.peers.read().unwrap_or_else(PoisonError::into_inner).values() {
             peer.closer.send_replace(Some(Status::unavailable("the controller is shutting down; come back")));
         }

@@ -76,6 +76,7 @@ fn table(at: &mut dyn FnMut(&str, Vec<Operation>)) {
     at("/vms/deploy", vec![post(vms::deploy::deploy)]);
     at("/vms/{provider}/{id}", vec![get(vms::routes::get)]);
     at("/vms/{provider}/{id}/power", vec![post(vms::power::switch)]);
+    at("/vms/{provider}/{id}/console", vec![get(vms::console::routes::open)]);
     at("/vms/{provider}/{id}/snapshots", vec![get(vms::snapshots::list), post(vms::snapshots::take)]);
     at("/vms/{provider}/{id}/snapshots/{snapshot}", vec![delete(vms::snapshots::remove)]);
 

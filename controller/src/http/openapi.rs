@@ -23,7 +23,7 @@ use crate::{access, alerts, carbon, files, fleet, jobs, live, providers, schedul
         jobs::routes::create, jobs::routes::list, jobs::routes::get, jobs::routes::cancel, jobs::routes::logs,
         jobs::routes::retry, jobs::routes::pause, jobs::routes::cutover, jobs::routes::resume, jobs::routes::stats, jobs::routes::batch,
         jobs::legacy::submit, jobs::legacy::query, jobs::legacy::cancel, jobs::legacy::progress, jobs::legacy::status,
-        vms::routes::list, vms::routes::browse, vms::routes::get, vms::power::switch, vms::deploy::deploy,
+        vms::routes::list, vms::routes::browse, vms::routes::get, vms::power::switch, vms::deploy::deploy, vms::console::routes::open,
         vms::snapshots::list, vms::snapshots::take, vms::snapshots::remove,
         providers::routes::list, providers::connect::connect, providers::routes::capabilities, providers::routes::get,
         providers::routes::remove, providers::routes::test, providers::routes::refresh,

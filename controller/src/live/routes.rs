@@ -12,7 +12,7 @@ use utoipa::ToSchema;
 use super::session::Session;
 use crate::access::{Caller, Role};
 use crate::app::App;
-use crate::http::guard::{self, Viewer};
+use crate::http::guard::{self, Identity, Viewer};
 use crate::http::query::Query;
 use crate::http::reply::{Error, ErrorBody};
 
@@ -55,20 +55,21 @@ pub async fn ticket(caller: Viewer, app: web::Data<App>) -> Result<HttpResponse,
 pub async fn open(request: HttpRequest, payload: web::Payload, app: web::Data<App>) -> Result<HttpResponse, Error> {
     let query = Query::only(&request, &["ticket"])?;
     check_origin(&request, &app)?;
-    let caller = who(&request, &query, &app).await?;
+    let caller = who(&request, &query, &app, Role::Viewer).await?;
     let refused = |e: actix_web::Error| Error::bad_request(format!("this path takes a WebSocket handshake: {e}"));
     ws::WsResponseBuilder::new(Session::new(app, caller), &request, payload).frame_size(FRAME).start().map_err(refused)
 }
 
-async fn who(request: &HttpRequest, query: &Query, app: &App) -> Result<Caller, Error> {
+/// Who opens a WebSocket, by header or by ticket, where their role is `least` or more.
+pub(crate) async fn who(request: &HttpRequest, query: &Query, app: &App, least: Role) -> Result<Caller, Error> {
     match query.text("ticket") {
-        Some(ticket) => app.access.redeem(ticket).await,
-        None => guard::identity(request).require(Role::Viewer),
+        Some(ticket) => Identity::Known(app.access.redeem(ticket).await?).require(least),
+        None => guard::identity(request).require(least),
     }
 }
 
 /// A browser says where its page comes from; only our own and the configured ones may.
-fn check_origin(request: &HttpRequest, app: &App) -> Result<(), Error> {
+pub(crate) fn check_origin(request: &HttpRequest, app: &App) -> Result<(), Error> {
     let Some(origin) = request.headers().get(header::ORIGIN) else { return Ok(()) };
     let origin = origin.to_str().unwrap_or_default();
     let authority = request.uri().authority().map(|authority| authority.as_str());

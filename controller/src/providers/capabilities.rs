@@ -10,6 +10,7 @@ use utoipa::ToSchema;
 use super::service;
 use crate::app::App;
 use crate::http::reply::Error;
+use crate::vms;
 
 /// What can be done with one kind now.
 #[derive(Serialize, ToSchema)]
@@ -35,6 +36,8 @@ pub struct Capability {
     deploy: bool,
     /// Migrating VMs of this kind to libvirt: needs a connection of that kind.
     migrate: bool,
+    /// Consoles of running VMs.
+    console: bool,
     /// Output formats.
     formats: Vec<&'static str>,
     /// Agents that can.
@@ -61,14 +64,18 @@ pub async fn detect(app: &App) -> Result<Capabilities, Error> {
         let names: Vec<String> = of_kind.map(|row| row.name.clone()).collect();
         let mut capability = match kind {
             "local" => local(app, names).await?,
-            "vsphere" => hypervisor(app, (kind, "vCenter or ESXi"), names, false, "deploy: nothing is deployed to vSphere").await?,
+            "vsphere" => {
+                hypervisor(app, (kind, "vCenter or ESXi"), names, false, "deploy: nothing is deployed to vSphere; consoles").await?
+            }
             "libvirt" => {
-                let lacks = "export of a remote host's domains, and deploying there: run an agent on it and connect qemu:///system; warm migration, consoles";
+                let lacks =
+                    "export of a remote host's domains, their consoles, and deploying there: run an agent on it and connect qemu:///system";
                 hypervisor(app, (kind, "libvirt"), names, true, lacks).await?
             }
             kind => unbuilt(kind),
         };
         capability.migrate = capability.export && has_target;
+        capability.console = capability.list && vms::console::service::is_offered(kind).is_ok();
         if capability.export && !has_target {
             capability
                 .missing
@@ -105,6 +112,7 @@ async fn local(app: &App, connections: Vec<String>) -> Result<Capability, Error>
         snapshots: false,
         deploy: false,
         migrate: false,
+        console: false,
         formats: if available { formats.collect() } else { Vec::new() },
         agents: agents.into_iter().map(|agent| agent.name).collect(),
         connections,
@@ -140,6 +148,7 @@ async fn hypervisor(
         snapshots: usable,
         deploy: usable && deploys,
         migrate: false,
+        console: false,
         formats: if available { Format::ALL.to_vec() } else { Vec::new() },
         agents: agents.into_iter().map(|agent| agent.name).collect(),
         connections,
@@ -159,6 +168,7 @@ fn unbuilt(kind: &'static str) -> Capability {
         snapshots: false,
         deploy: false,
         migrate: false,
+        console: false,
         formats: Vec::new(),
         agents: Vec::new(),
         connections: Vec::new(),

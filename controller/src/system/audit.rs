@@ -41,6 +41,11 @@ impl Act {
             Ok(_) => "ok".to_owned(),
             Err(e) => format!("{}: {}", e.code().word(), e.message()),
         };
+        self.complete(word).await;
+    }
+
+    /// Completes the row of an act that has more to say than that it went well.
+    pub async fn complete(self, word: String) {
         let id = self.id;
         let work = move |db: DatabaseConnection| async move {
             audit::Entity::update_many()

@@ -3,6 +3,7 @@
 //! Owns: the `vms` table. Never: asks a provider itself (agents do). A crash here costs nothing: the next inventory says it again.
 
 pub mod compare;
+pub mod console;
 pub mod deploy;
 pub mod power;
 pub mod routes;

@@ -13,6 +13,7 @@
 //! Never: opens a file outside the roots, whatever a domain's XML names; guesses a disk's format; stops a guest.
 //! A crash here leaves a backup job that the ledger names; what listens ends by itself.
 
+mod display;
 mod domain;
 mod hot;
 mod nbd;
@@ -37,7 +38,7 @@ use self::hot::{Failed, Place, Wanted};
 use self::nbd::Exported;
 use self::virsh::Uri;
 use super::local::Local;
-use super::{Areas, Error, Frozen, Moved, Opened, Since, Source, Touch};
+use super::{Areas, Display, Error, Frozen, Moved, Opened, Since, Source, Touch};
 use crate::exec;
 use crate::formats::{Disk, Extent, FormatError, Scratch};
 use crate::touched::Touched;
@@ -97,12 +98,11 @@ impl Libvirt {
     }
 
     fn found(&self, id: &str) -> Result<Domain, Error> {
-        let gone = || Error::fatal(Code::NotFound, format!("there is no domain {id:?} any more"));
         if !virsh::is_uuid(id) {
-            return Err(gone());
+            return Err(gone(id));
         }
         let described = self.uri.describe(&[id.to_owned()]).map_err(told)?;
-        let (xml, facts) = described.first().ok_or_else(gone)?;
+        let (xml, facts) = described.first().ok_or_else(|| gone(id))?;
         domain::read(xml, facts).map_err(|e| Error::fatal(Code::BadGateway, e))
     }
 
@@ -228,6 +228,10 @@ impl Libvirt {
 /// Removes a domain that is being made, never its disks; one that is not there is removed.
 pub fn remove_domain(uri: &Uri, domain: &str) -> Result<(), Error> {
     hot::remove(uri, domain).map_err(told)
+}
+
+fn gone(id: &str) -> Error {
+    Error::fatal(Code::NotFound, format!("there is no domain {id:?} any more"))
 }
 
 fn ledger(e: std::io::Error) -> Error {
@@ -401,6 +405,21 @@ impl Source for Libvirt {
         }
         self.uri.ask(&[command, vm_id]).map_err(told)?;
         Ok(self.found(vm_id)?.vm.power_state)
+    }
+
+    fn display(&self, vm_id: &str) -> Result<Display, Error> {
+        if !virsh::is_uuid(vm_id) {
+            return Err(gone(vm_id));
+        }
+        if !self.uri.is_here {
+            let message = "the console of another host's domain is not carried yet; run an agent there and connect qemu:///system";
+            return Err(Error::fatal(Code::NotBuilt, message));
+        }
+        let xml = self.uri.ask(&["dumpxml", vm_id]).map_err(|e| match e {
+            exec::Error::Failed(words) if says_gone(&words) => gone(vm_id),
+            e => told(e),
+        })?;
+        display::of(xml.trim())
     }
 
     /// The guest stops between two instructions; what it had written is on its disks, and QEMU still knows what has changed.
