@@ -255,7 +255,7 @@ mod tests {
 
         let volume = XML.replace("type='block'", "type='volume'").replace("dev='/dev/sdb'", "pool='p&amp;' volume='v 1'");
         let key = ("p&".to_owned(), "v 1".to_owned());
-        assert_eq!(volumes(&volume), [key.clone()]);
+        assert_eq!(volumes(&volume), std::slice::from_ref(&key));
         assert!(read(&volume, &facts).unwrap().vm.problem.contains("does not find the volume v 1 of the pool p&"));
         let found = Facts { volumes: HashMap::from([(key, "/srv/p/v 1".to_owned())]), ..facts.clone() };
         let vm = read(&volume, &found).unwrap().vm;
