@@ -113,7 +113,10 @@ fn by_command(fleet: &Fleet) {
 }
 
 fn kept(fleet: &Fleet, name: &str, disk: (&str, &Path)) -> PathBuf {
-    let kept = fleet.scratch.join(name);
+    kept_at(fleet.scratch.join(name), disk)
+}
+
+fn kept_at(kept: PathBuf, disk: (&str, &Path)) -> PathBuf {
     qemu_img(&["convert", "-U", "-f", disk.0, "-O", "raw", disk.1.to_str().unwrap(), kept.to_str().unwrap()]);
     kept
 }
@@ -223,4 +226,138 @@ async fn a_running_domain_is_exported_and_backed_up_while_it_goes_on() {
         let whole = fleet.client.completed(&fleet.client.create_job(wish).await, seconds(60)).await;
         identical(("raw", was), ("raw", &file_of(&whole, ".raw")));
     }
+}
+
+/// A client that knows no backup jobs, with the words of libvirt 6 over QEMU 4.2; all else is the real one's. For this agent alone.
+async fn without_backup_jobs(fleet: &mut Fleet) {
+    let folder = fleet.scratch.dir("old-host");
+    let (real, wrapper) = (folder.join("virsh"), folder.join("wrapper"));
+    std::fs::copy("/usr/bin/virsh", &real).unwrap();
+    let words = "error: Operation not supported: incremental backup is not supported yet";
+    let script = format!(
+        "#!/bin/sh\nfor word in \"$@\"; do [ \"$word\" != backup-begin ] || {{ echo '{words}' >&2; exit 1; }}; done\nexec '{}' \"$@\"\n",
+        real.display()
+    );
+    std::fs::write(&wrapper, script).unwrap();
+    std::fs::set_permissions(&wrapper, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let mount = format!("mount --bind '{}' /usr/bin/virsh && exec \"$0\" \"$@\"", wrapper.display());
+    fleet.agents[0].within(&["unshare", "--mount", "sh", "-c", &mount]);
+    fleet.agents[0].process().terminate(seconds(30)).await;
+    fleet.agents[0].start();
+}
+
+/// The files that a domain's disks are now.
+fn sources(domain: &Domain) -> Vec<PathBuf> {
+    let said = virsh(&["domblklist", &domain.name, "--details"]);
+    let path = |line: &str| line.split_whitespace().nth(3).filter(|path| path.starts_with('/')).map(PathBuf::from);
+    said.lines().filter_map(path).collect()
+}
+
+/// Where backup jobs are not known a running domain is read under overlays, and what it wrote meanwhile is back in its disks afterwards.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_backup_jobs_a_running_domain_is_read_under_overlays_that_go() {
+    libvirtd::start();
+    let mut fleet = Fleet::start("libvirt-overlays", Plan::plain(), |_| {}).await;
+    without_backup_jobs(&mut fleet).await;
+    let (first, second) = (fleet.vms().join("a.qcow2"), fleet.vms().join("b.raw"));
+    let source = fleet.scratch.join("source.raw");
+    pattern(&source, 48 * MIB, &[(0, 3 * MIB), (24 * MIB, 5 * MIB), (47 * MIB, MIB)], 7);
+    convert(("raw", &source), ("qcow2", &first), &[]);
+    pattern(&second, 8 * MIB, &[(MIB, MIB)], 8);
+    let pair = Domain::with_disks("old", &[(&first, "qcow2"), (&second, "raw")]);
+    virsh(&["start", &pair.name]);
+    wait_for("the agent to serve libvirt", seconds(30), async || {
+        let answer = connect(&fleet, URI).await;
+        if answer.status == 201 { Ok(()) } else { Err(answer.text) }
+    })
+    .await;
+    let order = |rate: u64| json!({"type": "export", "provider": "kvm", "vm_name": pair.id, "format": "qcow2", "options": {"bandwidth_limit": rate}});
+    let bases = vec![first.clone(), second.clone()];
+    let (vms, scratch) = (fleet.vms(), fleet.scratch.join("seen"));
+    let left = || {
+        let files = std::fs::read_dir(&vms).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+        (sources(&pair), files.filter(|name| name.starts_with("hypersdk-")).collect::<Vec<_>>())
+    };
+    let clean = async |limit: u64, what: &str| {
+        wait_for(&format!("nothing to be left after {what}"), seconds(limit), async || {
+            let left = left();
+            if left == (bases.clone(), Vec::new()) { Ok(()) } else { Err(format!("{left:?}")) }
+        })
+        .await;
+    };
+    // What the guest sees: the top of each chain.
+    let seen = |name: &str| {
+        let tops = sources(&pair).into_iter().enumerate();
+        let copy = |(n, top): (usize, PathBuf)| {
+            let format = if top.extension().is_some_and(|ending| ending == "raw") { "raw" } else { "qcow2" };
+            kept_at(scratch.with_file_name(format!("{name}-{n}")), (format, &top))
+        };
+        tops.map(copy).collect::<Vec<_>>()
+    };
+    let equal = |job: &Value, was: &[PathBuf]| {
+        for (n, was) in was.iter().enumerate() {
+            identical(("raw", was), ("qcow2", &PathBuf::from(job["result"]["files"][n]["path"].as_str().unwrap())));
+        }
+    };
+    let byte_at = |file: &Path, at: u64| std::fs::read(file).unwrap()[at as usize];
+
+    // One moment of both disks, and what comes after it is not lost.
+    let was = seen("was");
+    let id = fleet.client.create_job(order(6 * MIB)).await;
+    fleet.client.in_stage(&id, &["copying"], seconds(30)).await;
+    assert_eq!(left().1.len(), 2, "an overlay for each disk: {:?}", left());
+    pair.write('a', 46 * MIB, MIB, 99);
+    pair.write('b', 7 * MIB, 64 << 10, 98);
+    let job = fleet.client.completed(&id, seconds(60)).await;
+    equal(&job, &was);
+    clean(10, "an export").await;
+    let now = seen("now");
+    assert_eq!((byte_at(&now[0], 46 * MIB), byte_at(&now[1], 7 * MIB)), (99, 98));
+    assert!(fleet.client.log(&id).await.contains("has no backup jobs"));
+
+    let id = fleet.client.create_job(order(MIB)).await;
+    fleet.client.in_stage(&id, &["copying"], seconds(30)).await;
+    fleet.client.delete(&format!("/jobs/{id}")).await.expect(202);
+    assert_eq!(fleet.client.ended(&id, seconds(30)).await["status"], "cancelled");
+    clean(10, "a cancel").await;
+
+    // kill -9 whenever; once with one of the disks back already.
+    let mut hits = 0;
+    for round in 0..10u8 {
+        let id = fleet.client.create_job(order(12 * MIB)).await;
+        let pause = std::time::Duration::from_millis(u64::from(round) * 90);
+        tokio::time::sleep(pause).await;
+        pair.write('a', 30 * MIB, MIB, 100 + round);
+        hits += usize::from(!left().1.is_empty());
+        fleet.agents[0].kill();
+        if round == 6 && left().1.len() == 2 {
+            virsh(&["blockcommit", &pair.name, "vda", "--shallow", "--active", "--pivot", "--wait"]);
+        }
+        let was = seen("killed");
+        fleet.agents[0].start();
+        equal(&fleet.client.completed(&id, seconds(90)).await, &was);
+        clean(20, &format!("kill {round}")).await;
+    }
+    println!("{hits} of 10 kills met overlays");
+    assert!(hits > 2);
+
+    // Its QEMU dies: the copy is whole, and what was written waits until the domain runs again.
+    let was = seen("before");
+    let id = fleet.client.create_job(order(6 * MIB)).await;
+    fleet.client.in_stage(&id, &["copying"], seconds(30)).await;
+    pair.write('a', 46 * MIB, MIB, 77);
+    pair.kill_qemu();
+    equal(&fleet.client.completed(&id, seconds(60)).await, &was);
+    assert_eq!(left().1.len(), 2, "{:?}", left());
+    shows(&fleet, &pair.name, Some("poweredOff")).await;
+    let sentence = fleet.client.post(&format!("/vms/kvm/{}/snapshots", pair.id), json!({"name": "x"})).await.refused(409, "conflict");
+    assert!(sentence.contains(&id), "{sentence}");
+    virsh(&["start", &pair.name]);
+    clean(30, "a QEMU that was killed").await;
+    assert_eq!(byte_at(&seen("after")[0], 46 * MIB), 77);
+
+    let backup = fleet.client.create_job(json!({"type": "backup", "provider": "kvm", "vm_name": pair.id})).await;
+    let failed = fleet.client.ended(&backup, seconds(60)).await;
+    assert!(failed["status"] == "failed" && failed["error"].as_str().unwrap().contains("no backup jobs"), "{failed:#}");
+    clean(10, "a backup that cannot be").await;
 }

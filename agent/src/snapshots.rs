@@ -104,6 +104,12 @@ fn act<T>(agent: &Agent, tell: &Tell, connection: &v1::Connection, vm: &str, act
         let who = if holder.starts_with("job-") { holder } else { "another request".to_owned() };
         Error::fatal(Code::Conflict, format!("{who} is at this VM's snapshots or reads its disks; try it again when that has ended"))
     })?;
+    // Taken inside an overlay it would go with that.
+    let noted = touched::has_overlays(agent, &connection.name, vm);
+    if let Some(job) = noted.map_err(|e| Error::fatal(Code::Internal, format!("the ledger cannot be read: {e}")))? {
+        let message = format!("what the VM wrote while {job} read it is not back in its disks yet; that happens by itself while it runs");
+        return Err(Error::fatal(Code::Conflict, message));
+    }
     let done = act();
     // Whatever has become of it: a failure may have changed something, too.
     if !agent.scan_some_now(tell, &connection.name, &BTreeSet::from([vm.to_owned()])) {

@@ -34,6 +34,17 @@ const THAW: Duration = Duration::from_secs(120);
 /// Between two of these tries.
 const PAUSE: Duration = Duration::from_millis(500);
 
+/// A file that lies over a disk for a while.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Overlay {
+    /// The disk's device, as its hypervisor calls it.
+    pub target: String,
+    /// The disk's file.
+    pub base: String,
+    /// The file over it.
+    pub path: String,
+}
+
 /// What one attempt has touched of one VM.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
@@ -58,6 +69,8 @@ pub struct Touched {
     pub tracking: bool,
     /// The VM was or will be stopped, so that another one takes its place.
     pub halted: Option<Halted>,
+    /// Files that what a VM writes goes into, until it is put back.
+    pub overlays: Vec<Overlay>,
     /// Disks of a VM that is being made, in a pool; then nothing else is noted with them.
     pub volumes: Option<Volumes>,
     /// When something was noted last, milliseconds since 1970.
@@ -235,6 +248,10 @@ impl crate::sources::Touch for Pen<'_> {
         self.note(|touched| touched.checkpoints.push(name.to_owned()))
     }
 
+    fn overlays(&self, overlays: &[Overlay]) -> io::Result<()> {
+        self.note(|touched| touched.overlays.extend_from_slice(overlays))
+    }
+
     fn tracking(&self) -> io::Result<()> {
         self.note(|touched| touched.tracking = true)
     }
@@ -348,6 +365,7 @@ pub fn thaw(agent: &Agent, job: &str, obsolete: &BTreeSet<String>) -> Result<(),
         snapshots: noted.snapshots.clone(),
         leases: noted.leases.clone(),
         asked_at: noted.asked_at,
+        overlays: noted.overlays.clone(),
         checkpoints: gone,
         noted_ms: noted.noted_ms,
         ..Touched::default()
@@ -359,8 +377,24 @@ pub fn thaw(agent: &Agent, job: &str, obsolete: &BTreeSet<String>) -> Result<(),
         }
         std::thread::sleep(PAUSE);
     }
-    let rest = Touched { snapshots: Vec::new(), leases: Vec::new(), asked_at: None, checkpoints: stay, ..noted };
+    let rest = Touched { snapshots: Vec::new(), leases: Vec::new(), overlays: Vec::new(), asked_at: None, checkpoints: stay, ..noted };
     write(agent, job, &rest).map_err(failed)
+}
+
+/// The job whose notes say that something lies over a VM's disks which is to be put back.
+pub fn has_overlays(agent: &Agent, connection: &str, vm: &str) -> io::Result<Option<String>> {
+    for entry in agent.ledger.dir().entries()? {
+        let Ok(file) = entry?.file_name().into_string() else { continue };
+        let Some(job) = file.strip_suffix(".touched") else { continue };
+        if let Ok(Some(noted)) = noted(agent, job)
+            && noted.connection.0 == connection
+            && noted.vm == vm
+            && !noted.overlays.is_empty()
+        {
+            return Ok(Some(job.to_owned()));
+        }
+    }
+    Ok(None)
 }
 
 /// The job whose notes name one of these snapshots of a VM, and which: that job removes it, or the reaper does.

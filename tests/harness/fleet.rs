@@ -35,6 +35,8 @@ fn env<const N: usize>(pairs: [(&str, String); N]) -> Env {
 pub struct Service {
     name: String,
     program: &'static str,
+    /// A command that becomes the program, with its arguments; mostly none.
+    within: Vec<String>,
     args: Vec<String>,
     env: Env,
     home: PathBuf,
@@ -43,7 +45,7 @@ pub struct Service {
 
 impl Service {
     fn new(name: &str, program: &'static str, home: &Path, env: Env) -> Self {
-        Self { name: name.to_owned(), program, args: Vec::new(), env, home: home.to_owned(), process: None }
+        Self { name: name.to_owned(), program, within: Vec::new(), args: Vec::new(), env, home: home.to_owned(), process: None }
     }
 
     /// An agent by name, with its data in `home`; it still wants `EXPORTS_DIR`.
@@ -59,9 +61,22 @@ impl Service {
 
     /// Starts it (again).
     pub fn start(&mut self) {
-        let mut command = mortal(&binary(self.program));
+        let program = binary(self.program);
+        let mut command = match self.within.split_first() {
+            Some((first, rest)) => {
+                let mut command = mortal(Path::new(first));
+                command.args(rest).arg(program);
+                command
+            }
+            None => mortal(&program),
+        };
         command.args(&self.args).envs(&self.env).current_dir(&self.home);
         self.process = Some(Process::start(&self.name, command, &self.home.join(format!("{}.log", self.name))));
+    }
+
+    /// From its next start on it runs within a command that becomes it.
+    pub fn within(&mut self, command: &[&str]) {
+        self.within = command.iter().map(|word| (*word).to_owned()).collect();
     }
 
     /// kill -9.

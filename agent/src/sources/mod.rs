@@ -19,7 +19,7 @@ use shared::vm::{Snapshot, Vm};
 
 use crate::egress::Screen;
 use crate::formats::{Disk, Extent, FormatError, Scratch};
-use crate::touched::Touched;
+use crate::touched::{Overlay, Touched};
 
 /// One disk of a VM, opened.
 pub struct Opened {
@@ -138,6 +138,9 @@ pub trait Touch {
 
     /// A checkpoint of this name is about to be made. Durable when it returns.
     fn checkpoint(&self, name: &str) -> std::io::Result<()>;
+
+    /// These files are about to be laid over the VM's disks. Durable when it returns.
+    fn overlays(&self, overlays: &[Overlay]) -> std::io::Result<()>;
 
     /// The tracking of changes is about to be switched on. Durable when it returns.
     fn tracking(&self) -> std::io::Result<()>;

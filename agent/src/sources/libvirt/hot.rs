@@ -148,6 +148,9 @@ pub fn says_gone(words: &str) -> bool {
         "network is not active",
         "no domain checkpoint",
         "domain checkpoint not found",
+        // A client that is older than they are.
+        "unknown command: 'backup-",
+        "unknown command: 'checkpoint-",
         // Its bitmap cannot be removed now; the next backup of the running domain does.
         "inactive domain",
     ]

@@ -9,14 +9,16 @@
 //! |---|---|
 //! | off | its files, where they lie in a root of this host |
 //! | on or paused | a pull-mode backup job over NBD: as they were when it began, while the guest goes on |
+//! | the same, where libvirt or QEMU has no such jobs | its files, while what the guest writes goes into overlays |
 //!
 //! Never: opens a file outside the roots, whatever a domain's XML names; guesses a disk's format; stops a guest.
-//! A crash here leaves a backup job that the ledger names; what listens ends by itself.
+//! A crash here leaves a backup job or overlays that the ledger names; what listens ends by itself.
 
 mod display;
 mod domain;
 mod hot;
 mod nbd;
+mod overlay;
 mod snapshots;
 pub mod virsh;
 
@@ -150,6 +152,14 @@ impl Libvirt {
     }
 }
 
+/// What became of the wish for a backup job.
+enum Begun {
+    /// It runs under this name; what it was begun with, and why it was begun otherwise.
+    Job { name: String, wanted: Wanted, reason: Option<String> },
+    /// There are none at this host, in its own words.
+    NoJobs { name: String, words: String },
+}
+
 impl Libvirt {
     /// The folder that QEMU writes into, opened.
     fn qemu_folder(&self) -> Result<Root, Error> {
@@ -161,8 +171,7 @@ impl Libvirt {
     }
 
     /// Begins a backup job of a running domain. Where the checkpoints do not serve, once more without them: then nobody knows what changed.
-    /// Answers its name, what it was begun with, and why it was begun otherwise.
-    fn begin(&self, found: &Domain, mut wanted: Wanted, touch: &dyn Touch) -> Result<(String, Wanted, Option<String>), Error> {
+    fn begin(&self, found: &Domain, mut wanted: Wanted, touch: &dyn Touch) -> Result<Begun, Error> {
         let folder = self.qemu_folder()?;
         let name = format!("{}{}-{}", self.ours, touch.job(), shared::ids::random_hex::<4>());
         touch.snapshot(&name).map_err(ledger)?;
@@ -189,7 +198,7 @@ impl Libvirt {
                 touch.asking(false).map_err(ledger)?;
             }
             match begun {
-                Ok(()) => return Ok((name, wanted, reason)),
+                Ok(()) => return Ok(Begun::Job { name, wanted, reason }),
                 Err(Failed::Notes(e)) => return Err(Error::fatal(Code::Internal, format!("the agent's own folder: {e}"))),
                 Err(Failed::Tool(exec::Error::Failed(words)))
                     if wanted.since.iter().any(Option::is_some) && hot::is_about_checkpoints(&words) =>
@@ -201,9 +210,43 @@ impl Libvirt {
                     reason = Some(format!("no checkpoint can be made: {words}"));
                     wanted.checkpoint = None;
                 }
+                Err(Failed::Tool(exec::Error::Failed(words))) if overlay::is_wanted(&words) => return Ok(Begun::NoJobs { name, words }),
                 Err(Failed::Tool(e)) => return Err(told(e)),
             }
         }
+    }
+
+    /// The disks of a running domain as they are now, while it goes on over overlays of this name.
+    fn over_overlays(&self, found: Domain, name: &str, touch: &dyn Touch) -> Result<(Vm, Vec<Opened>), Error> {
+        // What cannot be read is not touched.
+        for (disk, opened) in found.vm.disks.iter().zip(self.disks(&found)?) {
+            let place = self.vault.locate(&disk.source).map_err(|e| Error::fatal(e.code(), e.to_string()))?;
+            let failed = |e: std::io::Error| Error::fatal(Code::Internal, format!("{}: {e}", place.root.path.display()));
+            let (wanted, (free, _)) = (SCRATCH + opened.disk.capacity() / 20, place.root.space().map_err(failed)?);
+            if free < wanted {
+                let (free, wanted) = (free >> 20, wanted >> 20);
+                let message = format!(
+                    "{free} MiB are free beside {}; what the guest writes meanwhile is kept there: {wanted} MiB are wanted",
+                    disk.source
+                );
+                return Err(Error::fatal(Code::NoSpace, message));
+            }
+        }
+        let overlays = overlay::of(&found, name);
+        touch.overlays(&overlays).map_err(ledger)?;
+        touch.asking(true).map_err(ledger)?;
+        let laid = overlay::lay(&self.uri, &found, &overlays, (&self.folders.notes, &self.folders.notes_path), name);
+        if matches!(laid, Ok(()) | Err(Failed::Notes(_) | Failed::Tool(exec::Error::Failed(_)))) {
+            touch.asking(false).map_err(ledger)?;
+        }
+        laid.map_err(|failed| match failed {
+            Failed::Notes(e) => Error::fatal(Code::Internal, format!("the agent's own folder: {e}")),
+            Failed::Tool(e) => told(e),
+        })?;
+        // Written to no more, and all that QEMU held of them is in them.
+        let (vm, disks) = self.cold(found)?;
+        let frozen = disks.into_iter().map(|opened| Opened { identity: format!("{name}:{}", opened.identity), ..opened });
+        Ok((vm, frozen.collect()))
     }
 
     /// The disks of a job that runs.
@@ -287,7 +330,16 @@ impl Source for Libvirt {
         if found.is_off {
             return self.cold(found);
         }
-        let (name, wanted, _) = self.begin(&found, Wanted::default(), touch)?;
+        let (name, wanted) = match self.begin(&found, Wanted::default(), touch)? {
+            Begun::Job { name, wanted, .. } => (name, wanted),
+            Begun::NoJobs { name, words } => {
+                touch.log(format!(
+                    "{} is {} and its host has no backup jobs ({words}): its files are read, and what it writes meanwhile goes into overlays",
+                    found.vm.name, found.vm.power_state
+                ));
+                return self.over_overlays(found, &name, touch);
+            }
+        };
         touch.log(format!("{} is {}: it is read through the backup job {name}", found.vm.name, found.vm.power_state));
         let exports = self.exports(&found, &name, &wanted, touch)?;
         let opened = found.vm.disks.iter().zip(exports).map(|(disk, (export, _))| Opened {
@@ -333,7 +385,13 @@ impl Source for Libvirt {
         let checkpoint = bearers.then(|| format!("{}{}-{}", self.ours, touch.job(), shared::ids::random_hex::<4>()));
         let sources = found.vm.disks.iter().map(|disk| disk.source.as_str());
         let wanted = Wanted { since: found.targets.iter().zip(&found.formats).zip(sources).map(since_of).collect(), checkpoint };
-        let (name, begun, reason) = self.begin(&found, wanted, touch)?;
+        let (name, begun, reason) = match self.begin(&found, wanted, touch)? {
+            Begun::Job { name, wanted, reason } => (name, wanted, reason),
+            Begun::NoJobs { words, .. } => {
+                let message = format!("{}: its host has no backup jobs ({words}): export it, or shut it down for a backup", found.vm.name);
+                return Err(Error::fatal(Code::Unprocessable, message));
+            }
+        };
         touch.log(format!("{} is {}: it is read through the backup job {name}", found.vm.name, found.vm.power_state));
         let exports = self.exports(&found, &name, &begun, touch)?;
         let mut frozen = Vec::with_capacity(exports.len());
@@ -379,10 +437,14 @@ impl Source for Libvirt {
             );
             return Err(Error::fatal(Code::Conflict, message));
         }
-        for ours in &standing {
-            hot::forget(&self.uri, vm_id, ours).map_err(told)?;
+        snapshots::take(&self.uri, &found, wish, (&self.folders.notes, &self.folders.notes_path))?;
+        for ours in standing.iter().filter(|name| name.starts_with(&self.ours)) {
+            // It is taken; what stays now goes with the next backup.
+            if let Err(e) = hot::forget(&self.uri, vm_id, ours) {
+                tracing::warn!(domain = vm_id, checkpoint = ours, error = %e, "a checkpoint stays beside a new snapshot");
+            }
         }
-        snapshots::take(&self.uri, &found, wish, (&self.folders.notes, &self.folders.notes_path))
+        Ok(())
     }
 
     fn remove_snapshot(&self, vm_id: &str, snapshot: &Snapshot, children: bool) -> Result<(), Error> {
@@ -486,20 +548,22 @@ impl Source for Libvirt {
         for name in &touched.snapshots {
             was_there |= hot::end(&self.uri, &touched.vm, folder.as_ref().map(Root::dir), name).map_err(told)?;
         }
+        // A job or an overlay that was asked for, and that nobody has answered: libvirt may still begin it.
+        let waited = touched.asked_at.map(|at| shared::clock::now().timestamp_millis().saturating_sub(at));
+        let may_come = waited.is_some_and(|waited| waited < UNANSWERED);
+        let back = touched.overlays.iter().map(|overlay| overlay::put_back(&self.uri, &self.vault, &touched.vm, overlay, may_come));
+        let back = back.collect::<Vec<_>>().into_iter().collect::<Result<Vec<_>, _>>()?;
+        was_there |= back.contains(&overlay::Back::Done);
         // All of them, whatever becomes of one.
         let domains = touched.domains.iter().map(|domain| remove_domain(&self.uri, domain));
         let networks = touched.networks.iter().map(|network| hot::remove_network(&self.uri, network).map_err(told));
         let checkpoints = touched.checkpoints.iter().map(|id| hot::forget(&self.uri, &touched.vm, hot::checkpoint_of(id)).map_err(told));
         domains.chain(networks).chain(checkpoints).collect::<Vec<_>>().into_iter().collect::<Result<Vec<()>, Error>>()?;
-        // A job that was asked for, and that nobody has answered: libvirt may still begin it.
-        let waited = touched.asked_at.map(|at| shared::clock::now().timestamp_millis().saturating_sub(at));
-        match waited {
-            Some(waited) if !was_there && !touched.snapshots.is_empty() && waited < UNANSWERED => {
-                let message = "whether a backup job that was asked for has begun is not known yet".to_owned();
-                Err(Error { code: Code::Unavailable, message, retryable: true })
-            }
-            _ => Ok(Vec::new()),
+        if may_come && !was_there && !touched.snapshots.is_empty() {
+            let message = "whether a backup job that was asked for has begun is not known yet".to_owned();
+            return Err(Error { code: Code::Unavailable, message, retryable: true });
         }
+        Ok(Vec::new())
     }
 
     fn open_snapshots(&self, _: &str) -> Result<Vec<Opened>, Error> {
