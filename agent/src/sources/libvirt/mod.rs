@@ -216,39 +216,6 @@ impl Libvirt {
         }
     }
 
-    /// The disks of a running domain as they are now, while it goes on over overlays of this name.
-    fn over_overlays(&self, found: Domain, name: &str, touch: &dyn Touch) -> Result<(Vm, Vec<Opened>), Error> {
-        // What cannot be read is not touched.
-        for (disk, opened) in found.vm.disks.iter().zip(self.disks(&found)?) {
-            let place = self.vault.locate(&disk.source).map_err(|e| Error::fatal(e.code(), e.to_string()))?;
-            let failed = |e: std::io::Error| Error::fatal(Code::Internal, format!("{}: {e}", place.root.path.display()));
-            let (wanted, (free, _)) = (SCRATCH + opened.disk.capacity() / 20, place.root.space().map_err(failed)?);
-            if free < wanted {
-                let (free, wanted) = (free >> 20, wanted >> 20);
-                let message = format!(
-                    "{free} MiB are free beside {}; what the guest writes meanwhile is kept there: {wanted} MiB are wanted",
-                    disk.source
-                );
-                return Err(Error::fatal(Code::NoSpace, message));
-            }
-        }
-        let overlays = overlay::of(&found, name);
-        touch.overlays(&overlays).map_err(ledger)?;
-        touch.asking(true).map_err(ledger)?;
-        let laid = overlay::lay(&self.uri, &found, &overlays, (&self.folders.notes, &self.folders.notes_path), name);
-        if matches!(laid, Ok(()) | Err(Failed::Notes(_) | Failed::Tool(exec::Error::Failed(_)))) {
-            touch.asking(false).map_err(ledger)?;
-        }
-        laid.map_err(|failed| match failed {
-            Failed::Notes(e) => Error::fatal(Code::Internal, format!("the agent's own folder: {e}")),
-            Failed::Tool(e) => told(e),
-        })?;
-        // Written to no more, and all that QEMU held of them is in them.
-        let (vm, disks) = self.cold(found)?;
-        let frozen = disks.into_iter().map(|opened| Opened { identity: format!("{name}:{}", opened.identity), ..opened });
-        Ok((vm, frozen.collect()))
-    }
-
     /// The disks of a job that runs.
     fn exports(&self, found: &Domain, name: &str, wanted: &Wanted, touch: &dyn Touch) -> Result<Vec<(Exported, Moved)>, Error> {
         let folder = self.qemu_folder()?;

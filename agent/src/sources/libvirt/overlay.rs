@@ -14,12 +14,13 @@ use std::time::Duration;
 
 use shared::error::Code;
 use shared::vault::{self, Dir, Vault};
+use shared::vm::Vm;
 
 use super::domain::{self, Domain, Facts};
 use super::virsh::Uri;
-use super::{hot, told};
+use super::{Libvirt, SCRATCH, hot, ledger, told};
 use crate::exec;
-use crate::sources::Error;
+use crate::sources::{Error, Opened, Touch};
 use crate::touched::Overlay;
 
 /// How long it may take to put back what a guest has written meanwhile.
@@ -61,6 +62,41 @@ pub fn lay(uri: &Uri, found: &Domain, overlays: &[Overlay], notes: (&Dir, &Path)
     // What virsh has read is of no more use.
     let _ = dir.remove_file(&file);
     laid.map(drop).map_err(hot::Failed::Tool)
+}
+
+impl Libvirt {
+    /// The disks of a running domain as they are now, while it goes on over overlays of this name.
+    pub(super) fn over_overlays(&self, found: Domain, name: &str, touch: &dyn Touch) -> Result<(Vm, Vec<Opened>), Error> {
+        // What cannot be read is not touched.
+        for (disk, opened) in found.vm.disks.iter().zip(self.disks(&found)?) {
+            let place = self.vault.locate(&disk.source).map_err(|e| Error::fatal(e.code(), e.to_string()))?;
+            let failed = |e: std::io::Error| Error::fatal(Code::Internal, format!("{}: {e}", place.root.path.display()));
+            let (wanted, (free, _)) = (SCRATCH + opened.disk.capacity() / 20, place.root.space().map_err(failed)?);
+            if free < wanted {
+                let (free, wanted) = (free >> 20, wanted >> 20);
+                let message = format!(
+                    "{free} MiB are free beside {}; what the guest writes meanwhile is kept there: {wanted} MiB are wanted",
+                    disk.source
+                );
+                return Err(Error::fatal(Code::NoSpace, message));
+            }
+        }
+        let overlays = of(&found, name);
+        touch.overlays(&overlays).map_err(ledger)?;
+        touch.asking(true).map_err(ledger)?;
+        let laid = lay(&self.uri, &found, &overlays, (&self.folders.notes, &self.folders.notes_path), name);
+        if matches!(laid, Ok(()) | Err(hot::Failed::Notes(_) | hot::Failed::Tool(exec::Error::Failed(_)))) {
+            touch.asking(false).map_err(ledger)?;
+        }
+        laid.map_err(|failed| match failed {
+            hot::Failed::Notes(e) => Error::fatal(Code::Internal, format!("the agent's own folder: {e}")),
+            hot::Failed::Tool(e) => told(e),
+        })?;
+        // Written to no more, and all that QEMU held of them is in them.
+        let (vm, disks) = self.cold(found)?;
+        let frozen = disks.into_iter().map(|opened| Opened { identity: format!("{name}:{}", opened.identity), ..opened });
+        Ok((vm, frozen.collect()))
+    }
 }
 
 /// What has become of an overlay.
