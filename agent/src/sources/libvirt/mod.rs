@@ -37,7 +37,7 @@ use self::hot::{Failed, Place, Wanted};
 use self::nbd::Exported;
 use self::virsh::Uri;
 use super::local::Local;
-use super::{Areas, Error, Frozen, Moved, Opened, Since, Source, Touch};
+use super::{Areas, Error, Frozen, Moved, Opened, Since, Source, Touch, Waiting};
 use crate::exec;
 use crate::formats::{Disk, Extent, FormatError, Scratch};
 use crate::touched::Touched;
@@ -360,7 +360,7 @@ impl Source for Libvirt {
         snapshots::list(&self.uri, &found.vm.id).map_err(told)
     }
 
-    fn take_snapshot(&self, vm_id: &str, wish: &Wish) -> Result<(), Error> {
+    fn take_snapshot(&self, vm_id: &str, wish: &Wish, waiting: &Waiting) -> Result<(), Error> {
         let found = self.found(vm_id)?;
         if let Some(message) = snapshots::hindrance(&found, wish) {
             return Err(Error::fatal(Code::Unprocessable, message));
@@ -375,15 +375,17 @@ impl Source for Libvirt {
             );
             return Err(Error::fatal(Code::Conflict, message));
         }
-        for ours in &standing {
+        waiting.check()?;
+        for ours in standing.iter().filter(|name| name.starts_with(&self.ours)) {
             hot::forget(&self.uri, vm_id, ours).map_err(told)?;
         }
-        snapshots::take(&self.uri, &found, wish, (&self.folders.notes, &self.folders.notes_path))
+        snapshots::take(&self.uri, &found, wish, (&self.folders.notes, &self.folders.notes_path), waiting)
     }
 
-    fn remove_snapshot(&self, vm_id: &str, snapshot: &Snapshot, children: bool) -> Result<(), Error> {
+    fn remove_snapshot(&self, vm_id: &str, snapshot: &Snapshot, going: &BTreeSet<String>, waiting: &Waiting) -> Result<(), Error> {
         let found = self.found(vm_id)?;
-        snapshots::remove(&self.uri, &found, &snapshot.id, children)
+        waiting.check()?;
+        snapshots::remove(&self.uri, &found, &snapshot.id, going, waiting)
     }
 
     fn power(&self, vm_id: &str, action: Action) -> Result<String, Error> {
