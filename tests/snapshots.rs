@@ -91,6 +91,8 @@ async fn a_domains_snapshots_are_taken_listed_and_removed_one_by_one() {
         (json!({"name": "x", "memory": true, "quiesce": true}), 400, "bad_request", "exclude"),
         (json!({"name": "a/b"}), 400, "bad_request", "name"),
         (json!({"name": "hypersdk-x"}), 400, "bad_request", "hypersdk-"),
+        (json!({"name": "snapshot-12"}), 400, "bad_request", "snapshot-"),
+        (json!({"name": "x", "description": "\u{fffe}"}), 400, "bad_request", "description"),
         (json!({"name": "x", "colour": "red"}), 400, "bad_request", "colour"),
         (json!({"description": "x"}), 400, "bad_request", "name"),
     ] {
@@ -289,13 +291,23 @@ async fn snapshots_at_vsphere_are_removed_alone_or_with_those_above_them() {
     let double = Double::start(&fleet.scratch, Kind::Vcenter, &image).await;
     let account =
         json!({"provider": "vsphere", "name": "vc", "host": double.host, "username": USER, "password": double::PASSWORD, "insecure": true});
-    client.post("/providers/connect", account).await.expect(201);
+    client.post("/providers/connect", account.clone()).await.expect(201);
+    let again = serde_json::Map::from_iter(account.as_object().unwrap().clone().into_iter().chain([("name".to_owned(), json!("again"))]));
+    client.post("/providers/connect", Value::Object(again)).await.expect(201);
     let id = |name: &str| {
         let path = format!("/vms/vc/{name}");
         async move { client.get(&path).await.expect(200).body["id"].as_str().unwrap().to_owned() }
     };
     let (off, on) = (id(Kind::Vcenter.vm()).await, id(Kind::Vcenter.other()).await);
     let (vm, running) = (format!("/vms/vc/{off}"), format!("/vms/vc/{on}"));
+
+    // Nothing is done to the snapshots of a VM whose disks a job reads, not of one that is off either.
+    let slow =
+        |vm: &str| json!({"type": "export", "provider": "vc", "vm_name": vm, "format": "qcow2", "options": {"bandwidth_limit": 2 * MIB}});
+    let job = client.create_job(slow(&off)).await;
+    client.in_stage(&job, &["copying"], seconds(30)).await;
+    assert!(take(client, &vm, json!({"name": "x"})).await.refused(409, "conflict").contains(&job));
+    client.completed(&job, seconds(60)).await;
 
     // A task takes its time.
     double.task_time(std::time::Duration::from_millis(700)).await;
@@ -349,17 +361,32 @@ async fn snapshots_at_vsphere_are_removed_alone_or_with_those_above_them() {
     let sentence = take(client, &running, json!({"name": "calm", "quiesce": true})).await.refused(422, "unprocessable");
     assert!(sentence.contains("Tools"), "{sentence}");
     // A job's own snapshot is the job's.
-    let slow = json!({"type": "export", "provider": "vc", "vm_name": on, "format": "qcow2", "options": {"bandwidth_limit": 2 * MIB}});
-    let job = client.create_job(slow).await;
+    let job = client.create_job(slow(&on)).await;
     client.in_stage(&job, &["copying"], seconds(30)).await;
     let rows = list(client, &running, "").await;
     let ours = rows.iter().find(|row| row["name"].as_str().unwrap().starts_with("hypersdk-")).unwrap_or_else(|| panic!("{rows:#?}"));
-    for path in [format!("{running}/snapshots/{}", ours["id"].as_str().unwrap()), format!("{running}/snapshots/warm?children=true")] {
+    let ours = ours["id"].as_str().unwrap();
+    // By another connection to the same server, too.
+    for path in [
+        format!("{running}/snapshots/{ours}"),
+        format!("{running}/snapshots/warm?children=true"),
+        format!("/vms/again/{on}/snapshots/{ours}"),
+        format!("/vms/again/{on}/snapshots/warm?children=true"),
+    ] {
         let sentence = client.delete(&path).await.refused(409, "conflict");
         assert!(sentence.contains(&job), "{sentence}");
     }
     client.completed(&job, seconds(60)).await;
     assert_eq!(names(&list(client, &running, "").await), ["warm"], "the job's is gone, the operator's stays");
+    // What an ended job has left may go; of a job that is nobody's here nobody knows whether it has ended.
+    let (left, foreign) = (format!("hypersdk-{job}-0a1b2c3d"), "hypersdk-job-00000000deadbeef-0a1b2c3d");
+    for name in [left.as_str(), foreign] {
+        double.snapshot(&on, name).await;
+    }
+    let sentence = client.delete(&format!("{running}/snapshots/{foreign}")).await.refused(409, "conflict");
+    assert!(sentence.contains("job-00000000deadbeef") && sentence.contains("does not know"), "{sentence}");
+    client.delete(&format!("{running}/snapshots/{left}")).await.expect(204);
+    assert_eq!(tree(&double, &on).await, ["warm", foreign]);
     client.delete(&format!("{running}/snapshots/warm")).await.expect(204);
-    assert_eq!((double.left().await, counted(client, &running).await), ((0, 2), 0));
+    assert_eq!((double.left().await, counted(client, &running).await), ((0, 3), 1));
 }

@@ -317,7 +317,9 @@ fn answer(agent: &Arc<Agent>, browse: v1::Browse, tell: &mpsc::Sender<v1::AgentM
     let (agent, tell) = (agent.clone(), tell.clone());
     // Noted here, in the order of the stream: a word that nobody waits any more comes later.
     let stop = match browse.question {
-        Some(Question::Digests(_) | Question::Deploy(_)) => agent.begin_question(browse.id),
+        Some(Question::Digests(_) | Question::Deploy(_) | Question::TakeSnapshot(_) | Question::RemoveSnapshot(_)) => {
+            agent.begin_question(browse.id)
+        }
         _ => Arc::default(),
     };
     tokio::task::spawn_blocking(move || {
@@ -350,8 +352,16 @@ fn answer(agent: &Arc<Agent>, browse: v1::Browse, tell: &mpsc::Sender<v1::AgentM
                 answered
             }
             Some(Question::Snapshots(asked)) => snapshots::list(&agent, &asked),
-            Some(Question::TakeSnapshot(wanted)) => snapshots::take(&agent, &tell, &wanted),
-            Some(Question::RemoveSnapshot(wanted)) => snapshots::remove(&agent, &tell, &wanted),
+            Some(Question::TakeSnapshot(wanted)) => {
+                let answered = snapshots::take(&agent, &tell, &wanted, &stop);
+                agent.end_question(browse.id, &stop);
+                answered
+            }
+            Some(Question::RemoveSnapshot(wanted)) => {
+                let answered = snapshots::remove(&agent, &tell, &wanted, &stop);
+                agent.end_question(browse.id, &stop);
+                answered
+            }
             Some(Question::RemoveExport(wanted)) => browse::remove_export(&agent, &wanted),
             Some(Question::Digests(question)) => {
                 let answered = crate::digests::answer(&agent, &question, &stop);

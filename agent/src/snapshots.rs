@@ -7,6 +7,9 @@
 //! answer is. Never: retries an act: the next look says what has become of it. A crash here leaves what the hypervisor makes of the order.
 
 use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
 
 use proto::v1;
 use serde_json::{Value, json};
@@ -14,8 +17,12 @@ use shared::error::Code;
 use shared::snapshots::{self, Snapshot, Wish};
 use tokio::sync::mpsc;
 
-use crate::sources::Error;
+use crate::sources::{Error, Waiting};
 use crate::{Agent, touched};
+
+/// How long an act may take, so that its answer comes before the controller gives up: taking one writes the memory while the guest stands
+/// still, removing one writes what it held.
+const ACT: Duration = Duration::from_secs(840);
 
 type Tell = mpsc::Sender<v1::AgentMessage>;
 
@@ -32,9 +39,13 @@ pub fn list(agent: &Agent, asked: &v1::Snapshots) -> Result<Value, Error> {
     told(&agent.source(named(asked.connection.as_ref())?)?.snapshots(&asked.vm_id)?)
 }
 
-/// Takes one; answers it.
-pub fn take(agent: &Agent, tell: &Tell, wanted: &v1::TakeSnapshot) -> Result<Value, Error> {
-    let connection = named(wanted.connection.as_ref())?;
+fn waiting(stop: &Arc<AtomicBool>) -> Waiting {
+    Waiting { until: Instant::now() + ACT, given_up: stop.clone() }
+}
+
+/// Takes one; answers it. Set, `stop` keeps it from beginning.
+pub fn take(agent: &Agent, tell: &Tell, wanted: &v1::TakeSnapshot, stop: &Arc<AtomicBool>) -> Result<Value, Error> {
+    let (connection, waiting) = (named(wanted.connection.as_ref())?, waiting(stop));
     let (name, description) = (wanted.name.clone(), wanted.description.clone());
     let wish = Wish { name, description, memory: wanted.memory, quiesce: wanted.quiesce };
     if let Some(flaw) = wish.flaw() {
@@ -42,38 +53,44 @@ pub fn take(agent: &Agent, tell: &Tell, wanted: &v1::TakeSnapshot) -> Result<Val
     }
     let source = agent.source(connection)?;
     let is_it = |snapshot: &&Snapshot| snapshot.name == wish.name;
-    let made = act(agent, tell, connection, &wanted.vm_id, || {
+    let made = act(agent, tell, connection, &wanted.vm_id, &waiting, || {
         if source.snapshots(&wanted.vm_id)?.iter().any(|snapshot| is_it(&snapshot)) {
             let message = format!("the VM has a snapshot {:?} already; choose another name, or remove that one first", wish.name);
             return Err(Error::fatal(Code::Conflict, message));
         }
-        source.take_snapshot(&wanted.vm_id, &wish)?;
+        source.take_snapshot(&wanted.vm_id, &wish, &waiting)?;
         source.snapshots(&wanted.vm_id)
     })?;
     let made = made.iter().find(is_it);
     told(made.ok_or_else(|| Error::fatal(Code::BadGateway, "the snapshot was taken and is not there; somebody may have removed it"))?)
 }
 
-/// Removes one, where asked with those above it.
-pub fn remove(agent: &Agent, tell: &Tell, wanted: &v1::RemoveSnapshot) -> Result<Value, Error> {
-    let connection = named(wanted.connection.as_ref())?;
+/// Removes one, where asked with those above it. Set, `stop` keeps it from beginning. Where a name is a job's of which the question does not say
+/// that it has ended, nothing is removed, and the answer names it: the controller knows what has become of it.
+pub fn remove(agent: &Agent, tell: &Tell, wanted: &v1::RemoveSnapshot, stop: &Arc<AtomicBool>) -> Result<Value, Error> {
+    let (connection, waiting) = (named(wanted.connection.as_ref())?, waiting(stop));
     let source = agent.source(connection)?;
-    act(agent, tell, connection, &wanted.vm_id, || {
+    act(agent, tell, connection, &wanted.vm_id, &waiting, || {
         let all = source.snapshots(&wanted.vm_id)?;
         let found = found(&all, &wanted.snapshot)?;
         let ids = if wanted.children { snapshots::with_those_above(&all, &found.id) } else { BTreeSet::from([found.id.clone()]) };
         is_nobodys(agent, connection, &wanted.vm_id, &all, &ids)?;
-        source.remove_snapshot(&wanted.vm_id, found, wanted.children)?;
+        let going = all.iter().filter(|snapshot| ids.contains(&snapshot.id));
+        let jobs: BTreeSet<&str> = going.filter_map(|snapshot| snapshots::job_of(&snapshot.name)).collect();
+        let unknown: Vec<&str> = jobs.into_iter().filter(|job| !wanted.ended.iter().any(|ended| ended == job)).collect();
+        if !unknown.is_empty() {
+            return Ok(json!({ "jobs": unknown }));
+        }
+        source.remove_snapshot(&wanted.vm_id, found, &ids, &waiting)?;
         let still: Vec<String> =
             source.snapshots(&wanted.vm_id)?.into_iter().map(|snapshot| snapshot.id).filter(|id| ids.contains(id)).collect();
         match still.first() {
-            None => Ok(()),
+            None => Ok(json!({})),
             Some(id) => {
                 Err(Error::fatal(Code::BadGateway, format!("the hypervisor says that it is done, and the snapshot {id} is still there")))
             }
         }
-    })?;
-    Ok(json!({}))
+    })
 }
 
 fn found<'a>(all: &'a [Snapshot], wanted: &str) -> Result<&'a Snapshot, Error> {
@@ -83,7 +100,10 @@ fn found<'a>(all: &'a [Snapshot], wanted: &str) -> Result<&'a Snapshot, Error> {
             let shown: String = wanted.chars().take(100).collect();
             Err(Error::fatal(Code::NotFound, format!("the VM has no snapshot {shown:?}")))
         }
-        Err(ids) => Err(Error::fatal(Code::Ambiguous, format!("several snapshots bear that name; name one by its id: {}", ids.join(", ")))),
+        Err(ids) => Err(Error::fatal(
+            Code::Ambiguous,
+            format!("several snapshots are called that, by name or by id: name one by its id, or another one first: {}", ids.join(", ")),
+        )),
     }
 }
 
@@ -98,7 +118,15 @@ fn is_nobodys(agent: &Agent, connection: &v1::Connection, vm: &str, all: &[Snaps
 }
 
 /// Does something about a VM's snapshots while no job has it frozen, and tells its inventory.
-fn act<T>(agent: &Agent, tell: &Tell, connection: &v1::Connection, vm: &str, act: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
+fn act<T>(
+    agent: &Agent,
+    tell: &Tell,
+    connection: &v1::Connection,
+    vm: &str,
+    waiting: &Waiting,
+    act: impl FnOnce() -> Result<T, Error>,
+) -> Result<T, Error> {
+    waiting.check()?;
     let taken = agent.freezing.try_take(&touched::frozen_name(&connection.name, vm));
     let _taken = taken.map_err(|holder| {
         let who = if holder.starts_with("job-") { holder } else { "another request".to_owned() };

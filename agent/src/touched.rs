@@ -397,13 +397,18 @@ pub fn has_overlays(agent: &Agent, connection: &str, vm: &str) -> io::Result<Opt
     Ok(None)
 }
 
-/// The job whose notes name one of these snapshots of a VM, and which: that job removes it, or the reaper does.
+/// The job whose notes name one of these snapshots of a VM, and which: that job removes it, or the reaper does. An error where notes cannot be
+/// read that may name one of them.
 pub fn maker(agent: &Agent, connection: &str, vm: &str, names: &BTreeSet<&str>) -> io::Result<Option<(String, String)>> {
+    if !names.iter().any(|name| name.starts_with(shared::snapshots::OURS)) {
+        return Ok(None);
+    }
     for entry in agent.ledger.dir().entries()? {
         let Ok(file) = entry?.file_name().into_string() else { continue };
         let Some(job) = file.strip_suffix(".touched") else { continue };
-        // One that cannot be read, or vanishes meanwhile, names nothing; the reaper says so.
-        let Ok(Some(noted)) = noted(agent, job) else { continue };
+        // One that vanishes meanwhile names nothing.
+        let unread = |e: io::Error| io::Error::new(e.kind(), format!("the notes of {job}: {e}"));
+        let Some(noted) = noted(agent, job).map_err(unread)? else { continue };
         let is_of = noted.connection.0 == connection && noted.vm == vm;
         if let Some(name) = noted.snapshots.iter().find(|name| is_of && names.contains(name.as_str())) {
             return Ok(Some((job.to_owned(), name.clone())));

@@ -3,7 +3,7 @@
 //! Owns: the shape of what agents tell, what a sane name is, and which snapshots lie above another. Never: knows a hypervisor; is stored: it is
 //! asked when somebody wants it. A crash here costs nothing.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
@@ -64,11 +64,13 @@ impl Wish {
         }
         if !is_name(&self.name) {
             return Some(format!(
-                "`name` must be 1 to {LONGEST_NAME} characters (at most {MOST_NAME} bytes), not digits alone, without control characters, `/`, \
-                 `\\`, `\"` and `%`, not beginning with `.` or `-`, and neither beginning nor ending with a blank"
+                "`name` must be 1 to {LONGEST_NAME} characters (at most {MOST_NAME} bytes), not digits alone and not `snapshot-` with digits (an id \
+                 of vSphere), without control characters, `/`, `\\`, `\"` and `%`, not beginning with `.` or `-`, and neither beginning nor \
+                 ending with a blank"
             ));
         }
-        let is_odd = |c: char| c.is_control() && !matches!(c, '\n' | '\t');
+        // XML has no way to write the last two.
+        let is_odd = |c: char| c.is_control() && !matches!(c, '\n' | '\t') || matches!(c, '\u{fffe}' | '\u{ffff}');
         if self.description.chars().count() > LONGEST_DESCRIPTION || self.description.chars().any(is_odd) {
             return Some(format!(
                 "`description` must be at most {LONGEST_DESCRIPTION} characters without control characters but line ends and tabs"
@@ -88,17 +90,21 @@ fn is_name(name: &str) -> bool {
     (1..=LONGEST_NAME).contains(&count)
         && name.len() <= MOST_NAME
         && !name.chars().any(is_bad)
-        && !name.bytes().all(|byte| byte.is_ascii_digit())
+        && !name.strip_prefix("snapshot-").unwrap_or(name).bytes().all(|byte| byte.is_ascii_digit())
         && !name.starts_with(['.', '-'])
         && name.trim() == name
 }
 
-/// Finds the one that is meant: an id says exactly which, a name where one bears it. Several: their ids.
+/// The job whose temporary snapshot bears this name: `hypersdk-…JOB-HEX`.
+pub fn job_of(name: &str) -> Option<&str> {
+    let (before, _) = name.strip_prefix(OURS)?.rsplit_once('-')?;
+    let job = &before[before.rfind("job-")?..];
+    job.parse::<crate::ids::JobId>().is_ok().then_some(job)
+}
+
+/// Finds the one that is meant, by its id or by a name that it alone bears. Several, one of which may be called as another's id is: their ids.
 pub fn find<'a>(all: &'a [Snapshot], wanted: &str) -> Result<Option<&'a Snapshot>, Vec<String>> {
-    if let Some(exact) = all.iter().find(|snapshot| snapshot.id == wanted) {
-        return Ok(Some(exact));
-    }
-    let named: Vec<&Snapshot> = all.iter().filter(|snapshot| snapshot.name == wanted).collect();
+    let named: Vec<&Snapshot> = all.iter().filter(|snapshot| snapshot.id == wanted || snapshot.name == wanted).collect();
     match named.as_slice() {
         [] => Ok(None),
         [one] => Ok(Some(one)),
@@ -108,16 +114,19 @@ pub fn find<'a>(all: &'a [Snapshot], wanted: &str) -> Result<Option<&'a Snapshot
 
 /// The ids of a snapshot and of all that were taken over it.
 pub fn with_those_above(all: &[Snapshot], id: &str) -> BTreeSet<String> {
-    let mut found = BTreeSet::from([id.to_owned()]);
-    loop {
-        let is_above =
-            |snapshot: &&Snapshot| !found.contains(&snapshot.id) && snapshot.parent.as_ref().is_some_and(|id| found.contains(id));
-        let more: Vec<String> = all.iter().filter(is_above).map(|snapshot| snapshot.id.clone()).collect();
-        if more.is_empty() {
-            return found;
+    let mut above: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for snapshot in all {
+        if let Some(parent) = &snapshot.parent {
+            above.entry(parent).or_default().push(&snapshot.id);
         }
-        found.extend(more);
     }
+    let (mut found, mut open) = (BTreeSet::new(), vec![id]);
+    while let Some(id) = open.pop() {
+        if found.insert(id.to_owned()) {
+            open.extend(above.get(id).into_iter().flatten());
+        }
+    }
+    found
 }
 
 #[cfg(test)]
@@ -130,8 +139,15 @@ mod tests {
 
     #[test]
     fn a_name_is_one_that_every_hypervisor_keeps_as_it_is() {
-        for good in ["a", "before the update", "Vor dem Umzug, 3. März (Büro) #2 & <x> 'y' ?=+;", "2026-01-02", "ünï", &"a".repeat(80)]
-        {
+        for good in [
+            "a",
+            "snapshot-a",
+            "before the update",
+            "Vor dem Umzug, 3. März (Büro) #2 & <x> 'y' ?=+;",
+            "2026-01-02",
+            "ünï",
+            &"a".repeat(80),
+        ] {
             assert_eq!(wish(good).flaw(), None, "{good}");
         }
         for bad in [
@@ -148,14 +164,28 @@ mod tests {
             "a\nb",
             "a\0",
             "hypersdk-x",
+            "snapshot-12",
             &"a".repeat(81),
             &"語".repeat(70),
         ] {
             assert!(wish(bad).flaw().is_some(), "{bad}");
         }
         assert!(Wish { memory: true, quiesce: true, ..wish("a") }.flaw().is_some());
-        assert!(Wish { description: "a\u{1}".to_owned(), ..wish("a") }.flaw().is_some());
+        for bad in ["a\u{1}", "a\u{fffe}", "\u{ffff}"] {
+            assert!(Wish { description: bad.to_owned(), ..wish("a") }.flaw().is_some(), "{bad:?}");
+        }
         assert_eq!(Wish { description: "a\n\tb".to_owned(), ..wish("a") }.flaw(), None);
+    }
+
+    #[test]
+    fn a_jobs_snapshot_bears_its_jobs_name() {
+        let job = "job-0123456789abcdef";
+        for name in [format!("hypersdk-{job}-0a1b2c3d"), format!("hypersdk-agent-1-kvm-{job}-0a1b2c3d")] {
+            assert_eq!(job_of(&name), Some(job), "{name}");
+        }
+        for name in ["hypersdk-", "hypersdk-job-12-34", "a-job-0123456789abcdef-0a1b2c3d", "hypersdk-x-y", "before"] {
+            assert_eq!(job_of(name), None, "{name}");
+        }
     }
 
     #[test]
@@ -168,7 +198,9 @@ mod tests {
         };
         // A loop is nobody's tree, and ends all the same.
         let all = [one("1", "a", None), one("2", "a", Some("1")), one("3", "1", Some("2")), one("4", "b", None), one("5", "c", Some("5"))];
-        assert_eq!(find(&all, "1").map(|found| found.map(|found| found.id.as_str())), Ok(Some("1")));
+        // What is one's name and another's id is either.
+        assert_eq!(find(&all, "1"), Err(vec!["1".to_owned(), "3".to_owned()]));
+        assert_eq!(find(&all, "3").map(|found| found.map(|found| found.id.as_str())), Ok(Some("3")));
         assert_eq!(find(&all, "b").map(|found| found.map(|found| found.id.as_str())), Ok(Some("4")));
         assert_eq!((find(&all, "a"), find(&all, "z")), (Err(vec!["1".to_owned(), "2".to_owned()]), Ok(None)));
         let above = |id: &str| with_those_above(&all, id).into_iter().collect::<Vec<_>>().join(" ");

@@ -10,6 +10,8 @@ pub mod vsphere;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
 use shared::details::Details;
 use shared::error::Code;
@@ -119,6 +121,37 @@ pub struct Beside {
 /// Not 0 once the job is to stop: whoever waits for a server looks at it.
 pub type Stopping = Arc<std::sync::atomic::AtomicU8>;
 
+/// How long an act at a source may take, and whether somebody still waits for it.
+pub struct Waiting {
+    /// When whoever asked is told that it is not done.
+    pub until: Instant,
+    /// Set when nobody waits for it any more.
+    pub given_up: Arc<AtomicBool>,
+}
+
+impl Waiting {
+    /// Whether it must not begin any more.
+    pub fn is_over(&self) -> bool {
+        self.given_up.load(Ordering::Relaxed) || self.left().is_zero()
+    }
+
+    /// What is left of the time.
+    pub fn left(&self) -> Duration {
+        self.until.saturating_duration_since(Instant::now())
+    }
+
+    /// Refuses to begin what nobody waits for any more.
+    ///
+    /// # Errors
+    /// When that is so.
+    pub fn check(&self) -> Result<(), Error> {
+        if self.is_over() {
+            return Err(Error::fatal(Code::Unavailable, "nobody waits for it any more; it was not begun"));
+        }
+        Ok(())
+    }
+}
+
 /// How a source tells what it is about to touch, and how it has chosen to read.
 pub trait Touch {
     /// The job.
@@ -199,14 +232,20 @@ pub trait Source: Send + Sync {
     }
 
     /// Takes a snapshot; its name is nobody's yet. It is there when this returns.
-    fn take_snapshot(&self, vm_id: &str, wish: &Wish) -> Result<(), Error> {
-        let _ = (vm_id, wish);
+    fn take_snapshot(&self, vm_id: &str, wish: &Wish, waiting: &Waiting) -> Result<(), Error> {
+        let _ = (vm_id, wish, waiting);
         Err(without_snapshots())
     }
 
-    /// Removes a snapshot, and with `children` those that were taken over it; else these stay as they are.
-    fn remove_snapshot(&self, vm_id: &str, snapshot: &snapshots::Snapshot, children: bool) -> Result<(), Error> {
-        let _ = (vm_id, snapshot, children);
+    /// Removes a snapshot. `going`: the ids of all that go: itself, or with it all that were taken over it; else these stay as they are.
+    fn remove_snapshot(
+        &self,
+        vm_id: &str,
+        snapshot: &snapshots::Snapshot,
+        going: &BTreeSet<String>,
+        waiting: &Waiting,
+    ) -> Result<(), Error> {
+        let _ = (vm_id, snapshot, going, waiting);
         Err(without_snapshots())
     }
 

@@ -171,6 +171,21 @@ impl Handle {
 
     /// The same for a question that takes longer. Whoever stops waiting, by dropping this, stops the agent's work on it, too.
     pub async fn ask_within(&self, agent: &str, question: Question, patience: Duration) -> Result<serde_json::Value, Error> {
+        self.asked(agent, question, patience, |what| Error::new(Code::Unavailable, what).retry_after(5)).await
+    }
+
+    /// The same for an act that is not to be asked for again by itself: once it was sent and has no answer, it may go on. `look`: what shows it.
+    pub async fn order_within(&self, agent: &str, question: Question, patience: Duration, look: &str) -> Result<serde_json::Value, Error> {
+        self.asked(agent, question, patience, |what| Error::new(Code::BadGateway, format!("{what}; it may go on: {look}"))).await
+    }
+
+    async fn asked(
+        &self,
+        agent: &str,
+        question: Question,
+        patience: Duration,
+        lost: impl Fn(String) -> Error,
+    ) -> Result<serde_json::Value, Error> {
         let name = self.name(agent);
         let peer =
             self.peer(agent).ok_or_else(|| Error::new(Code::Unavailable, format!("agent `{name}` is not connected")).retry_after(5))?;
@@ -183,8 +198,11 @@ impl Handle {
         });
         let reply = match answer.await {
             Ok(Some(reply)) => reply,
-            Ok(None) => return Err(Error::new(Code::Unavailable, format!("agent `{name}` went away before it answered")).retry_after(5)),
-            Err(_) => return Err(Error::new(Code::BadGateway, format!("agent `{name}` did not answer in {} s", patience.as_secs()))),
+            Ok(None) => return Err(lost(format!("agent `{name}` went away before it answered"))),
+            Err(_) => {
+                let what = format!("agent `{name}` did not answer in {} s", patience.as_secs());
+                return Err(Error::new(Code::BadGateway, lost(what).message()));
+            }
         };
         if let Some(failure) = reply.failure {
             return Err(Error::new(Code::from_word(&failure.code).unwrap_or(Code::BadGateway), failure.message));

@@ -20,6 +20,7 @@ use crate::http::guard::{Operator, Viewer};
 use crate::http::idempotency::Idempotency;
 use crate::http::query::{Order, Query};
 use crate::http::reply::{Error, ErrorBody, Page};
+use crate::jobs;
 use crate::providers;
 use crate::store::entities::connections;
 use crate::store::fold;
@@ -27,6 +28,9 @@ use crate::system::audit;
 
 /// How long an act may take: a snapshot with the memory writes all of it, a removal consolidates. The agent gives up a little before.
 const ACT: Duration = Duration::from_secs(930);
+
+/// What shows what an act has done that nobody has answered.
+const LOOK: &str = "list the VM's snapshots";
 
 /// A snapshot of a VM.
 #[derive(Serialize, ToSchema)]
@@ -202,7 +206,7 @@ pub async fn take(
         });
         let subject = format!("{}:{} {}", row.name, found.vm.id, wish.name);
         let act = audit::begin(&app.store, &caller.name, "vm.snapshot.take", &subject).await?;
-        let answered = app.fleet.ask_within(&row.agent_id, question, ACT).await;
+        let answered = app.fleet.order_within(&row.agent_id, question, ACT, LOOK).await;
         act.finish(&answered).await;
         let made: Snapshot = serde_json::from_value(answered?).map_err(unreadable)?;
         let location = format!("/api/v1/vms/{}/{}/snapshots/{}", row.name, segment(&found.vm.id), segment(&made.id));
@@ -249,12 +253,40 @@ pub async fn remove(
     let found = find(&app, &provider, &id).await?;
     let row = &found.connection;
     let subject = format!("{}:{} {snapshot}{}", row.name, found.vm.id, if children { " with those above it" } else { "" });
-    let question = Question::RemoveSnapshot(v1::RemoveSnapshot { connection: of(row), vm_id: found.vm.id.clone(), snapshot, children });
+    let wanted = v1::RemoveSnapshot { connection: of(row), vm_id: found.vm.id.clone(), snapshot, children, ended: Vec::new() };
     let act = audit::begin(&app.store, &caller.name, "vm.snapshot.remove", &subject).await?;
-    let answered = app.fleet.ask_within(&row.agent_id, question, ACT).await;
+    let answered = removed(&app, &row.agent_id, wanted).await;
     act.finish(&answered).await;
     answered?;
     Ok(HttpResponse::NoContent().finish())
+}
+
+/// Has it removed. Where its name, or that of one above it, is a job's, that job has to have ended first, whichever agent it is with.
+async fn removed(app: &App, agent: &str, wanted: v1::RemoveSnapshot) -> Result<(), Error> {
+    let ask = async |ended: Vec<String>| {
+        let question = Question::RemoveSnapshot(v1::RemoveSnapshot { ended, ..wanted.clone() });
+        let answer = app.fleet.order_within(agent, question, ACT, LOOK).await?;
+        let jobs = answer.get("jobs").and_then(|jobs| jobs.as_array()).into_iter().flatten();
+        Ok::<_, Error>(jobs.filter_map(|job| job.as_str().map(str::to_owned)).collect::<Vec<_>>())
+    };
+    let mut ended = Vec::new();
+    // Another job may have begun between the two.
+    for _ in 0..3 {
+        let jobs = ask(ended.clone()).await?;
+        let Some(first) = jobs.first() else { return Ok(()) };
+        let known = jobs::store::load_many(&app.store, jobs.clone()).await?;
+        for id in &jobs {
+            let why = match known.iter().find(|job| job.id.as_str() == id) {
+                Some(job) if job.state.status.is_final() => continue,
+                Some(_) => "which has not ended and removes it by itself",
+                None => "which this controller does not know: remove it with the hypervisor's own tools where that job has ended",
+            };
+            return Err(Error::new(Code::Conflict, format!("a snapshot that would go is of {id}, {why}")));
+        }
+        tracing::debug!(job = first.as_str(), "an ended job's snapshot is removed");
+        ended.extend(jobs);
+    }
+    Err(Error::new(Code::Conflict, "jobs begin and end at this VM all the time; try it again later"))
 }
 
 #[cfg(test)]

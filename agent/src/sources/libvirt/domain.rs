@@ -44,10 +44,22 @@ pub struct Domain {
     pub targets: Vec<String>,
     /// Target devices of drives that are no disks of the VM: CD-ROMs, floppies.
     pub others: Vec<String>,
+    /// Target devices of the VM's disks that the guest only reads.
+    pub read_only: Vec<String>,
+    /// Whether its UEFI keeps its variables in an image that holds no snapshots.
+    pub raw_variables: bool,
     /// Its number, as long as it exists in memory.
     pub number: Option<u32>,
     /// Whether nobody can be writing to its files: libvirt says `shut off`, and it has no number.
     pub is_off: bool,
+}
+
+impl Domain {
+    /// Target devices and formats of the disks that the guest writes to.
+    pub fn written(&self) -> impl Iterator<Item = (&str, &str)> {
+        let all = self.targets.iter().zip(&self.formats);
+        all.filter(|(target, _)| !self.read_only.contains(target)).map(|(target, format)| (target.as_str(), format.as_str()))
+    }
 }
 
 /// Reads a domain's XML.
@@ -78,7 +90,7 @@ pub fn read(xml: &str, facts: &Facts) -> Result<Domain, String> {
         snapshots: facts.snapshots,
         ..Vm::default()
     };
-    let (mut problems, mut formats, mut targets) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut problems, mut formats, mut targets, mut read_only) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     let devices = child(root, "devices");
     let all = |name: &'static str| devices.into_iter().flat_map(move |devices| children(devices, name));
     // A LUN that is passed through is a disk, too, of a type that is not read.
@@ -115,6 +127,9 @@ pub fn read(xml: &str, facts: &Facts) -> Result<Domain, String> {
         if child(device, "shareable").is_some() {
             problems.push(format!("{target} is shared with other domains"));
         }
+        if child(device, "readonly").is_some() {
+            read_only.push(target.to_owned());
+        }
         formats.push(format.to_owned());
         targets.push(target.to_owned());
         vm.disks.push(Disk {
@@ -142,7 +157,8 @@ pub fn read(xml: &str, facts: &Facts) -> Result<Domain, String> {
     vm.problem = problems.join("; ");
     let number = root.attribute("id").and_then(|id| id.parse().ok());
     let is_off = facts.state == "shut off" && number.is_none();
-    Ok(Domain { vm, formats, targets, others, number, is_off })
+    let raw_variables = os.is_some_and(|os| is_uefi(os) && child(os, "nvram").and_then(|file| file.attribute("format")) != Some("qcow2"));
+    Ok(Domain { vm, formats, targets, others, read_only, raw_variables, number, is_off })
 }
 
 /// The child of that name.
@@ -232,7 +248,7 @@ mod tests {
         <os firmware='efi'><type arch='x86_64'>hvm</type></os><devices>\
         <disk type='file' device='cdrom'><target dev='sda'/></disk>\
         <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='/srv/a.qcow2'/><target dev='vda' bus='virtio'/></disk>\
-        <disk type='block' device='disk'><driver type='raw'/><source dev='/dev/sdb'/><target dev='vdb' bus='virtio'/></disk>\
+        <disk type='block' device='disk'><driver type='raw'/><source dev='/dev/sdb'/><target dev='vdb' bus='virtio'/><readonly/></disk>\
         <interface type='bridge'><mac address='52:54:00:AA:bb:cc'/><source bridge='br0'/><model type='virtio'/></interface>\
         <interface type='user'><mac address='52:54:00:00:00:01'/></interface>\
         <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0' state='connected'/></channel></devices></domain>";
@@ -241,7 +257,9 @@ mod tests {
     fn a_domain_is_described_as_a_vm() {
         let capacities = HashMap::from([("vda".into(), 5 << 30)]);
         let facts = Facts { state: "running".into(), snapshots: 2, capacities, ..Facts::default() };
-        let Domain { vm, formats, targets, others, number, is_off } = read(XML, &facts).unwrap();
+        let domain = read(XML, &facts).unwrap();
+        assert_eq!((domain.raw_variables, domain.written().collect::<Vec<_>>()), (true, vec![("vda", "qcow2")]));
+        let Domain { vm, formats, targets, others, number, is_off, .. } = domain;
         assert_eq!((vm.name.as_str(), vm.path.as_str(), vm.cpu, vm.memory_mb, vm.snapshots), ("web 01", "/web 01", 2, 2048, 2));
         assert_eq!((vm.firmware.as_str(), vm.power_state.as_str(), vm.tools_status.as_str()), ("uefi", "poweredOn", "running"));
         assert_eq!((vm.os.as_str(), vm.os_version.as_str()), ("linux", "debian.org/debian/12"));

@@ -243,6 +243,8 @@ mod tests {
             formats: vec!["qcow2".into(), "raw".into()],
             targets: vec!["vda".into(), "v'b".into()],
             others: vec!["sda".into()],
+            read_only: Vec::new(),
+            raw_variables: false,
             number: None,
             is_off: false,
         };

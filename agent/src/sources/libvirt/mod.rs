@@ -40,7 +40,7 @@ use self::hot::{Failed, Place, Wanted};
 use self::nbd::Exported;
 use self::virsh::Uri;
 use super::local::Local;
-use super::{Areas, Display, Error, Frozen, Moved, Opened, Since, Source, Touch};
+use super::{Areas, Display, Error, Frozen, Moved, Opened, Since, Source, Touch, Waiting};
 use crate::exec;
 use crate::formats::{Disk, Extent, FormatError, Scratch};
 use crate::touched::Touched;
@@ -389,7 +389,7 @@ impl Source for Libvirt {
         snapshots::list(&self.uri, &found.vm.id).map_err(told)
     }
 
-    fn take_snapshot(&self, vm_id: &str, wish: &Wish) -> Result<(), Error> {
+    fn take_snapshot(&self, vm_id: &str, wish: &Wish, waiting: &Waiting) -> Result<(), Error> {
         let found = self.found(vm_id)?;
         if let Some(message) = snapshots::hindrance(&found, wish) {
             return Err(Error::fatal(Code::Unprocessable, message));
@@ -404,7 +404,8 @@ impl Source for Libvirt {
             );
             return Err(Error::fatal(Code::Conflict, message));
         }
-        snapshots::take(&self.uri, &found, wish, (&self.folders.notes, &self.folders.notes_path))?;
+        waiting.check()?;
+        snapshots::take(&self.uri, &found, wish, (&self.folders.notes, &self.folders.notes_path), waiting)?;
         for ours in standing.iter().filter(|name| name.starts_with(&self.ours)) {
             // It is taken; what stays now goes with the next backup.
             if let Err(e) = hot::forget(&self.uri, vm_id, ours) {
@@ -414,9 +415,10 @@ impl Source for Libvirt {
         Ok(())
     }
 
-    fn remove_snapshot(&self, vm_id: &str, snapshot: &Snapshot, children: bool) -> Result<(), Error> {
+    fn remove_snapshot(&self, vm_id: &str, snapshot: &Snapshot, going: &BTreeSet<String>, waiting: &Waiting) -> Result<(), Error> {
         let found = self.found(vm_id)?;
-        snapshots::remove(&self.uri, &found, &snapshot.id, children)
+        waiting.check()?;
+        snapshots::remove(&self.uri, &found, &snapshot.id, going, waiting)
     }
 
     fn power(&self, vm_id: &str, action: Action) -> Result<String, Error> {

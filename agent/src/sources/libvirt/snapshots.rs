@@ -12,8 +12,8 @@
 //! A crash here leaves an order that libvirt carries out by itself, and a description that the next one with that name writes over.
 //! Source: libvirt, formatsnapshot; virsh(1) snapshot-create, snapshot-delete.
 
+use std::collections::BTreeSet;
 use std::path::Path;
-use std::time::Duration;
 
 use roxmltree::{Document, Node, ParsingOptions};
 use shared::error::Code;
@@ -23,10 +23,8 @@ use shared::vault::{self, Dir};
 use super::domain::{self, Domain};
 use super::virsh::Uri;
 use crate::exec;
-use crate::sources::Error;
+use crate::sources::{Error, Waiting};
 
-/// How long taking one may take, which writes the memory while the guest stands still, and removing one, which writes what it held.
-const ACT: Duration = Duration::from_secs(900);
 /// Snapshots that are asked about in one process.
 const AT_ONCE: usize = 100;
 /// Most nodes of a snapshot's description, which holds its domain's twice.
@@ -63,11 +61,16 @@ fn word(text: &str) -> String {
     format!("'{}'", text.replace('\'', "'\\''"))
 }
 
+/// A name as it is: others may give one that begins or ends with a blank.
+fn named<'a>(node: Node<'a, '_>) -> &'a str {
+    domain::child(node, "name").and_then(|name| name.text()).unwrap_or_default()
+}
+
 fn read(xml: &str) -> Result<Snapshot, String> {
     let options = ParsingOptions { allow_dtd: false, nodes_limit: NODES, ..ParsingOptions::default() };
     let document = Document::parse_with_options(xml, options).map_err(|e| format!("its description cannot be read: {e}"))?;
     let root = document.root_element();
-    let name = domain::text(root, "name").to_owned();
+    let name = named(root).to_owned();
     if !root.has_tag_name("domainsnapshot") || name.is_empty() {
         return Err("that is no snapshot with a name".to_owned());
     }
@@ -90,7 +93,7 @@ fn read(xml: &str) -> Result<Snapshot, String> {
         .to_owned(),
         memory: Some(matches!(memory.as_str(), "internal" | "external")),
         quiesced: None,
-        parent: domain::child(root, "parent").map(|parent| domain::text(parent, "name").to_owned()).filter(|name| !name.is_empty()),
+        parent: domain::child(root, "parent").map(|parent| named(parent).to_owned()).filter(|name| !name.is_empty()),
         current: false,
         kind: Some(if is_external { "external" } else { "internal" }.to_owned()),
     })
@@ -103,6 +106,18 @@ pub fn hindrance(found: &Domain, wish: &Wish) -> Option<String> {
         let why = "a snapshot at libvirt is taken inside the images: of a domain that is on it holds the memory, with what the guest has not \
                    written yet, and one that is off has written everything";
         return Some(format!("`quiesce` is for vSphere: {why}; ask without it"));
+    }
+    if let Some((target, format)) = found.written().find(|(_, format)| *format != "qcow2") {
+        return Some(format!(
+            "{name}: {target} is {format}: libvirt takes a snapshot inside the images, so that every disk that the domain writes to has to be \
+             qcow2"
+        ));
+    }
+    if wish.memory && found.raw_variables {
+        return Some(format!(
+            "{name} has UEFI (pflash) with its variables in a raw image, of which libvirt takes no snapshot; shut it down and export it, or make \
+             a restore point (a job of type `backup`)"
+        ));
     }
     match (found.is_off, wish.memory) {
         (true, true) => Some(format!("{name} is off: there is no memory to keep; ask without `memory`")),
@@ -117,7 +132,8 @@ pub fn hindrance(found: &Domain, wish: &Wish) -> Option<String> {
 fn described(found: &Domain, wish: &Wish) -> String {
     let quoted = super::hot::quoted;
     let of = |target: &String, way: &str| format!("<disk name='{}' snapshot='{way}'/>", quoted(target));
-    let disks: String = found.targets.iter().map(|target| of(target, "internal")).collect();
+    let way = |target: &String| if found.read_only.contains(target) { "no" } else { "internal" };
+    let disks: String = found.targets.iter().map(|target| of(target, way(target))).collect();
     let others: String = found.others.iter().map(|target| of(target, "no")).collect();
     let memory = if wish.memory { "internal" } else { "no" };
     format!(
@@ -128,35 +144,40 @@ fn described(found: &Domain, wish: &Wish) -> String {
 }
 
 /// Takes one. `notes`: a folder and its path, for the description that virsh reads.
-pub fn take(uri: &Uri, found: &Domain, wish: &Wish, notes: (&Dir, &Path)) -> Result<(), Error> {
+pub fn take(uri: &Uri, found: &Domain, wish: &Wish, notes: (&Dir, &Path), waiting: &Waiting) -> Result<(), Error> {
     let (dir, path) = notes;
     let file = format!("snapshot-{}.xml", found.vm.id);
     let failed = |e| Error::fatal(Code::Internal, format!("the agent's own folder: {e}"));
     vault::write_whole(dir, &file, described(found, wish).as_bytes()).map_err(failed)?;
-    let taken = uri.ask_within(&["snapshot-create", &found.vm.id, &path.join(&file).display().to_string()], ACT);
+    let taken = uri.ask_within(&["snapshot-create", &found.vm.id, &path.join(&file).display().to_string()], waiting.left());
     // What virsh has read is of no more use.
     let _ = dir.remove_file(&file);
     taken.map(drop).map_err(refused)
 }
 
-/// Removes one, and with `children` those that were taken over it.
-pub fn remove(uri: &Uri, found: &Domain, name: &str, children: bool) -> Result<(), Error> {
-    if !found.is_off && name.contains(['"', '\\']) {
+/// Removes one, and where several are `going` those that were taken over it.
+pub fn remove(uri: &Uri, found: &Domain, name: &str, going: &BTreeSet<String>, waiting: &Waiting) -> Result<(), Error> {
+    if let Some(odd) = going.iter().find(|name| !found.is_off && name.contains(['"', '\\'])) {
         let message = format!(
-            "{} is {}: libvirt cannot tell QEMU a name with a quotation mark or a backslash while it runs; shut it down and remove it then",
+            "{} is {}: libvirt cannot tell QEMU a name with a quotation mark or a backslash while it runs ({odd}); shut it down and remove it \
+             then",
             found.vm.name, found.vm.power_state
         );
         return Err(Error::fatal(Code::Unprocessable, message));
     }
     let mut arguments = vec!["snapshot-delete", found.vm.id.as_str(), "--snapshotname", name];
-    if children {
+    if going.len() > 1 {
         arguments.push("--children");
     }
-    uri.ask_within(&arguments, ACT).map(drop).map_err(refused)
+    uri.ask_within(&arguments, waiting.left()).map(drop).map_err(refused)
 }
 
 /// What libvirt's words mean to whoever asked.
 fn refused(e: exec::Error) -> Error {
+    if let exec::Error::Late(..) = e {
+        let message = format!("{e}: libvirt goes on with it, and the list of snapshots will show what has become of it");
+        return Error::fatal(Code::BadGateway, message);
+    }
     let exec::Error::Failed(words) = &e else { return super::told(e) };
     let has = |some: &[&str]| some.iter().any(|part| words.contains(part));
     let (code, more) = if has(&["while checkpoint exists"]) {
@@ -171,6 +192,8 @@ fn refused(e: exec::Error) -> Error {
         (Code::Unprocessable, "shut it down and export it, or make a restore point (a job of type `backup`)")
     } else if has(&["unsupported for storage type"]) {
         (Code::Unprocessable, "every disk that the domain writes to has to be qcow2")
+    } else if has(&["deletion of"]) && has(&["external"]) {
+        (Code::Unprocessable, "an external snapshot is removed by libvirt 9.0 and later, one at a time (without those above it)")
     } else if has(&["No space left"]) {
         (Code::NoSpace, "the folder of its disks is full")
     } else if has(&["unsupported", "not supported", "ot valid", "does not support"]) {

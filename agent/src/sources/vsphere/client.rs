@@ -80,6 +80,8 @@ pub enum Error {
     Status(u16),
     /// It said no.
     Fault(Fault),
+    /// A task of its is not done after so many seconds; it goes on with it.
+    Late(u64),
     /// What came is not what the protocol says.
     Odd(String),
 }
@@ -88,10 +90,15 @@ impl Error {
     /// Whether the same may work a moment later.
     pub fn is_passing(&self) -> bool {
         match self {
-            Self::Unreachable(_) | Self::Busy(_) => true,
+            Self::Unreachable(_) | Self::Busy(_) | Self::Late(_) => true,
             Self::Status(status) => *status >= 500,
             Self::Untrusted(_) | Self::Fault(_) | Self::Odd(_) => false,
         }
+    }
+
+    /// Whether what was asked for may have begun all the same.
+    pub fn is_lost(&self) -> bool {
+        self.is_passing() && !matches!(self, Self::Busy(_))
     }
 
     /// What somebody else's work, the end of a session, an ailing host or something in between is the cause of.
@@ -132,6 +139,7 @@ impl Error {
             Self::Fault(fault @ Fault::ManagedObjectNotFound) => (Code::NotFound, format!("{host}: {fault}")),
             Self::Fault(fault @ (Fault::NoPermission(_) | Fault::InvalidPowerState)) => (Code::Unprocessable, format!("{host}: {fault}")),
             Self::Fault(fault) => (Code::BadGateway, format!("{host}: {fault}")),
+            Self::Late(seconds) => (Code::BadGateway, format!("{host}: a task is not done after {seconds} s; the host goes on with it")),
             Self::Odd(what) => (Code::BadGateway, format!("{host}: {what}")),
         };
         sources::Error { code, message, retryable: self.is_passing() || self.is_of_the_moment() }

@@ -31,6 +31,7 @@ mod wire;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use shared::details::Details;
@@ -48,7 +49,7 @@ use self::lease::Lease;
 use self::nfc::Streamed;
 use self::snapshot::Removed;
 use self::wire::MoRef;
-use super::{Areas, Error, Frozen, Moved, Opened, Since, Source, Stopping, Touch, Unread};
+use super::{Areas, Error, Frozen, Moved, Opened, Since, Source, Stopping, Touch, Unread, Waiting};
 use crate::formats::{Extent, vmdk};
 use crate::touched::Touched;
 
@@ -184,8 +185,10 @@ impl Vsphere {
         }
         let name = format!("hypersdk-{}-{}", touch.job(), shared::ids::random_hex::<4>());
         touch.snapshot(&name).map_err(|e| ledger(&e))?;
-        let made =
-            self.runtime.block_on(snapshot::create(&self.client, &found.vm.id, &snapshot::temporary(&name, false), &touch.stopping()));
+        let stopping = touch.stopping();
+        let is_stopping = || stopping.load(Ordering::Acquire) != 0;
+        let patience = snapshot::Patience::of_a_job(&is_stopping);
+        let made = self.runtime.block_on(snapshot::create(&self.client, &found.vm.id, &snapshot::temporary(&name, false), &patience));
         made.map(|made| (name, made)).map_err(|e| self.told(&e))
     }
 
@@ -389,6 +392,8 @@ impl Source for Vsphere {
     }
 
     fn open_for(&self, vm_id: &str, touch: &dyn Touch) -> Result<(Vm, Vec<Opened>), Error> {
+        // One that is off, too: a snapshot that is made or removed meanwhile makes its disks other files.
+        touch.take_vm().map_err(|e| ledger(&e))?;
         let found = self.exportable(vm_id)?;
         let disks = match (found.vm.power_state.as_str(), found.vm.snapshots) {
             (OFF, 0) => match self.by_ranges(&found, &touch.stopping()) {
@@ -471,7 +476,7 @@ impl Source for Vsphere {
         all.ok_or_else(|| self.is_gone(vm_id))
     }
 
-    fn take_snapshot(&self, vm_id: &str, wish: &Wish) -> Result<(), Error> {
+    fn take_snapshot(&self, vm_id: &str, wish: &Wish, waiting: &Waiting) -> Result<(), Error> {
         let Vm { path, power_state, tools_status, .. } = self.found(vm_id)?.vm;
         let refused = |message| Err(Error::fatal(Code::Unprocessable, message));
         if wish.memory && power_state != ON {
@@ -481,11 +486,11 @@ impl Source for Vsphere {
             let message = format!("{path} is {power_state} and its VMware Tools are {tools_status}: only running ones quiesce a guest");
             return refused(format!("{message}; ask without `quiesce`"));
         }
-        self.runtime.block_on(snapshots::take(&self.client, vm_id, wish)).map_err(|e| snapshots::told(&self.client, &e))
+        self.runtime.block_on(snapshots::take(&self.client, vm_id, wish, waiting)).map_err(|e| snapshots::told(&self.client, &e))
     }
 
-    fn remove_snapshot(&self, vm_id: &str, snapshot: &Snapshot, children: bool) -> Result<(), Error> {
-        let removed = self.runtime.block_on(snapshots::remove(&self.client, vm_id, &snapshot.id, children));
+    fn remove_snapshot(&self, vm_id: &str, snapshot: &Snapshot, going: &BTreeSet<String>, waiting: &Waiting) -> Result<(), Error> {
+        let removed = self.runtime.block_on(snapshots::remove(&self.client, vm_id, &snapshot.id, going.len() > 1, waiting));
         removed.map_err(|e| snapshots::told(&self.client, &e))
     }
 

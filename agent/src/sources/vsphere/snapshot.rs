@@ -4,7 +4,6 @@
 //! Never: touches a snapshot that does not bear a name of ours. A crash here leaves a snapshot that the ledger names.
 //! Source: vSphere Web Services API, CreateSnapshot_Task, RemoveSnapshot_Task, TaskInfo.
 
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use roxmltree::Node;
@@ -13,7 +12,7 @@ use shared::snapshots::Wish;
 use super::client::{CALL, Client, Error};
 use super::collect::{self, property};
 use super::wire::{self, Fault, MoRef, child, children, quote, text};
-use crate::sources::Stopping;
+use crate::sources::Waiting;
 
 /// How long a task may take: a removal consolidates, which copies what was written meanwhile.
 const TASK: Duration = Duration::from_secs(900);
@@ -27,8 +26,35 @@ pub fn temporary(name: &str, quiesce: bool) -> Wish {
     Wish { name: name.to_owned(), description: "temporary, of HyperSDK".to_owned(), memory: false, quiesce }
 }
 
-/// Makes a snapshot. A VM that is at something else (the removal of another one) is waited for, until `stopping`.
-pub async fn create(client: &Client, vm: &str, wish: &Wish, stopping: &Stopping) -> Result<MoRef, Error> {
+/// How long the making of a snapshot is waited for.
+pub struct Patience<'a> {
+    /// Until when a VM that is at something else is.
+    begin: Instant,
+    /// Until when its task is, and what a lost answer has made is looked for. None: as long as a task may take, and one look.
+    end: Option<Instant>,
+    /// Whether nobody wants it any more, so that it must not begin.
+    is_unwanted: &'a dyn Fn() -> bool,
+}
+
+impl<'a> Patience<'a> {
+    /// A job's, whose note the reaper comes back to.
+    pub fn of_a_job(is_stopping: &'a dyn Fn() -> bool) -> Self {
+        Self { begin: Instant::now() + TASK, end: None, is_unwanted: is_stopping }
+    }
+
+    /// Of somebody who waits for the answer.
+    pub fn of_a_request(waiting: &Waiting, is_over: &'a dyn Fn() -> bool) -> Self {
+        Self { begin: Instant::now() + OCCUPIED, end: Some(waiting.until), is_unwanted: is_over }
+    }
+}
+
+/// What a person is told whose act was given up while it waited for its turn.
+pub(super) fn not_begun() -> Error {
+    Error::Odd("nobody waits for it any more; it was not begun".to_owned())
+}
+
+/// Makes a snapshot. A VM that is at something else (the removal of another one) is waited for.
+pub async fn create(client: &Client, vm: &str, wish: &Wish, patience: &Patience<'_>) -> Result<MoRef, Error> {
     let this = MoRef::new("VirtualMachine", vm);
     let Wish { name, description, memory, quiesce } = wish;
     let body = format!(
@@ -36,10 +62,12 @@ pub async fn create(client: &Client, vm: &str, wish: &Wish, stopping: &Stopping)
         quote(name),
         quote(description)
     );
-    let end = Instant::now() + TASK;
     let done = loop {
-        match task(client, "CreateSnapshot_Task", &this, &body).await {
-            Err(e) if e.is_occupied() && Instant::now() < end && stopping.load(Ordering::Acquire) == 0 => tokio::time::sleep(LOOK).await,
+        if (patience.is_unwanted)() {
+            return Err(not_begun());
+        }
+        match task(client, "CreateSnapshot_Task", &this, &body, patience.end).await {
+            Err(e) if e.is_occupied() && Instant::now() < patience.begin => tokio::time::sleep(LOOK).await,
             done => break done,
         }
     };
@@ -48,9 +76,15 @@ pub async fn create(client: &Client, vm: &str, wish: &Wish, stopping: &Stopping)
         return done.and_then(|()| Err(Error::Odd("a refusal".to_owned())));
     }
     // What was said or not said: it is there or it is not.
-    match find(client, vm, name).await? {
-        Some(made) => Ok(made),
-        None => Err(done.err().unwrap_or_else(|| Error::Odd("a snapshot was made and is not there".to_owned()))),
+    let may_come = done.as_ref().is_err_and(Error::is_lost);
+    loop {
+        let waits = may_come && patience.end.is_some_and(|end| Instant::now() < end) && !(patience.is_unwanted)();
+        match find(client, vm, name).await {
+            Ok(Some(made)) => return Ok(made),
+            Err(e) if !(waits && e.is_passing()) => return Err(e),
+            Ok(None) if !waits => return Err(done.err().unwrap_or_else(|| Error::Odd("a snapshot was made and is not there".to_owned()))),
+            _ => tokio::time::sleep(LOOK).await,
+        }
     }
 }
 
@@ -77,7 +111,7 @@ pub async fn remove(client: &Client, vm: &str, name: &str) -> Result<Removed, Er
         };
         seen = true;
         let body = "<removeChildren>false</removeChildren><consolidate>true</consolidate>";
-        match task(client, "RemoveSnapshot_Task", &snapshot, body).await {
+        match task(client, "RemoveSnapshot_Task", &snapshot, body, None).await {
             Ok(()) if find(client, vm, name).await?.is_none() => return Ok(Removed::Gone),
             Ok(()) => return Err(Error::Odd(format!("the snapshot {name} was removed and is still there"))),
             // Somebody was quicker, or it goes just now.
@@ -88,10 +122,10 @@ pub async fn remove(client: &Client, vm: &str, name: &str) -> Result<Removed, Er
     }
 }
 
-/// Asks for a task and waits for its end.
-pub(super) async fn task(client: &Client, method: &str, this: &MoRef, body: &str) -> Result<(), Error> {
+/// Asks for a task and waits for its end, where a time is given no longer than until then.
+pub(super) async fn task(client: &Client, method: &str, this: &MoRef, body: &str, until: Option<Instant>) -> Result<(), Error> {
     let answer = client.within(async |session| client.call(session, method, this, body, CALL).await).await?;
-    finished(client, &collect::returned(&answer, method)?).await
+    finished_until(client, &collect::returned(&answer, method)?, until).await
 }
 
 /// The VM's snapshot of that name; none, too, where the VM is gone.
@@ -125,7 +159,12 @@ fn in_tree(node: Node, list: &'static str, name: &str) -> Option<MoRef> {
 
 /// Waits for a task. A server that goes away meanwhile is waited for as long as the task may take.
 pub(super) async fn finished(client: &Client, task: &MoRef) -> Result<(), Error> {
-    let end = Instant::now() + TASK;
+    finished_until(client, task, None).await
+}
+
+async fn finished_until(client: &Client, task: &MoRef, until: Option<Instant>) -> Result<(), Error> {
+    let began = Instant::now();
+    let end = until.map_or(began + TASK, |until| until.min(began + TASK));
     loop {
         let looked = client
             .within(async |session| {
@@ -146,7 +185,7 @@ pub(super) async fn finished(client: &Client, task: &MoRef) -> Result<(), Error>
             Ok((state, error)) if state == "error" => return Err(Error::Fault(Fault::Other("task".to_owned(), error.trim().to_owned()))),
             Err(e) if !e.is_passing() => return Err(e),
             Err(e) if Instant::now() > end => return Err(e),
-            _ if Instant::now() > end => return Err(Error::Unreachable(format!("a task is not done after {} s", TASK.as_secs()))),
+            _ if Instant::now() > end => return Err(Error::Late(began.elapsed().as_secs())),
             _ => tokio::time::sleep(LOOK).await,
         }
     }

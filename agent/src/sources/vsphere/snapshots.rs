@@ -14,9 +14,9 @@ use shared::snapshots::{Snapshot, Wish};
 use super::client::{Client, Error};
 use super::collect::{self, property};
 use super::inventory::unescaped;
-use super::snapshot::{self, LOOK, OCCUPIED};
+use super::snapshot::{self, LOOK, OCCUPIED, Patience};
 use super::wire::{Fault, MoRef, child, children, number, text};
-use crate::sources::{self, Stopping};
+use crate::sources::{self, Waiting};
 
 /// The VM's snapshots; none where the VM is gone.
 pub async fn list(client: &Client, vm: &str) -> Result<Option<Vec<Snapshot>>, Error> {
@@ -78,24 +78,38 @@ fn gather(tree: Node, all: &mut Vec<Snapshot>) {
 }
 
 /// Takes one.
-pub async fn take(client: &Client, vm: &str, wish: &Wish) -> Result<(), Error> {
-    snapshot::create(client, vm, wish, &Stopping::default()).await.map(drop)
+pub async fn take(client: &Client, vm: &str, wish: &Wish, waiting: &Waiting) -> Result<(), Error> {
+    let is_over = || waiting.is_over();
+    snapshot::create(client, vm, wish, &Patience::of_a_request(waiting, &is_over)).await.map(drop)
 }
 
-/// Removes one, and where asked all that were taken over it; waits for the consolidation. What a lost answer has done is looked up.
-pub async fn remove(client: &Client, vm: &str, id: &str, children: bool) -> Result<(), Error> {
+/// Removes one, and where asked all that were taken over it; waits for the consolidation. What a lost answer has done is looked for as long as
+/// there is time.
+pub async fn remove(client: &Client, vm: &str, id: &str, children: bool, waiting: &Waiting) -> Result<(), Error> {
     let this = MoRef::new("VirtualMachineSnapshot", id);
     let body = format!("<removeChildren>{children}</removeChildren><consolidate>true</consolidate>");
     let is_there = async || list(client, vm).await.map(|all| all.is_some_and(|all| all.iter().any(|snapshot| snapshot.id == id)));
     let end = Instant::now() + OCCUPIED;
-    loop {
-        match snapshot::task(client, "RemoveSnapshot_Task", &this, &body).await {
+    let lost = loop {
+        if waiting.is_over() {
+            return Err(snapshot::not_begun());
+        }
+        match snapshot::task(client, "RemoveSnapshot_Task", &this, &body, Some(waiting.until)).await {
             // Somebody was quicker.
             Ok(()) | Err(Error::Fault(Fault::ManagedObjectNotFound)) if !is_there().await? => return Ok(()),
             Ok(()) => return Err(Error::Odd("the snapshot was removed and is still there".to_owned())),
             Err(e) if e.is_occupied() && Instant::now() < end => tokio::time::sleep(LOOK).await,
-            Err(e) if e.is_passing() && !is_there().await? => return Ok(()),
+            Err(e) if e.is_lost() => break e,
             Err(e) => return Err(e),
+        }
+    };
+    loop {
+        let waits = !waiting.is_over();
+        match is_there().await {
+            Ok(false) => return Ok(()),
+            Ok(true) if !waits => return Err(lost),
+            Err(e) if !(waits && e.is_passing()) => return Err(e),
+            _ => tokio::time::sleep(LOOK).await,
         }
     }
 }
@@ -125,15 +139,28 @@ const REFUSALS: &[&str] = &[
 /// For whoever asked: what a refusal means.
 pub fn told(client: &Client, e: &Error) -> sources::Error {
     let plain = e.told(client.host());
-    let Error::Fault(Fault::Other(kind, message)) = e else { return plain };
+    if e.is_lost() {
+        let message = format!("{}; it may go on all the same: the list of snapshots will show what has become of it", plain.message);
+        return sources::Error { message, ..plain };
+    }
+    sources::Error { code: code(e).unwrap_or(plain.code), ..plain }
+}
+
+/// The code of a refusal that means something else here than elsewhere.
+fn code(e: &Error) -> Option<Code> {
+    let (kind, message) = match e {
+        Error::Fault(Fault::InvalidPowerState) => return Some(Code::Conflict),
+        Error::Fault(Fault::Other(kind, message)) => (kind.as_str(), message),
+        _ => return None,
+    };
     // A task's fault stands before its sentence.
     let kind = if kind == "task" { message.split(' ').next().unwrap_or_default() } else { kind };
-    let code = match kind {
-        kind if OTHERS.contains(&kind) => Code::Conflict,
-        kind if REFUSALS.contains(&kind) => Code::Unprocessable,
-        _ => return plain,
-    };
-    sources::Error { code, ..plain }
+    match kind {
+        "NoDiskSpace" | "InsufficientStorageSpace" => Some(Code::NoSpace),
+        kind if OTHERS.contains(&kind) => Some(Code::Conflict),
+        kind if REFUSALS.contains(&kind) => Some(Code::Unprocessable),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -141,6 +168,22 @@ pub fn told(client: &Client, e: &Error) -> sources::Error {
 mod tests {
     use super::*;
     use crate::sources::vsphere::wire;
+
+    #[test]
+    fn a_refusal_is_told_by_what_it_means() {
+        let other = |kind: &str, message: &str| Error::Fault(Fault::Other(kind.to_owned(), message.to_owned()));
+        for (e, expected) in [
+            (Error::Fault(Fault::InvalidPowerState), Some(Code::Conflict)),
+            (other("task", "InvalidPowerState The VM is on."), Some(Code::Conflict)),
+            (other("task", "NoDiskSpace The datastore is full."), Some(Code::NoSpace)),
+            (other("InsufficientStorageSpace", ""), Some(Code::NoSpace)),
+            (other("task", "TooManySnapshotLevels 32"), Some(Code::Unprocessable)),
+            (other("SystemError", ""), None),
+            (Error::Late(1), None),
+        ] {
+            assert_eq!(code(&e), expected, "{e:?}");
+        }
+    }
 
     #[test]
     fn a_tree_is_told_as_a_list_that_knows_its_parents() {
