@@ -196,6 +196,8 @@ mod tests {
             formats: vec!["qcow2".into(), "raw".into()],
             targets: vec!["vda".into(), "sdb".into()],
             others: vec!["sda".into()],
+            read_only: Vec::new(),
+            raw_variables: false,
             number: Some(1),
             is_off: false,
         };

@@ -193,7 +193,8 @@ fn within(root: &Path, child: &Path, named: &str) -> Result<PathBuf, FormatError
             _ => return Err(refused()),
         }
     }
-    if path.file_name().is_some() { Ok(path) } else { Err(refused()) }
+    // What ends in `..`, or is nothing, is a folder.
+    if matches!(rest.components().next_back(), Some(Component::Normal(_))) { Ok(path) } else { Err(refused()) }
 }
 
 /// The next step from a qcow2: its backing file in the format that it declares, which is never guessed.
