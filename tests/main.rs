@@ -15,6 +15,7 @@ mod bad_input;
 mod boot;
 mod carbon;
 mod cli;
+mod consistency;
 mod console;
 mod contract;
 mod deploy;

@@ -34,11 +34,11 @@ pub async fn fleet(name: &str, fill: impl FnOnce(&Path)) -> Fleet {
     fleet
 }
 
-fn new_name() -> String {
+pub fn new_name() -> String {
     format!("moved-{}", shared::ids::random_hex::<4>())
 }
 
-fn order(provider: &str, vm: &str, name: &str, more: Value) -> Value {
+pub fn order(provider: &str, vm: &str, name: &str, more: Value) -> Value {
     let mut options = json!({
         "target": {"target": "libvirt", "name": name, "cpu": 1, "memory_mb": 256, "network": "user"},
         "adapt": "never", "boot_proof": {"sign": UP, "timeout_seconds": 120},
@@ -62,7 +62,7 @@ fn left(fleet: &Fleet, job: &str) -> Vec<String> {
 }
 
 /// Waits until a job's log says so.
-async fn said(fleet: &Fleet, id: &str, text: &str) {
+pub async fn said(fleet: &Fleet, id: &str, text: &str) {
     wait_for(&format!("{id} to say {text:?}"), seconds(90), async || {
         let log = fleet.client.log(id).await;
         if log.contains(text) { Ok(()) } else { Err(log) }
@@ -79,7 +79,7 @@ async fn boots(console: &libvirtd::Console) {
 }
 
 /// The VMs of all doubles bear the same addresses, and no two domains may.
-static ADDRESS: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
+pub static ADDRESS: tokio::sync::Mutex<()> = tokio::sync::Mutex::const_new(());
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_vm_of_vcenter_becomes_a_running_domain() {
@@ -295,7 +295,7 @@ pub fn acknowledged(console: &libvirtd::Console) -> u64 {
     numbers.max().unwrap_or(0)
 }
 
-async fn listed(fleet: &Fleet, vm: &str, state: &str) {
+pub async fn listed(fleet: &Fleet, vm: &str, state: &str) {
     wait_for(&format!("{vm} to be {state}"), seconds(15), async || {
         let answer = fleet.client.get(&format!("/vms/kvm/{vm}")).await;
         if answer.status == 200 && answer.body["power_state"] == state { Ok(()) } else { Err(answer.text) }

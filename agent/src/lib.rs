@@ -349,6 +349,9 @@ impl Agent {
 /// When the data directory is in use, or the controller refuses the join token. A controller that is away is waited for.
 pub async fn run(config: Config, shutdown: watch::Receiver<bool>) -> Result<(), Error> {
     let agent = Arc::new(tokio::task::spawn_blocking(move || Agent::open(config)).await.map_err(|e| Error::Key(e.to_string()))??);
+    // A guest that was left frozen waits for no controller.
+    let waking = agent.clone();
+    tokio::task::spawn_blocking(move || touched::wake(&waking));
     let Some(identity) = enrolled(&agent, shutdown.clone()).await? else { return Ok(()) };
     tracing::info!(agent = identity.agent_id, name = agent.config.name, "enrolled");
     session::keep(&agent, identity, shutdown).await;

@@ -12,6 +12,7 @@ use shared::manifest::{DiskEntry, FileEntry, Manifest, Signed, SigningKey, VERSI
 use shared::vault::{self, Dir};
 
 use crate::pipeline::{DiskOutcome, Outcome, Report};
+use crate::sources::Consistency;
 
 /// Largest manifest that is read: that of some 10 TiB of data.
 const MANIFEST_LIMIT: u64 = 256 << 20;
@@ -132,8 +133,15 @@ fn groups(outcome: &Outcome) -> Vec<Group<'_>> {
     outcome.files.iter().map(|file| Group { name: file.path.clone(), disks: of(file), files: vec![file.clone()] }).collect()
 }
 
-/// The result as the API shows it. `folder` is the published folder's absolute path on this host.
-pub fn result_json(folder: &std::path::Path, manifests: &[String], key: &SigningKey, outcome: &Outcome) -> String {
+/// The result as the API shows it. `folder` is the published folder's absolute path on this host. `consistency`: what the source said that it
+/// gave; none where a file was read.
+pub fn result_json(
+    folder: &std::path::Path,
+    manifests: &[String],
+    key: &SigningKey,
+    outcome: &Outcome,
+    consistency: Option<Consistency>,
+) -> String {
     let absolute = |name: &str| folder.join(name).display().to_string();
     let files: Vec<_> = outcome
         .files
@@ -153,6 +161,7 @@ pub fn result_json(folder: &std::path::Path, manifests: &[String], key: &Signing
         "manifests": manifests,
         "signer": fingerprint(&key.public_hex()),
         "verified": outcome.receipt.read_back != "not_verified",
+        "consistency": consistency,
         "boot_proof": null,
         "receipt": outcome.receipt,
         "counters": {"data_bytes": outcome.data_bytes, "bytes_read": outcome.bytes_read, "bytes_resumed": outcome.resumed_from},

@@ -7,6 +7,7 @@
 //! Owns: `jobs/JOBID.touched`, the reaper, and that one job at a time freezes a VM. Never: forgets a thing before it is gone at the source, undoes what a running attempt needs.
 //! A crash here costs nothing: what is noted stays noted.
 
+mod calm;
 mod freezing;
 mod halted;
 
@@ -17,11 +18,14 @@ use std::time::{Duration, Instant};
 
 use proto::v1;
 use serde::{Deserialize, Serialize};
+use shared::options::Options;
 use shared::vault;
 
 use crate::Agent;
 use crate::deploy::volumes::{self, Volumes};
+use crate::sources::Consistency;
 
+pub use self::calm::wake;
 pub use self::freezing::{Freezing, frozen_name};
 pub use self::halted::{Halted, halted, let_go, note_halted};
 
@@ -67,10 +71,12 @@ pub struct Touched {
     pub checkpoints: Vec<String>,
     /// The tracking of changes was or will be switched on, and no restore point needs it yet.
     pub tracking: bool,
-    /// The VM was or will be stopped, so that another one takes its place.
+    /// The VM was or will be stopped for the job.
     pub halted: Option<Halted>,
     /// Files that what a VM writes goes into, until it is put back.
     pub overlays: Vec<Overlay>,
+    /// When the guest was asked to freeze its file systems, which it has not thawed yet as far as is known, milliseconds since 1970.
+    pub quiesced_at: Option<i64>,
     /// Disks of a VM that is being made, in a pool; then nothing else is noted with them.
     pub volumes: Option<Volumes>,
     /// When something was noted last, milliseconds since 1970.
@@ -189,6 +195,10 @@ pub struct Pen<'a> {
     connection: (String, String, String),
     vm: String,
     writing: Mutex<()>,
+    /// Whether the guest is to be quiesced.
+    quiesces: bool,
+    /// What the source said that it reads.
+    read: Mutex<Option<Consistency>>,
 }
 
 impl<'a> Pen<'a> {
@@ -196,11 +206,33 @@ impl<'a> Pen<'a> {
     ///
     /// # Errors
     /// When what is noted cannot be read.
-    pub fn new(agent: &'a Agent, held: &'a crate::held::Assignment, connection: &v1::Connection, vm: &str) -> io::Result<Self> {
+    pub fn new(
+        agent: &'a Agent,
+        held: &'a crate::held::Assignment,
+        connection: &v1::Connection,
+        vm: &str,
+        options: &Options,
+    ) -> io::Result<Self> {
+        let quiesces = options.quiesce == Some(true);
         let connection = (connection.name.clone(), connection.kind.clone(), connection.path.clone());
         // Not to be found out when something was made already.
         noted(agent, &held.job)?;
-        Ok(Self { agent, held, connection, vm: vm.to_owned(), writing: Mutex::default() })
+        Ok(Self { agent, held, connection, vm: vm.to_owned(), writing: Mutex::default(), quiesces, read: Mutex::default() })
+    }
+
+    /// What the source said that it reads; none as long as it said nothing.
+    pub fn consistency(&self) -> Option<Consistency> {
+        *self.read.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the VM was stopped for the job, as it is noted.
+    pub fn is_halting(&self) -> io::Result<bool> {
+        Ok(noted(self.agent, &self.held.job)?.is_some_and(|noted| noted.halted.is_some()))
+    }
+
+    /// The VM is about to be stopped for the job, or is stopped. Durable when it returns.
+    pub fn halting(&self, halted: Halted) -> io::Result<()> {
+        self.note(|touched| touched.halted = Some(halted))
     }
 
     /// Waits until no other job has the VM frozen, or is about to: a removal of a snapshot must not meet the making of the next, nor a
@@ -254,6 +286,23 @@ impl crate::sources::Touch for Pen<'_> {
 
     fn tracking(&self) -> io::Result<()> {
         self.note(|touched| touched.tracking = true)
+    }
+
+    fn quiesces(&self) -> bool {
+        self.quiesces
+    }
+
+    fn quiescing(&self, is_open: bool) -> io::Result<()> {
+        let now = is_open.then(|| shared::clock::now().timestamp_millis());
+        self.note(|touched| touched.quiesced_at = now)
+    }
+
+    fn is_halted_calm(&self) -> io::Result<bool> {
+        Ok(noted(self.agent, &self.held.job)?.is_some_and(|noted| noted.halted.is_some() && noted.quiesced_at.is_some()))
+    }
+
+    fn reads(&self, consistency: Consistency) {
+        *self.read.lock().unwrap_or_else(PoisonError::into_inner) = Some(consistency);
     }
 
     fn stopping(&self) -> crate::sources::Stopping {
@@ -444,6 +493,10 @@ fn undo_noted(agent: &Agent, job: &str) -> bool {
         }
     };
     let (name, kind, path) = noted.connection.clone();
+    if noted.halted.is_some() && agent.freezing.is_anothers(&frozen_name(&name, &noted.vm), job) {
+        // Whoever has it now has stopped it as well, or reads it as it lies there.
+        return true;
+    }
     let mut waits = None;
     let undone = match noted.halted.as_ref().map(Halted::stays).transpose() {
         Err(e) => Err(e),
@@ -451,7 +504,9 @@ fn undo_noted(agent: &Agent, job: &str) -> bool {
         _ if let Some(volumes) = &noted.volumes => volumes::clear(agent, &noted, volumes).map(|()| Vec::new()),
         Ok(stays) => {
             waits = noted.halted.clone().filter(|_| stays == Some(true));
-            let to_undo = Touched { halted: noted.halted.clone().filter(|_| waits.is_none()), ..noted.clone() };
+            // A guest that stays stopped cannot thaw anything, and need not.
+            let (halted, quiesced_at) = if waits.is_none() { (noted.halted.clone(), noted.quiesced_at) } else { (None, None) };
+            let to_undo = Touched { halted, quiesced_at, ..noted.clone() };
             agent.source(&v1::Connection { name, kind, path, account: None }).and_then(|source| source.undo(&to_undo))
         }
     };
@@ -459,7 +514,7 @@ fn undo_noted(agent: &Agent, job: &str) -> bool {
         Ok(_) if waits.is_some() => {
             // The attempt that makes the new VM forgets it.
             let (connection, vm, noted_ms) = (noted.connection.clone(), noted.vm.clone(), noted.noted_ms);
-            let rest = Touched { connection, vm, noted_ms, halted: waits, ..Touched::default() };
+            let rest = Touched { connection, vm, noted_ms, halted: waits, quiesced_at: noted.quiesced_at, ..Touched::default() };
             if rest != noted
                 && let Err(e) = write(agent, job, &rest)
             {

@@ -11,6 +11,7 @@
 mod backup;
 mod catalogue;
 mod migrate;
+mod off;
 mod verify;
 mod warm;
 mod watcher;
@@ -32,7 +33,7 @@ use crate::ledger::{Entry, Ledger};
 use crate::pipeline::{self, PartDir, SourceDisk};
 use crate::sources::file::FileSource;
 use crate::sources::local::Depth;
-use crate::sources::{self, Opened, Source};
+use crate::sources::{self, Consistency, Opened, Source};
 use crate::{Agent, points, proof, pull, touched};
 
 use self::migrate::Migration;
@@ -212,7 +213,9 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
 
     if let Some(migration) = &migration {
         // A VM that ran on has changed since: its copy is gone over once more.
-        if let Some(result) = migration.sealed(&folder)?.filter(|_| !migration.is_warm()) {
+        if let Some(result) = migration.sealed(&folder)?.filter(|_| !migration.is_warm())
+            && !migration.is_outdated(&result)?
+        {
             agent.table.progress(held, "verifying", counters_of(&result));
             agent.table.log(
                 held,
@@ -230,14 +233,16 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
             return warm::run(migration, assign, &options, &folder, &place.absolute(), created);
         }
     }
-    let (mut vm, disks, backup, roots) = match kind {
+    let is_off = options.power_off == Some(true) && shut_down(agent, held, assign, &options, migration.as_ref())?;
+    let (mut vm, disks, backup, roots, consistency) = match kind {
         Some(JobType::Backup) => {
-            let (vm, disks, backup) = backup::open(agent, held, assign, &folder, options.full == Some(true))?;
-            (vm, disks, backup, Vec::new())
+            let (vm, disks, backup) = backup::open(agent, held, assign, &folder, &options)?;
+            let consistency = backup.as_ref().and_then(|backup| backup.consistency);
+            (vm, disks, backup, Vec::new(), consistency)
         }
         _ => {
-            let (vm, disks, roots) = open_source(agent, held, assign, options.include_snapshots == Some(true))?;
-            (vm, disks.into_iter().map(source_disk).collect(), None, roots)
+            let (vm, disks, roots, consistency) = open_source(agent, held, assign, &options)?;
+            (vm, disks.into_iter().map(source_disk).collect(), None, roots, consistency)
         }
     };
     if let Some(import) = &import {
@@ -259,7 +264,7 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
     };
     let manifests = proof::write_manifests(&part, &agent.signing, (&held.job, &job.vm.name), &outcome, source)
         .map_err(|e| Failure::io("the manifest", &e))?;
-    let mut result = proof::result_json(&published, &manifests, &agent.signing, &outcome);
+    let mut result = proof::result_json(&published, &manifests, &agent.signing, &outcome, consistency);
     if let Some(import) = &import {
         import.mark(&part).map_err(|e| Failure::io("the part folder", &e))?;
         result = import.describe(&result, &agent.config.images_connection);
@@ -268,11 +273,16 @@ fn work(agent: &Agent, held: &Assignment, assign: &v1::Assign) -> Result<End, En
         result = backup.describe(&result, &published);
     }
     if let Some(migration) = &migration {
-        result = migration.seal(&result, &job.vm, &migrate::disks_of(&outcome))?;
+        result = migration.seal(&result, &job.vm, &migrate::disks_of(&outcome), is_off)?;
     }
     vault::write_whole(agent.ledger.dir(), &result_name(&held.job), result.as_bytes()).map_err(|e| Failure::io("the result", &e))?;
     if let Some(migration) = &migration {
-        give_back(agent, &held.job);
+        if is_off {
+            // The VM stays off until the new one stands, and nobody else's.
+            touched::thaw(agent, &held.job, &std::collections::BTreeSet::new()).map_err(Failure::from)?;
+        } else {
+            give_back(agent, &held.job);
+        }
         return migration.arrive(&folder, &place.absolute(), &result, || publish(agent, held, &folder, Some(&job), name));
     }
 
@@ -441,8 +451,28 @@ pub fn source_disk(opened: Opened) -> SourceDisk {
     SourceDisk { name, snapshot, identity, disk, base: None }
 }
 
-/// A VM, its disks, and the root digests that these must have, where somebody has signed them.
-type OpenedSource = (shared::vm::Vm, Vec<Opened>, Vec<String>);
+/// A VM, its disks, the root digests that these must have, where somebody has signed them, and what the source said that it gives.
+type OpenedSource = (shared::vm::Vm, Vec<Opened>, Vec<String>, Option<Consistency>);
+
+/// Shuts the VM of a job down that was asked to. Answers whether it is off for this job, and noted so.
+fn shut_down(
+    agent: &Agent,
+    held: &Assignment,
+    assign: &v1::Assign,
+    options: &Options,
+    migration: Option<&Migration<'_>>,
+) -> Result<bool, End> {
+    let connection = assign.connection.clone().unwrap_or_default();
+    if !assign.source.is_empty() || connection.kind == "local" {
+        return Ok(false);
+    }
+    let source = source_of(agent, assign)?;
+    let pen = touched::Pen::new(agent, held, &connection, &assign.vm_id, options).map_err(|e| Failure::io("the ledger", &e))?;
+    let halted = migration.map(|migration| migration.halted(false)).unwrap_or_default();
+    let says = |text| agent.table.log(held, "info", "preparing", text);
+    let subject = off::Subject { source: &source, vm_id: &assign.vm_id, pen: &pen };
+    subject.shut_down(&halted, &says, &|| held.stop().map(End::Stopped))
+}
 
 /// What was read is what a restore point was signed as: what is read wrong and written so is no restore.
 fn check_roots(roots: &[String], outcome: &pipeline::Outcome) -> Result<(), Failure> {
@@ -457,16 +487,19 @@ fn check_roots(roots: &[String], outcome: &pipeline::Outcome) -> Result<(), Fail
 }
 
 /// The disks to copy: those of a VM, or those in a file.
-fn open_source(agent: &Agent, held: &Assignment, assign: &v1::Assign, with_snapshots: bool) -> Result<OpenedSource, End> {
+fn open_source(agent: &Agent, held: &Assignment, assign: &v1::Assign, options: &Options) -> Result<OpenedSource, End> {
+    let with_snapshots = options.include_snapshots == Some(true);
     if assign.source.is_empty() {
         let source = source_of(agent, assign)?;
         let connection = assign.connection.clone().unwrap_or_default();
-        let pen = touched::Pen::new(agent, held, &connection, &assign.vm_id).map_err(|e| Failure::io("the ledger", &e))?;
+        let pen = touched::Pen::new(agent, held, &connection, &assign.vm_id, options).map_err(|e| Failure::io("the ledger", &e))?;
         let (vm, mut disks) = source.open_for(&assign.vm_id, &pen).map_err(Failure::from)?;
         if with_snapshots {
             disks.extend(source.open_snapshots(&assign.vm_id).map_err(Failure::from)?);
         }
-        return Ok((vm, disks, Vec::new()));
+        // What says nothing of itself does not run.
+        let consistency = pen.consistency().unwrap_or(Consistency::Off);
+        return Ok((vm, disks, Vec::new(), Some(consistency)));
     }
     if let Some(found) = point_of(agent, assign)? {
         let line = format!("{} is a restore point of {}: it is read with what lies beneath it", found.named, found.point.created_at);
@@ -474,14 +507,14 @@ fn open_source(agent: &Agent, held: &Assignment, assign: &v1::Assign, with_snaps
         let (vm, disks) = points::open(&found.points, &found.point).map_err(Failure::from)?;
         // Their identity is their root digest.
         let roots = disks.iter().map(|disk| disk.identity.clone()).collect();
-        return Ok((vm, disks, roots));
+        return Ok((vm, disks, roots, None));
     }
     let source = find_source(agent, held, assign)?;
     let (vm, mut disks) = source.open(Depth::Digests).map_err(Failure::from)?;
     if with_snapshots {
         disks.extend(source.open_snapshots().map_err(Failure::from)?);
     }
-    Ok((vm, disks, Vec::new()))
+    Ok((vm, disks, Vec::new(), None))
 }
 
 /// The restore point that a job reads, where its source is one.

@@ -265,6 +265,12 @@ pub struct Export {
     /// Bring the snapshots along, each as a disk of its own
     #[arg(long)]
     pub include_snapshots: bool,
+    /// Shut a running VM down first, and switch it on again afterwards
+    #[arg(long)]
+    pub power_off: bool,
+    /// Have its guest freeze its file systems for the moment that is read
+    #[arg(long)]
+    pub quiesce: bool,
     /// Folder inside a root of the agent, as ROOT/…; default: exports
     #[arg(long, value_name = "ROOT/DIR")]
     pub destination: Option<String>,

@@ -24,6 +24,8 @@ pub async fn backup(client: &Client, backup: &Backup, style: Style) -> Outcome {
     let mut options = Map::new();
     let given = [
         ("full", backup.full.then_some(Value::Bool(true))),
+        ("power_off", backup.power_off.then_some(Value::Bool(true))),
+        ("quiesce", backup.quiesce.then_some(Value::Bool(true))),
         ("compression", backup.compression.map(|algorithm| json!(algorithm))),
         ("level", backup.level.map(Value::from)),
         ("destination", backup.destination.clone().map(Value::from)),

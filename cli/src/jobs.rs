@@ -28,6 +28,8 @@ pub async fn export(client: &Client, export: &Export, style: Style) -> Outcome {
     let compress = export.compress || export.compression.is_some() || export.level.is_some();
     set("compress", compress.then_some(Value::Bool(true)));
     set("include_snapshots", export.include_snapshots.then_some(Value::Bool(true)));
+    set("power_off", export.power_off.then_some(Value::Bool(true)));
+    set("quiesce", export.quiesce.then_some(Value::Bool(true)));
     set("compression", export.compression.map(|algorithm| json!(algorithm)));
     set("level", export.level.map(Value::from));
     set("destination", export.destination.clone().map(Value::from));
@@ -222,7 +224,8 @@ fn results(job: &Value, least: usize) {
         Some(false) => "no",
         None => "",
     };
-    output::pairs(least, &[("manifest", output::text(result, "manifest")), ("verified", verified.to_owned())]);
+    let state = output::text(result, "consistency");
+    output::pairs(least, &[("state", state), ("manifest", output::text(result, "manifest")), ("verified", verified.to_owned())]);
     migrate::results(result, least);
 }
 

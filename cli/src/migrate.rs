@@ -64,6 +64,8 @@ fn options(wanted: &Migrate) -> Value {
         ("adapt", Some(wanted.adapt.clone().into())),
         ("boot_proof", (!proof.is_empty()).then_some(Value::Object(proof))),
         ("warm", wanted.warm.then(|| Value::Object(warm(wanted)))),
+        ("power_off", wanted.power_off.then_some(Value::Bool(true))),
+        ("quiesce", wanted.quiesce.then_some(Value::Bool(true))),
         ("destination", wanted.destination.clone().map(Value::from)),
         ("bandwidth_limit", wanted.bandwidth_limit.map(Value::from)),
         ("dry_run", wanted.dry_run.then_some(Value::Bool(true))),

@@ -141,9 +141,12 @@ pub struct Options {
     /// Read the output back and compare; default true.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub verify: Option<bool>,
-    /// Switch a running VM off first; default false.
+    /// Shut a running VM down first; default false.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub power_off: Option<bool>,
+    /// Have the guest of a running VM flush and freeze its file systems for the moment that is read; default false.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub quiesce: Option<bool>,
     /// Bytes of data a second.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bandwidth_limit: Option<u64>,

@@ -140,6 +140,11 @@ impl Double {
         serde_json::from_str(&answer).unwrap_or_else(|e| panic!("{path}: {e}: {answer}"))
     }
 
+    /// What `/tools` does by this query; answers how many snapshots were to be quiesced so far.
+    pub async fn tools(&self, query: &str) -> u64 {
+        self.told(&format!("/tools?{query}")).await["asked"].as_u64().unwrap()
+    }
+
     /// What `/inventory` answers to this query.
     pub async fn inventory(&self, query: &str) -> serde_json::Value {
         self.told(&format!("/inventory?{query}")).await

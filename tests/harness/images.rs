@@ -36,28 +36,53 @@ pub fn guest() -> &'static Guest {
 /// The guest that keeps writing: it says `TINYGUEST-WRITE N` once that number stands in the file `log` of its second partition.
 pub fn writer() -> &'static Path {
     static WRITER: OnceLock<PathBuf> = OnceLock::new();
-    WRITER.get_or_init(|| {
-        let (dir, from) = (lab().join("writer"), guest().raw.parent().unwrap());
-        std::fs::create_dir_all(&dir).unwrap();
-        // The kernel's package is there already.
-        for entry in std::fs::read_dir(from).unwrap().flatten() {
-            let (path, name) = (entry.path(), entry.file_name());
-            if path.extension().is_some_and(|ending| ending == "deb") && !dir.join(&name).exists() {
-                link(&path, &dir.join(&name));
-            }
-        }
-        run(Command::new(workspace().join("tests/lab/guest/tiny.sh")).arg(&dir).env("APPEND", "writer"));
-        dir.join("tiny.raw")
-    })
+    WRITER.get_or_init(|| variant("writer", "writer"))
 }
 
-/// The number in the writing guest's `log` on this raw disk, whose file system must be whole once its journal was replayed.
-pub fn written(disk: &Path) -> u64 {
+/// The same with what a guest agent does, where its machine has the port for one.
+pub fn agent() -> &'static Path {
+    static AGENT: OnceLock<PathBuf> = OnceLock::new();
+    AGENT.get_or_init(|| variant("agent", "writer agent"))
+}
+
+/// The guest with these words on its kernel's command line.
+fn variant(folder: &str, append: &str) -> PathBuf {
+    let (dir, from) = (lab().join(folder), guest().raw.parent().unwrap());
+    std::fs::create_dir_all(&dir).unwrap();
+    // The kernel's package is there already.
+    for entry in std::fs::read_dir(from).unwrap().flatten() {
+        let (path, name) = (entry.path(), entry.file_name());
+        if path.extension().is_some_and(|ending| ending == "deb") && !dir.join(&name).exists() {
+            link(&path, &dir.join(&name));
+        }
+    }
+    run(Command::new(workspace().join("tests/lab/guest/tiny.sh")).arg(&dir).env("APPEND", append));
+    dir.join("tiny.raw")
+}
+
+/// The second partition of the guest's raw disk, in a file of its own beside it.
+fn second_part(disk: &Path) -> PathBuf {
     const START: u64 = 133_120 * 512;
     let part = disk.with_extension("part");
     let mut from = File::open(disk).unwrap();
     std::io::Seek::seek(&mut from, std::io::SeekFrom::Start(START)).unwrap();
     std::io::copy(&mut from, &mut File::create(&part).unwrap()).unwrap();
+    part
+}
+
+/// Whether the file system of the writing guest on this raw disk was at rest: its journal holds nothing to replay, and nothing is wrong with it.
+pub fn is_at_rest(disk: &Path) -> bool {
+    let part = second_part(disk);
+    let head = run(Command::new("dumpe2fs").arg("-h").arg(&part));
+    let checked = output(Command::new("e2fsck").args(["-fn"]).arg(&part));
+    std::fs::remove_file(part).unwrap();
+    let replays = head.lines().any(|line| line.starts_with("Filesystem features:") && line.contains("needs_recovery"));
+    !replays && checked.status.success()
+}
+
+/// The number in the writing guest's `log` on this raw disk, whose file system must be whole once its journal was replayed.
+pub fn written(disk: &Path) -> u64 {
+    let part = second_part(disk);
     // 1: the journal was replayed, nothing else was to be done. What it says of more is in the text.
     let checked = output(Command::new("e2fsck").args(["-fy"]).arg(&part));
     let said = String::from_utf8_lossy(&checked.stdout).into_owned();

@@ -109,6 +109,15 @@ impl Domain {
 
     /// The same with several disks, `vda`, `vdb`, …
     pub fn with_disks(name: &str, disks: &[(&Path, &str)]) -> Self {
+        Self::with(name, disks, "")
+    }
+
+    /// One with a port for a guest agent, that can switch itself off.
+    pub fn with_agent(name: &str, disk: &Path, format: &str) -> Self {
+        Self::with(name, &[(disk, format)], "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel>")
+    }
+
+    fn with(name: &str, disks: &[(&Path, &str)], more: &str) -> Self {
         let name = format!("{name}-{}", shared::ids::random_hex::<4>());
         let disk = |(letter, (disk, format)): (char, &(&Path, &str))| {
             let file = disk.display();
@@ -118,10 +127,11 @@ impl Domain {
             )
         };
         let disks: String = ('a'..='z').zip(disks).map(disk).collect();
+        let features = if more.is_empty() { "" } else { "<features><acpi/></features>" };
         let xml = format!(
-            "<domain type='qemu'><name>{name}</name><memory unit='MiB'>256</memory><vcpu>1</vcpu><os><type arch='x86_64'>hvm</type></os>\
+            "<domain type='qemu'><name>{name}</name><memory unit='MiB'>256</memory><vcpu>1</vcpu><os><type arch='x86_64'>hvm</type></os>{features}\
              <devices>{disks}<interface type='user'><mac address='52:54:00:12:34:56'/><model type='virtio'/></interface><serial type='pty'/>\
-             </devices></domain>"
+             {more}</devices></domain>"
         );
         let file = lab().join(format!("{name}.xml"));
         std::fs::write(&file, xml).unwrap();

@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use serde::Serialize;
 use shared::details::Details;
 use shared::error::Code;
 use shared::options::Action;
@@ -118,6 +119,18 @@ pub struct Beside {
     pub size: u64,
 }
 
+/// What a copy of a VM is like: what really was, never what was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Consistency {
+    /// The VM was off.
+    Off,
+    /// As after a power failure: what the guest had not written yet is not there.
+    CrashConsistent,
+    /// The guest had flushed and frozen its file systems.
+    ApplicationConsistent,
+}
+
 /// Not 0 once the job is to stop: whoever waits for a server looks at it.
 pub type Stopping = Arc<std::sync::atomic::AtomicU8>;
 
@@ -177,6 +190,18 @@ pub trait Touch {
 
     /// The tracking of changes is about to be switched on. Durable when it returns.
     fn tracking(&self) -> std::io::Result<()>;
+
+    /// Whether the guest of a VM that runs is to flush and freeze its file systems for the moment that is read.
+    fn quiesces(&self) -> bool;
+
+    /// The guest is about to be asked to freeze its file systems, or has thawed them. Durable when it returns.
+    fn quiescing(&self, is_open: bool) -> std::io::Result<()>;
+
+    /// Whether the VM was halted with its file systems frozen.
+    fn is_halted_calm(&self) -> std::io::Result<bool>;
+
+    /// What is read is like this.
+    fn reads(&self, consistency: Consistency);
 
     /// Whether the job is to stop.
     fn stopping(&self) -> Stopping;
@@ -255,10 +280,16 @@ pub trait Source: Send + Sync {
         Err(Error::fatal(Code::NotBuilt, "consoles of this kind of provider are not built yet; those of `libvirt` are"))
     }
 
+    /// Whether a VM that is shut down can be switched on again.
+    fn comes_back(&self, vm_id: &str) -> Result<(), Error> {
+        let _ = vm_id;
+        Ok(())
+    }
+
     /// Stops a VM for good, so that another one takes its place, with what it holds as it is: nothing is written to its disks any more. `undo`
     /// of a note that it is halted lets it go on.
-    fn halt(&self, vm_id: &str) -> Result<(), Error> {
-        let _ = vm_id;
+    fn halt(&self, vm_id: &str, touch: &dyn Touch) -> Result<(), Error> {
+        let _ = (vm_id, touch);
         Err(Error::fatal(Code::NotBuilt, "this kind of provider stops no VM for a warm migration"))
     }
 

@@ -48,6 +48,11 @@ impl Freezing {
         Ok(Taken { freezing: self, holder })
     }
 
+    /// Whether somebody else than this job has the VM.
+    pub(super) fn is_anothers(&self, vm: &str, job: &str) -> bool {
+        self.vms.lock().unwrap_or_else(PoisonError::into_inner).get(vm).is_some_and(|holder| holder != job)
+    }
+
     /// The job has nothing frozen any more.
     pub fn give_back(&self, job: &str) {
         self.vms.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, holder| holder != job);

@@ -1,7 +1,7 @@
-//! A VM that a warm migration has stopped, as it is noted.
+//! A VM that a job has stopped, as it is noted: a warm migration, or any job that was asked to (`power_off`).
 //!
 //! ```text
-//! noted ─► stopped ─► last pass ─► committed ─► published ─► the new VM is made ─► the old one is off ─► forgotten
+//! noted ─► stopped ─► last pass or whole copy ─► committed ─► published ─► the new VM is made ─► the old one is off ─► forgotten
 //!   └──────── anything fails: it goes on ─┴──── only where the new VM does not stand, and will not be made
 //! ```
 //! Owns: whether the old VM may go on. Never: stops one. A crash here costs nothing: what is noted stays noted.
@@ -14,22 +14,27 @@ use serde::{Deserialize, Serialize};
 use super::{Touched, noted, write};
 use crate::{Agent, deploy};
 
-/// A VM that is stopped for the last pass of a warm migration. It goes on where the new one is not made.
+/// A VM that is stopped for a job. It goes on when the job has ended, unless that has made a new one in its place.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Halted {
     /// Name, kind and path of the connection that the new VM is made at.
     pub target: (String, String, String),
-    /// The new VM's UUID.
+    /// The new VM's UUID; empty: none is made.
     pub uuid: String,
     /// All that it held has arrived and the copy is being published: the new VM will be made, so that the old one waits for it.
     pub committed: bool,
+    /// When its guest was asked to shut down, milliseconds since 1970; none once it was seen to be off.
+    pub asked_at: Option<i64>,
 }
 
 impl Halted {
     /// Whether the VM stays stopped: its successor is there, or will be.
     pub(super) fn stays(&self) -> Result<bool, crate::sources::Error> {
         let (name, kind, path) = self.target.clone();
+        if self.uuid.is_empty() {
+            return Ok(false);
+        }
         Ok(self.committed || deploy::stands(&v1::Connection { name, kind, path, account: None }, &self.uuid)?)
     }
 }

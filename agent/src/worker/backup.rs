@@ -20,6 +20,7 @@ use proto::v1;
 use serde_json::{Value, json};
 use shared::error::Code;
 use shared::manifest;
+use shared::options::Options;
 use shared::vault::{self, Dir};
 use shared::vm::Vm;
 
@@ -29,7 +30,7 @@ use crate::formats::over::{Allocated, Over};
 use crate::held::Assignment;
 use crate::pipeline::{Base, Outcome, SourceDisk};
 use crate::points::{self, Kind, Point, PointDisk};
-use crate::sources::{Areas, Frozen, Moved, Since, Source};
+use crate::sources::{Areas, Consistency, Frozen, Moved, Since, Source};
 use crate::{Agent, touched};
 
 /// A restore point in the making.
@@ -43,6 +44,8 @@ pub(super) struct Backup {
     roots: Option<Vec<(String, String)>>,
     /// By disk: how many bytes came from the source.
     moved: Vec<Moved>,
+    /// What the source said that it gives.
+    pub(super) consistency: Option<Consistency>,
     /// Bytes that the source said have changed; none where it did not say so of every disk.
     changed: Option<u64>,
 }
@@ -51,13 +54,13 @@ pub(super) struct Backup {
 pub(super) type Opened = (Vm, Vec<SourceDisk>, Option<Backup>);
 
 /// Freezes the VM and lays its disks over the newest point, where there is one that holds.
-pub(super) fn open(agent: &Agent, held: &Assignment, assign: &v1::Assign, folder: &Dir, full: bool) -> Result<Opened, End> {
+pub(super) fn open(agent: &Agent, held: &Assignment, assign: &v1::Assign, folder: &Dir, options: &Options) -> Result<Opened, End> {
     let log = |level: &str, text: String| agent.table.log(held, level, "preparing", text);
     let connection = assign.connection.clone().unwrap_or_default();
-    let pen = touched::Pen::new(agent, held, &connection, &assign.vm_id).map_err(|e| Failure::io("the ledger", &e))?;
+    let pen = touched::Pen::new(agent, held, &connection, &assign.vm_id, options).map_err(|e| Failure::io("the ledger", &e))?;
     // Before anything is looked at: what another job at this VM is about to publish or to undo decides all of it.
     pen.wait_for_vm().map_err(|e| Failure::io("waiting for the VM", &e))?;
-    let before = if full { None } else { newest(agent, folder, &connection.name, &assign.vm_id, &log)? };
+    let before = if options.full == Some(true) { None } else { newest(agent, folder, &connection.name, &assign.vm_id, &log)? };
     if let Some(before) = &before {
         // Nobody removes what this one is going to lie over.
         agent.needed.pin(&before.point.job, &held.job);
@@ -123,7 +126,7 @@ pub(super) fn freeze(
     };
     let needed: BTreeSet<String> = point.disks.iter().filter_map(|disk| disk.change_id.clone()).collect();
     let obsolete = earlier.difference(&needed).cloned().collect();
-    Ok((vm, disks, Backup { point, needed, obsolete, roots, moved, changed }))
+    Ok((vm, disks, Backup { point, needed, obsolete, roots, moved, consistency: pen.consistency(), changed }))
 }
 
 fn since(disk: &PointDisk, had_snapshots: bool) -> Since {

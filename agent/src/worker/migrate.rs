@@ -76,6 +76,9 @@ struct Progress {
     disks: Vec<(String, String, u64)>,
     /// How the boot proof went, once it has passed; of a warm one that of the rehearsal.
     proof: Option<boot::Proof>,
+    /// The source was shut down for it, and stays off where it ends well.
+    #[serde(default)]
+    stopped: bool,
     /// Of a warm one: the passes, and since when the source is stopped, milliseconds since 1970.
     #[serde(default)]
     warm: Option<(Value, i64)>,
@@ -117,6 +120,8 @@ pub(super) struct Migration<'a> {
     adapt: Adapt,
     proof: BootProof,
     warm: Option<Warm>,
+    /// The source is shut down before it is read.
+    power_off: bool,
     /// The domain's, the same in each attempt.
     uuid: String,
 }
@@ -140,8 +145,8 @@ impl<'a> Migration<'a> {
             v1::Connection { name: target.connection.clone(), kind: target.kind.clone(), path: target.path.clone(), account: None };
         let uuid = deploy::uuid_of(&held.job);
         let (adapt, proof) = (options.adapt.unwrap_or_default(), options.boot_proof.clone().unwrap_or_default());
-        let warm = options.warm.clone();
-        Ok(Some(Self { agent, held, source, vm_id: assign.vm_id.clone(), target, connection, adapt, proof, warm, uuid }))
+        let (warm, power_off) = (options.warm.clone(), options.power_off == Some(true));
+        Ok(Some(Self { power_off, agent, held, source, vm_id: assign.vm_id.clone(), target, connection, adapt, proof, warm, uuid }))
     }
 
     /// Whether an attempt that has failed for good left something that a retry goes on from.
@@ -164,7 +169,7 @@ impl<'a> Migration<'a> {
     /// What is noted of a source that is stopped for this migration.
     pub(super) fn halted(&self, committed: bool) -> Halted {
         let v1::Connection { name, kind, path, .. } = self.connection.clone();
-        Halted { target: (name, kind, path), uuid: self.uuid.clone(), committed }
+        Halted { target: (name, kind, path), uuid: self.uuid.clone(), committed, asked_at: None }
     }
 
     fn log(&self, level: &str, stage: &str, text: impl Into<String>) {
@@ -177,16 +182,35 @@ impl<'a> Migration<'a> {
         if deploy::stands(&self.connection, &self.uuid)? {
             return Ok(());
         }
-        // The source of a warm one is off by then.
-        let addresses = self.addresses(None, self.is_warm())?;
+        // The source of a warm one is off by then, and one that is shut down.
+        let addresses = self.addresses(None, self.is_warm() || self.power_off)?;
         Ok(deploy::check(self.agent, &self.connection, &self.target.wish.with_addresses(&addresses))?)
     }
 
     /// The result of a verified copy with what the steps behind it go by. `disks`: path from the job's folder, format, bytes.
-    pub(super) fn seal(&self, result: &str, vm: &Vm, disks: &[(String, String, u64)]) -> Result<String, Failure> {
+    pub(super) fn seal(&self, result: &str, vm: &Vm, disks: &[(String, String, u64)], stopped: bool) -> Result<String, Failure> {
         let mut result: Value = serde_json::from_str(result).map_err(unreadable)?;
-        result["migration"] = serde_json::to_value(self.begin(vm, disks, false)?).map_err(unreadable)?;
+        let progress = Progress { stopped, ..self.begin(vm, disks, false)? };
+        result["migration"] = serde_json::to_value(progress).map_err(unreadable)?;
         Ok(result.to_string())
+    }
+
+    /// Whether the source was stopped for this copy.
+    fn has_stopped(&self, result: &str) -> Result<bool, Failure> {
+        let result: Value = serde_json::from_str(result).map_err(unreadable)?;
+        let progress: Progress = serde_json::from_value(result["migration"].clone()).map_err(unreadable)?;
+        Ok(progress.stopped || progress.warm.is_some())
+    }
+
+    /// Whether the source went on after this copy, which was to be its last state: then it is forgotten, and made anew.
+    pub(super) fn is_outdated(&self, result: &str) -> Result<bool, Failure> {
+        let is_outdated = self.has_stopped(result)?;
+        if is_outdated {
+            self.log("info", "preparing", "the VM went on after an earlier attempt had copied it: it is copied anew");
+            let removed = self.agent.ledger.dir().remove_file(result_name(&self.held.job));
+            removed.map_err(|e| Failure::io("the result", &e))?;
+        }
+        Ok(is_outdated)
     }
 
     /// The same of the last pass of a warm one.
@@ -245,7 +269,7 @@ impl<'a> Migration<'a> {
         let addresses = self.addresses(Some(vm), will_stop)?;
         let macs = addresses.into_iter().map(|mac| mac.unwrap_or_else(deploy::new_mac)).collect();
         let sealed_at = shared::clock::rfc3339(shared::clock::now());
-        Ok(Progress { vm: vm.clone(), macs, sealed_at, adapted: None, disks: disks.to_vec(), proof: None, warm: None })
+        Ok(Progress { vm: vm.clone(), macs, sealed_at, adapted: None, disks: disks.to_vec(), proof: None, stopped: false, warm: None })
     }
 
     /// The kept result, where the part folder holds what it names: an earlier attempt has copied and verified it.
@@ -308,8 +332,17 @@ impl<'a> Migration<'a> {
         let filled = self.fill(&part, &result)?;
         let published = place.join(&self.held.job);
         super::commit(self.agent, self.held, || {
+            if self.has_stopped(&result)? {
+                if !self.agent.source(&self.source)?.is_halted(&self.vm_id)? {
+                    return Err(Failure::fatal(
+                        Code::Conflict,
+                        "somebody has switched the VM on after it was shut down for this migration",
+                    ));
+                }
+                touched::note_halted(self.agent, &self.held.job, Some(self.halted(true))).map_err(|e| Failure::io("the ledger", &e))?;
+            }
             publish()?;
-            result = self.land(folder, &published, &result, filled.as_ref())?;
+            result = self.take_over(folder, &published, &result, filled.as_ref())?;
             Ok(())
         })?;
         self.log("info", "publishing", format!("published as {}", published.display()));
@@ -319,7 +352,7 @@ impl<'a> Migration<'a> {
     /// An attempt that finds the folder published: what is left is the VM.
     pub(super) fn arrive_again(&self, folder: &Dir, published: &Path, result: &str) -> Result<End, End> {
         self.clear();
-        if self.is_warm() {
+        if self.has_stopped(result)? {
             let noted = touched::halted(self.agent, &self.held.job).map_err(|e| Failure::io("the ledger", &e))?;
             let stands = deploy::stands(&self.connection, &self.uuid).map_err(Failure::from)?;
             let source = self.agent.source(&self.source).map_err(Failure::from)?;
@@ -339,13 +372,14 @@ impl<'a> Migration<'a> {
         Ok(End::Completed(ended))
     }
 
-    /// The VM is made, and the source of a warm migration is off for good. Where it cannot be made the source goes on.
+    /// The VM is made, and a source that was stopped for it is off for good. Where it cannot be made the source goes on.
     pub(super) fn take_over(&self, folder: &Dir, published: &Path, result: &str, filled: Option<&Filled>) -> Result<String, Failure> {
         let ledger = |e: io::Error| Failure::io("the ledger", &e);
         let mut tries = 0;
+        let has_stopped = self.has_stopped(result)?;
         let landed = loop {
             match self.land(folder, published, result, filled) {
-                Err(e) if e.retryable && self.is_warm() && tries < TRIES => {
+                Err(e) if e.retryable && has_stopped && tries < TRIES => {
                     tries += 1;
                     self.log("warn", "publishing", format!("{}; it is tried again", e.message));
                     std::thread::sleep(PAUSE);
@@ -353,7 +387,7 @@ impl<'a> Migration<'a> {
                 landed => break landed,
             }
         };
-        if self.is_warm() {
+        if has_stopped {
             match &landed {
                 Ok(_) => {
                     self.agent.source(&self.source).and_then(|source| source.retire(&self.vm_id))?;
@@ -390,13 +424,12 @@ impl<'a> Migration<'a> {
             json!({"passes": passes, "downtime_seconds": downtime})
         });
         let proof = progress.proof.as_ref().map(|proof| shown(proof, place));
-        let consistency = if progress.vm.power_state == "poweredOff" { "off" } else { "crash-consistent" };
         let receipt = json!({
             "version": VERSION,
             "job": self.held.job,
             "source": {
                 "connection": self.source.name, "kind": self.source.kind, "id": self.vm_id, "name": progress.vm.name, "path": progress.vm.path,
-                "power_state": progress.vm.power_state, "consistency": consistency,
+                "power_state": progress.vm.power_state, "consistency": result["consistency"],
             },
             "target": {"connection": self.target.connection, "kind": self.target.kind, "domain": made},
             "disks": result["disks"],

@@ -88,7 +88,7 @@ pub(super) fn run(
     vault::sync_dir(folder).map_err(io("the destination"))?;
     let connection = assign.connection.clone().unwrap_or_default();
     let source = source_of(agent, assign)?;
-    let pen = touched::Pen::new(agent, held, &connection, &assign.vm_id).map_err(io("the ledger"))?;
+    let pen = touched::Pen::new(agent, held, &connection, &assign.vm_id, options).map_err(io("the ledger"))?;
     pen.wait_for_vm().map_err(io("waiting for the VM"))?;
     let part = folder.open_dir(&name).map_err(io("the part folder"))?;
     let mut warm = Warm {
@@ -275,12 +275,13 @@ impl Warm<'_> {
         touched::note_halted(agent, &held.job, Some(migration.halted(false))).map_err(ledger)?;
         self.log("info", "the VM is stopped for the last pass".to_owned());
         let halted_ms = shared::clock::now().timestamp_millis();
-        self.source.halt(self.vm_id).map_err(Failure::from)?;
+        self.source.halt(self.vm_id, &self.pen).map_err(Failure::from)?;
         let done = self.pass(before, true)?;
 
         let published = place.join(&held.job);
         self.clear()?;
-        let result = proof::result_json(&published.join(&done.name), &done.manifests, &agent.signing, &done.outcome);
+        let result =
+            proof::result_json(&published.join(&done.name), &done.manifests, &agent.signing, &done.outcome, self.pen.consistency());
         let passes = Value::Array(std::mem::take(&mut self.told));
         let result = migration.seal_last(&result, &done.vm, &disks_of(&done), rehearsal, (passes, halted_ms))?;
         let mut result = migration.make_ready(&self.part, path, &result, false)?;

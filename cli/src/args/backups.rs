@@ -19,6 +19,12 @@ pub struct Backup {
     /// Begin anew, over no earlier restore point
     #[arg(long)]
     pub full: bool,
+    /// Shut a running VM down first, and switch it on again afterwards
+    #[arg(long)]
+    pub power_off: bool,
+    /// Have its guest freeze its file systems for the moment that is read
+    #[arg(long)]
+    pub quiesce: bool,
     /// With this algorithm; default: deflate
     #[arg(long, value_parser = algorithm_parser())]
     pub compression: Option<Algorithm>,

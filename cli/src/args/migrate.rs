@@ -80,6 +80,12 @@ pub struct Migrate {
     /// Wait for `hypersdk jobs cutover` before it is stopped
     #[arg(long, requires = "warm")]
     pub manual_cutover: bool,
+    /// Shut it down first; it is switched on again unless the new VM stands
+    #[arg(long, conflicts_with = "warm")]
+    pub power_off: bool,
+    /// Have its guest freeze its file systems for the moment that is read
+    #[arg(long)]
+    pub quiesce: bool,
     /// Leave the new VM off
     #[arg(long)]
     pub no_start: bool,

@@ -132,16 +132,18 @@ pub(super) async fn check(
         let message = "a warm migration's VM runs from the job's folder: to copy its disks into a pool would be downtime; leave `pool` out";
         return Err(Error::new(Code::Unprocessable, message));
     }
-    let mac = address(&wanted, vm, is_same, warm.is_some())?;
+    let will_stop = warm.is_some() || wishes.power_off == Some(true);
+    let mac = address(&wanted, vm, is_same, will_stop)?;
     let wish = wish(wanted, vm)?;
     if vms::service::is_named(&app.store, &connection.name, &wish.name).await? {
         let message =
             format!("`{}` has a VM `{}` already; give the new one another name in `options.target.name`", connection.name, wish.name);
         return Err(Error::new(Code::Conflict, message));
     }
-    if vm.power_state == "poweredOn" && warm.is_none() {
+    if vm.power_state == "poweredOn" && !will_stop {
+        let consistency = if wishes.quiesce == Some(true) { "its file systems frozen for that" } else { "crash-consistent" };
         notes.push(format!(
-            "{} is running: what is migrated is its state of one moment, crash-consistent; what it writes later stays behind",
+            "{} is running: what is migrated is its state of one moment, {consistency}; what it writes later stays behind",
             vm.name
         ));
     }

@@ -29,6 +29,7 @@ pub mod reports;
 pub mod routes;
 pub mod service;
 pub mod sources;
+pub mod state;
 pub mod store;
 pub mod timing;
 pub mod view;

@@ -205,7 +205,16 @@ fn steps(new: &NewJob, found: &Found) -> Vec<Step> {
     let step = |stage, does: String, bytes| Step { stage, does, bytes };
     let disks = if found.disks.len() == 1 { "1 disk".to_owned() } else { format!("{} disks", found.disks.len()) };
     let subject = if new.source.is_empty() { &new.vm_name } else { &new.source };
-    let mut steps = vec![step("preparing", format!("open {disks} of {subject}"), None)];
+    let mut steps = Vec::new();
+    if new.options.power_off == Some(true) && new.source.is_empty() {
+        steps.push(step("preparing", format!("shut down {subject}, where it runs, by asking its guest"), None));
+    }
+    let calm = if new.options.quiesce == Some(true) && new.source.is_empty() {
+        "; where it runs, its guest freezes its file systems for that moment"
+    } else {
+        ""
+    };
+    steps.push(step("preparing", format!("open {disks} of {subject}{calm}"), None));
     if new.kind == JobType::Verify {
         let does = match &found.manifest {
             Some(manifest) => format!("check the signature of {manifest}, and every block and file against it"),
@@ -255,6 +264,9 @@ fn steps(new: &NewJob, found: &Found) -> Vec<Step> {
         return steps;
     }
     let last = match new.kind {
+        JobType::Export | JobType::Backup if new.options.power_off == Some(true) => {
+            "sign the manifest and give the folder its name; switch the VM on again, where it ran".to_owned()
+        }
         JobType::Import => format!("sign the manifest and put it into the catalogue as {}", new.vm_name),
         _ => "sign the manifest and give the folder its name".to_owned(),
     };

@@ -11,7 +11,7 @@ use shared::vm::Vm;
 use utoipa::ToSchema;
 
 use super::record::NewJob;
-use super::{core, migrate, places, sources};
+use super::{core, migrate, places, sources, state};
 use crate::app::App;
 use crate::http::reply::Error;
 use crate::{providers, vms};
@@ -75,8 +75,13 @@ pub struct Wishes {
     pub full: Option<bool>,
     /// Read the output back and compare; default true.
     pub verify: Option<bool>,
-    /// Switch a running VM off first; default false.
+    /// Have the guest of a running VM shut down before it is read (within 120 s, or the job fails: nobody pulls the plug); default false. When
+    /// the job has ended the VM is switched on again, unless it was migrated well. Not with `warm`, which stops it by itself.
     pub power_off: Option<bool>,
+    /// Have the guest of a running VM flush and freeze its file systems for the moment that is read, by VMware Tools or the QEMU guest agent;
+    /// default false. Where that cannot be, the job fails: it never becomes crash-consistent silently. `result.consistency` says what was:
+    /// `off`, `crash-consistent` or `application-consistent`.
+    pub quiesce: Option<bool>,
     /// Bytes a second.
     pub bandwidth_limit: Option<i64>,
     /// 0–100, higher first; default 50.
@@ -178,9 +183,8 @@ async fn export(app: &App, caller: &str, kind: JobType, wanted: Create) -> Resul
         check_vsphere(&found.vm, &options)?;
     } else if connection.kind == "libvirt" {
         check_libvirt(&connection.path, &found.vm, &options)?;
-    } else if options.power_off == Some(true) {
-        notes.push("power_off does nothing here: a VM of a local connection is a folder of images and does not run".to_owned());
     }
+    state::check(kind, &connection.kind, &found.vm, &options, &mut notes)?;
     if options.include_snapshots == Some(true) && found.vm.snapshots == 0 {
         notes.push(format!("include_snapshots adds nothing: {} has no snapshots", found.vm.name));
     }
@@ -225,9 +229,6 @@ fn check_vsphere(vm: &Vm, options: &Options) -> Result<(), Error> {
     if options.include_snapshots == Some(true) && vm.snapshots > 0 {
         return Err(Error::not_built(format!("include_snapshots of `{}`: at vSphere the present state is exported", clip(&vm.path))));
     }
-    if options.power_off == Some(true) {
-        return Err(Error::not_built("power_off at vSphere"));
-    }
     Ok(())
 }
 
@@ -235,9 +236,6 @@ fn check_vsphere(vm: &Vm, options: &Options) -> Result<(), Error> {
 fn check_libvirt(uri: &str, vm: &Vm, options: &Options) -> Result<(), Error> {
     if options.include_snapshots == Some(true) && vm.snapshots > 0 {
         return Err(Error::not_built(format!("include_snapshots of `{}`: of a domain the present state is exported", clip(&vm.path))));
-    }
-    if options.power_off == Some(true) {
-        return Err(Error::not_built("power_off at libvirt"));
     }
     if !uri.starts_with("qemu:///") {
         return Err(Error::not_built("reading the disks of another host: run an agent there and connect qemu:///system"));
@@ -351,6 +349,7 @@ pub(super) fn options(kind: JobType, wishes: Wishes, format: Format, notes: &mut
         full: wishes.full,
         verify: wishes.verify,
         power_off: wishes.power_off,
+        quiesce: wishes.quiesce,
         bandwidth_limit,
         priority,
         not_before,

@@ -52,8 +52,8 @@ pub(super) async fn check(app: &App, caller: &str, kind: JobType, wanted: Create
         }
         _ => {}
     }
-    if options.power_off == Some(true) {
-        notes.push("power_off does nothing here: a file does not run".to_owned());
+    for (option, _) in [("power_off", options.power_off), ("quiesce", options.quiesce)].iter().filter(|(_, given)| *given == Some(true)) {
+        notes.push(format!("{option} does nothing here: a file does not run"));
     }
     let mut question = question(kind, &source, format, &options);
     question.name = wanted.vm_name.clone().unwrap_or_default();
@@ -133,6 +133,7 @@ fn verify_format(source: &str, given: Option<&str>, wishes: Wishes, notes: &mut 
         (wishes.destination.is_some(), "destination"),
         (wishes.verify.is_some(), "verify"),
         (wishes.power_off.is_some(), "power_off"),
+        (wishes.quiesce.is_some(), "quiesce"),
     ];
     if let Some((_, name)) = unused.iter().find(|(given, _)| *given) {
         return Err(Error::new(Code::Unprocessable, format!("a verify job writes nothing: leave `{name}` out")));

@@ -13,7 +13,7 @@ use super::readiness::{Check, fail, pass, warn};
 use crate::app::App;
 use crate::http::reply::Error;
 use crate::store::entities::connections;
-use crate::{providers, vms};
+use crate::{jobs, providers, vms};
 
 /// Formats that an agent reads.
 const READ: &[&str] = &["raw", "qcow2", "vmdk", "vhdx", "vhd", "vdi"];
@@ -141,14 +141,25 @@ fn of_vm(vm: &Vm, kind: &str) -> Vec<Check> {
     }
     checks.push(match vm.power_state.as_str() {
         "poweredOff" => pass("power", "it is off"),
-        _ if kind == "vsphere" => warn(
-            "power",
-            "it is not off: it is read from a temporary snapshot, as after a power failure",
-            "shut it down where that will not do",
-        ),
         "suspended" => warn("power", "it is suspended: its memory stays behind", "resume it and shut it down"),
-        _ => warn("power", "it runs: what it writes during the export may be torn", "shut it down, or set power_off"),
+        _ if kind == "local" => warn("power", "it runs: what it writes during the export may be torn", "shut it down"),
+        _ => warn(
+            "power",
+            "it runs: it is read as it is at one moment, as after a power failure",
+            "set quiesce or power_off where that will not do, or shut it down",
+        ),
     });
+    if kind != "local" && vm.power_state == "poweredOn" {
+        checks.push(if vm.tools_status == "running" {
+            pass("quiesce", "its guest can be asked to freeze its file systems while it is read")
+        } else {
+            warn(
+                "quiesce",
+                format!("its guest cannot freeze its file systems, as {} not run in it", jobs::state::tools(kind)),
+                "install and start that; without quiesce the copy is crash-consistent",
+            )
+        });
+    }
     checks
 }
 
@@ -214,7 +225,13 @@ mod tests {
         assert_eq!(of(&Vm { disks: Vec::new(), ..vm.clone() }, "disk_types"), Some("fail"));
         assert_eq!(of(&Vm { firmware: String::new(), ..vm.clone() }, "firmware"), Some("warn"));
         assert_eq!(of(&Vm { snapshots: 2, ..vm.clone() }, "snapshots"), Some("warn"));
-        assert_eq!(of(&Vm { power_state: "poweredOn".into(), ..vm.clone() }, "power"), Some("warn"));
+        let on = Vm { power_state: "poweredOn".into(), ..vm.clone() };
+        assert_eq!((of(&on, "power"), of(&on, "quiesce")), (Some("warn"), None));
+        let quiesce = |tools: &str| {
+            let checks = of_vm(&Vm { tools_status: tools.into(), ..on.clone() }, "libvirt");
+            checks.into_iter().find(|check| check.check == "quiesce").map(|check| check.status)
+        };
+        assert_eq!((quiesce("running"), quiesce("notRunning"), quiesce("unknown")), (Some("pass"), Some("warn"), Some("warn")));
         assert_eq!(readable(&Vm { problem: "damaged".into(), ..vm }, "local").status, "fail");
     }
 }

@@ -409,6 +409,7 @@ func main() {
 	s.ServeMux = mux
 	sdk := func(w http.ResponseWriter, r *http.Request) {
 		b, _ := ioutil.ReadAll(r.Body)
+		b = calmed(b)
 		if added.Match(b) || slowed(b) {
 			if m := thisID.FindSubmatch(b); m != nil {
 				ref := types.ManagedObjectReference{Type: "FakeExport", Value: string(m[1])}
@@ -477,6 +478,7 @@ func main() {
 		mux.HandleFunc(h+"/reset", resetTracking)
 		mux.HandleFunc(h+"/expire", expire)
 		mux.HandleFunc(h+"/tasktime", setTaskTime)
+		mux.HandleFunc(h+"/tools", setTools)
 		mux.HandleFunc(h+"/inventory", serveInventory)
 		mux.HandleFunc(h+"/sdk", sdk)
 		mux.HandleFunc(h+"/folder/", folder)

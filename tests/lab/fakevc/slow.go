@@ -35,7 +35,7 @@ func taskTime() time.Duration {
 
 // slowed: whether a call goes to fakeExport's methods below; so does what the simulator does not do as a server does.
 func slowed(body []byte) bool {
-	return slowMethod.Match(body) && (taskTime() > 0 || unlikeMethod.Match(body))
+	return slowMethod.Match(body) && (taskTime() > 0 || unlikeMethod.Match(body) || refusesCalm(body))
 }
 
 // holds: whether a snapshot is in a tree.
@@ -122,6 +122,9 @@ func (f *fakeExport) CreateSnapshotTask(ctx *simulator.Context, r *types.CreateS
 	call := *r
 	call.This = vm.Self
 	task, fault := begin(vm.Self, vm, "createSnapshot", func() (made types.ManagedObjectReference) {
+		if call.Quiesce && refusing() {
+			return notCalmed(vm)
+		}
 		simulator.Map.WithLock(vm, func() {
 			made = vm.CreateSnapshotTask(&call).(*methods.CreateSnapshot_TaskBody).Res.Returnval
 			if n := len(vm.LayoutEx.Snapshot); n > 0 && call.Memory && vm.Runtime.PowerState == types.VirtualMachinePowerStatePoweredOn {

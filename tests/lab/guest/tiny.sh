@@ -5,6 +5,8 @@
 #   tiny.sh DIR     makes DIR/tiny.raw and DIR/payload.sha256, unless they are there and made by this very script
 #
 # Kernel arguments (env APPEND): `writer` keeps changing the data partition, and says what is safe there (file `log`: the same number), `poweroff` stops after the payload was printed.
+# `agent` runs what a QEMU guest agent does (freeze, thaw, shutdown), where the machine has its port; `{"execute":"test-mode","arguments":{"mode":M}}`
+# makes it `slow` (freezes, and says so 6 s later), `refuse` to freeze, or `thaw` by itself; `plain` again.
 # Packages: busybox-static cpio kmod fdisk e2fsprogs mtools syslinux, and apt-get for the kernel's package.
 set -euo pipefail
 export LC_ALL=C PATH="$PATH:/usr/sbin:/sbin"
@@ -51,7 +53,7 @@ VERSION=${VERSION#vmlinuz-}
 mkdir -p ird/bin ird/dev ird/proc ird/sys ird/mnt ird/lib/modules
 cp "$(command -v busybox)" ird/bin/busybox
 depmod -b kernel "$VERSION"
-for module in virtio_pci virtio_blk virtio_scsi virtio_net vmw_pvscsi sd_mod ata_piix; do
+for module in virtio_pci virtio_blk virtio_scsi virtio_net virtio_console vmw_pvscsi sd_mod ata_piix; do
   modprobe -d kernel -S "$VERSION" --show-depends "$module" 2> /dev/null | awk '$1 == "insmod" { print $2 }' || true
 done | awk '!seen[$0]++' > modules
 [ -s modules ] || say "the kernel's package holds none of the modules"
@@ -71,13 +73,52 @@ D=; for d in vda sda; do [ -b /dev/$d ] && D=$d && break; done
 echo "TINYGUEST-MARKER kernel=$(uname -r) disk=$D size=$(cat /sys/block/$D/size 2>/dev/null)"
 for p in /dev/${D}?*; do [ -b $p ] && echo "TINYGUEST-PART $p sectors=$(cat /sys/class/block/${p##*/}/size)"; done
 mount -o ro /dev/${D}2 /mnt 2>/dev/null && { echo "TINYGUEST-DATA $(sha256sum /mnt/payload.bin | cut -c1-64)"; cat /mnt/hello.txt; umount /mnt; }
-grep -q writer /proc/cmdline && {
-  mount /dev/${D}2 /mnt; i=0
+write_on() {
+  i=0
   while :; do i=$((i+1)); dd if=/dev/urandom of=/mnt/w.$((i%8)) bs=64k count=4 2>/dev/null; echo $i > /mnt/log; sync; echo "TINYGUEST-WRITE $i"; sleep 1; done; }
+grep -q writer /proc/cmdline && { mount /dev/${D}2 /mnt; write_on & echo $! > /writer; }
+grep -q agent /proc/cmdline && /agent &
+grep -q writer /proc/cmdline && while :; do wait; sleep 1; done
 grep -q poweroff /proc/cmdline && poweroff -f
 echo "TINYGUEST-LOGIN ready"; exec setsid sh -c 'exec sh </dev/ttyS0 >/dev/ttyS0 2>&1'
 INIT
-chmod +x ird/init
+cat > ird/agent <<'AGENT'
+#!/bin/busybox sh
+# As much of the QEMU guest agent protocol as libvirt speaks to freeze, thaw and shut down a guest.
+PORT=
+for p in /sys/class/virtio-ports/*; do [ "$(cat $p/name 2>/dev/null)" = org.qemu.guest_agent.0 ] && PORT=/dev/${p##*/}; done
+[ -n "$PORT" ] || exit 0
+exec 3<>$PORT
+MODE=plain FROZEN=0
+say() { printf '%s\n' "$1" >&3; }
+no() { say "{\"error\": {\"class\": \"GenericError\", \"desc\": \"$1\"}}"; }
+thaw() { [ $FROZEN = 1 ] && fsfreeze --unfreeze /mnt; N=$FROZEN; FROZEN=0; }
+echo "TINYGUEST-AGENT at $PORT"
+while :; do
+  read -r LINE <&3 || { usleep 200000; continue; }
+  ID=${LINE##*\"id\":}; ID=${ID%%\}*}
+  case "$LINE" in
+    *'"guest-sync-delimited"'*) printf '\377{"return": %s}\n' "$ID" >&3 ;;
+    *'"guest-sync"'*) say "{\"return\": $ID}" ;;
+    *'"guest-ping"'*) say '{"return": {}}' ;;
+    *'"guest-info"'*) say '{"return": {"version": "7.2.0", "supported_commands": []}}' ;;
+    *'"guest-fsfreeze-status"'*) [ $FROZEN = 1 ] && say '{"return": "frozen"}' || say '{"return": "thawed"}' ;;
+    *'"guest-fsfreeze-freeze"'*)
+      if [ $MODE = refuse ]; then no "a file system does not freeze"; continue; fi
+      sync; fsfreeze --freeze /mnt && FROZEN=1 || { no "cannot freeze"; continue; }
+      echo "TINYGUEST-FROZEN"
+      [ $MODE = slow ] && sleep 6
+      say "{\"return\": $FROZEN}"
+      [ $MODE = thaw ] && thaw ;;
+    *'"guest-fsfreeze-thaw"'*) thaw; echo "TINYGUEST-THAWED $N"; say "{\"return\": $N}" ;;
+    *'"guest-shutdown"'*)
+      echo "TINYGUEST-SHUTDOWN"; thaw; kill $(cat /writer); sync; sleep 1; umount /mnt; poweroff -f ;;
+    *'"test-mode"'*) MODE=${LINE##*\"mode\":}; MODE=${MODE#*\"}; MODE=${MODE%%\"*}; say '{"return": {}}' ;;
+    *) say '{"error": {"class": "CommandNotFound", "desc": "The command has not been found"}}' ;;
+  esac
+done
+AGENT
+chmod +x ird/init ird/agent
 (cd ird && find . | sort | cpio -o -H newc --quiet -R 0:0 | gzip -1n) > initrd.gz
 
 # The disk: partition 1 is a FAT with syslinux, partition 2 an ext4 with the payload.

@@ -9,13 +9,12 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::PoisonError;
 use std::time::{Duration, Instant};
 
 use shared::vault::{self, Dir};
 
 use super::domain::Domain;
-use super::virsh::{OPENING, Uri};
+use super::virsh::Uri;
 use crate::exec;
 
 /// How long a job that was aborted may take to go, and between two looks at it.
@@ -112,7 +111,7 @@ pub enum Failed {
     Notes(io::Error),
 }
 
-/// Begins a job of this name.
+/// Begins a job of this name. Whoever calls it holds [`OPENING`](super::virsh::OPENING).
 pub fn begin(uri: &Uri, domain: &Domain, wanted: &Wanted, place: &Place, name: &str) -> Result<(), Failed> {
     let (dir, path) = place.notes;
     let (backup, checkpoint) = (format!("{name}.backup.xml"), format!("{name}.checkpoint.xml"));
@@ -123,10 +122,7 @@ pub fn begin(uri: &Uri, domain: &Domain, wanted: &Wanted, place: &Place, name: &
         vault::write_whole(dir, &checkpoint, checkpoint_xml(domain, new).as_bytes()).map_err(Failed::Notes)?;
         arguments.push(&checkpoint_path);
     }
-    let begun = {
-        let _nobody_asks = OPENING.write().unwrap_or_else(PoisonError::into_inner);
-        uri.ask(&arguments).map(drop).map_err(Failed::Tool)
-    };
+    let begun = uri.ask(&arguments).map(drop).map_err(Failed::Tool);
     // What virsh has read is of no more use; what stays is written over or removed with the next of its name.
     let _ = dir.remove_file(&backup);
     let _ = dir.remove_file(&checkpoint);
@@ -192,13 +188,14 @@ pub fn end(uri: &Uri, domain: &str, folder: Option<&Dir>, name: &str) -> Result<
     Ok(is_there)
 }
 
-/// Lets a guest go on that was stopped between two instructions; one whose QEMU has ended meanwhile is started. One that runs or is gone is
-/// left as it is.
-pub fn resume(uri: &Uri, domain: &str) -> Result<(), exec::Error> {
+/// Lets a guest go on that was stopped between two instructions; one that is off, or whose QEMU has ended meanwhile, is started. One that is
+/// gone is left as it is, and one that runs. Answers whether it ran.
+pub fn resume(uri: &Uri, domain: &str) -> Result<bool, exec::Error> {
     match unless_gone(uri.ask(&["domstate", domain]))?.as_deref().map(str::trim) {
-        Some("paused") => unless_gone(uri.ask(&["resume", domain])).map(drop),
-        Some("shut off") => unless_gone(uri.ask(&["start", domain])).map(drop),
-        _ => Ok(()),
+        Some("paused") => unless_gone(uri.ask(&["resume", domain])).map(|_| false),
+        Some("shut off") => unless_gone(uri.ask(&["start", domain])).map(|_| false),
+        Some(_) => Ok(true),
+        None => Ok(false),
     }
 }
 

@@ -8,17 +8,19 @@
 //! | the domain | way |
 //! |---|---|
 //! | off | its files, where they lie in a root of this host |
-//! | on or paused | a pull-mode backup job over NBD: as they were when it began, while the guest goes on |
+//! | on or paused | a pull-mode backup job over NBD: as they were when it began, while the guest goes on; its file systems frozen for that moment where that is asked |
 //! | the same, where libvirt or QEMU has no such jobs | its files, while what the guest writes goes into overlays |
 //!
 //! Never: opens a file outside the roots, whatever a domain's XML names; guesses a disk's format; stops a guest.
 //! A crash here leaves a backup job or overlays that the ledger names; what listens ends by itself.
 
+mod begin;
 mod display;
 mod domain;
 mod hot;
 mod nbd;
 mod overlay;
+mod quiesce;
 mod snapshots;
 pub mod virsh;
 
@@ -34,19 +36,23 @@ use shared::snapshots::{Snapshot, Wish};
 use shared::vault::{Dir, Root, Vault};
 use shared::vm::Vm;
 
+use self::begin::Begun;
 use self::domain::Domain;
+use self::hot::Wanted;
 pub use self::hot::says_gone;
-use self::hot::{Failed, Place, Wanted};
-use self::nbd::Exported;
 use self::virsh::Uri;
 use super::local::Local;
-use super::{Areas, Display, Error, Frozen, Moved, Opened, Since, Source, Touch, Waiting};
+use super::{Areas, Consistency, Display, Error, Frozen, Moved, Opened, Since, Source, Touch, Waiting};
 use crate::exec;
 use crate::formats::{Disk, Extent, FormatError, Scratch};
 use crate::touched::Touched;
 
 /// Bytes that are to be free, beside a twentieth of the disks, for what a guest writes over while it is read.
 const SCRATCH: u64 = 256 << 20;
+/// The power state of one that runs.
+const ON: &str = "poweredOn";
+/// For how long a guest that was asked to shut down may still be at it, milliseconds.
+const SHUTTING_DOWN: i64 = 300_000;
 /// For how long a job that nobody has answered may still begin, milliseconds: libvirt waits 30 s for a busy domain.
 const UNANSWERED: i64 = 90_000;
 
@@ -152,89 +158,6 @@ impl Libvirt {
     }
 }
 
-/// What became of the wish for a backup job.
-enum Begun {
-    /// It runs under this name; what it was begun with, and why it was begun otherwise.
-    Job { name: String, wanted: Wanted, reason: Option<String> },
-    /// There are none at this host, in its own words.
-    NoJobs { name: String, words: String },
-}
-
-impl Libvirt {
-    /// The folder that QEMU writes into, opened.
-    fn qemu_folder(&self) -> Result<Root, Error> {
-        let path = &self.folders.qemu;
-        Root::open("libvirt", path, false).map_err(|e| {
-            let message = format!("{}: {e}; a running domain is read through sockets there (setting libvirt_dir)", path.display());
-            Error::fatal(Code::Unprocessable, message)
-        })
-    }
-
-    /// Begins a backup job of a running domain. Where the checkpoints do not serve, once more without them: then nobody knows what changed.
-    fn begin(&self, found: &Domain, mut wanted: Wanted, touch: &dyn Touch) -> Result<Begun, Error> {
-        let folder = self.qemu_folder()?;
-        let name = format!("{}{}-{}", self.ours, touch.job(), shared::ids::random_hex::<4>());
-        touch.snapshot(&name).map_err(ledger)?;
-        if let Some(checkpoint) = &wanted.checkpoint {
-            touch.checkpoint(checkpoint).map_err(ledger)?;
-        }
-        let capacity = found.vm.disks.iter().fold(0u64, |sum, disk| sum.saturating_add(disk.capacity));
-        let (free, _) = folder.space().map_err(|e| Error::fatal(Code::Internal, format!("{}: {e}", folder.path.display())))?;
-        if free < SCRATCH + capacity / 20 {
-            let message = format!(
-                "{} has {} MiB free; what the guest writes meanwhile is kept there, so that {} MiB are wanted (setting libvirt_dir)",
-                folder.path.display(),
-                free >> 20,
-                (SCRATCH + capacity / 20) >> 20
-            );
-            return Err(Error::fatal(Code::NoSpace, message));
-        }
-        let place = Place { folder: &folder.path, notes: (&self.folders.notes, &self.folders.notes_path) };
-        let mut reason = None;
-        loop {
-            touch.asking(true).map_err(ledger)?;
-            let begun = hot::begin(&self.uri, found, &wanted, &place, &name);
-            if matches!(begun, Ok(()) | Err(Failed::Notes(_) | Failed::Tool(exec::Error::Failed(_)))) {
-                touch.asking(false).map_err(ledger)?;
-            }
-            match begun {
-                Ok(()) => return Ok(Begun::Job { name, wanted, reason }),
-                Err(Failed::Notes(e)) => return Err(Error::fatal(Code::Internal, format!("the agent's own folder: {e}"))),
-                Err(Failed::Tool(exec::Error::Failed(words)))
-                    if wanted.since.iter().any(Option::is_some) && hot::is_about_checkpoints(&words) =>
-                {
-                    reason = Some(format!("libvirt does not say what changed: {words}"));
-                    wanted.since = Vec::new();
-                }
-                Err(Failed::Tool(exec::Error::Failed(words))) if wanted.checkpoint.is_some() && hot::is_about_checkpoints(&words) => {
-                    reason = Some(format!("no checkpoint can be made: {words}"));
-                    wanted.checkpoint = None;
-                }
-                Err(Failed::Tool(exec::Error::Failed(words))) if overlay::is_wanted(&words) => return Ok(Begun::NoJobs { name, words }),
-                Err(Failed::Tool(e)) => return Err(told(e)),
-            }
-        }
-    }
-
-    /// The disks of a job that runs.
-    fn exports(&self, found: &Domain, name: &str, wanted: &Wanted, touch: &dyn Touch) -> Result<Vec<(Exported, Moved)>, Error> {
-        let folder = self.qemu_folder()?;
-        let socket = hot::socket(&folder.path, found, name);
-        let stopping = touch.stopping();
-        let stop = || stopping.load(Ordering::Acquire) != 0;
-        let mut exports = Vec::with_capacity(found.targets.len());
-        for (n, target) in found.targets.iter().enumerate() {
-            let moved = Moved::default();
-            let bitmap = wanted.since.get(n).is_some_and(Option::is_some).then(|| hot::bitmap(target));
-            let opened = Exported::open(&socket, target, bitmap.as_deref(), moved.clone(), &stop);
-            let failed =
-                |e: std::io::Error| Error { code: Code::BadGateway, message: format!("{}: {target}: {e}", found.vm.name), retryable: true };
-            exports.push((opened.map_err(failed)?, moved));
-        }
-        Ok(exports)
-    }
-}
-
 /// Removes a domain that is being made, never its disks; one that is not there is removed.
 pub fn remove_domain(uri: &Uri, domain: &str) -> Result<(), Error> {
     hot::remove(uri, domain).map_err(told)
@@ -295,6 +218,7 @@ impl Source for Libvirt {
         touch.take_vm().map_err(ledger)?;
         let found = self.exportable(vm_id)?;
         if found.is_off {
+            touch.reads(Consistency::Off);
             return self.cold(found);
         }
         let (name, wanted) = match self.begin(&found, Wanted::default(), touch)? {
@@ -324,6 +248,7 @@ impl Source for Libvirt {
         let found = self.exportable(vm_id)?;
         if found.is_off {
             touch.log(format!("{} is off: its files are read", found.vm.name));
+            touch.reads(Consistency::Off);
             let targets = found.targets.clone();
             let (vm, opened) = self.cold(found)?;
             let frozen = opened.into_iter().zip(targets).map(|(opened, key)| {
@@ -454,12 +379,20 @@ impl Source for Libvirt {
     }
 
     /// The guest stops between two instructions; what it had written is on its disks, and QEMU still knows what has changed.
-    fn halt(&self, vm_id: &str) -> Result<(), Error> {
+    fn halt(&self, vm_id: &str, touch: &dyn Touch) -> Result<(), Error> {
+        self.comes_back(vm_id)?;
+        if touch.quiesces() {
+            self.calm(&self.found(vm_id)?.vm, touch)?;
+        }
+        self.uri.ask(&["suspend", vm_id]).map(drop).map_err(told)
+    }
+
+    fn comes_back(&self, vm_id: &str) -> Result<(), Error> {
         if self.uri.ask(&["dominfo", vm_id]).map_err(told)?.lines().any(|line| line.starts_with("Persistent:") && line.ends_with("no")) {
             let message = "the domain is transient: switched off it would be gone; define it first".to_owned();
             return Err(Error::fatal(Code::Unprocessable, message));
         }
-        self.uri.ask(&["suspend", vm_id]).map(drop).map_err(told)
+        Ok(())
     }
 
     fn is_halted(&self, vm_id: &str) -> Result<bool, Error> {
@@ -468,16 +401,15 @@ impl Source for Libvirt {
     }
 
     fn retire(&self, vm_id: &str) -> Result<(), Error> {
-        if self.found(vm_id)?.is_off {
-            return Ok(());
-        }
         if !self.is_halted(vm_id)? {
             return Err(Error::fatal(
                 Code::Conflict,
                 "somebody has let the old VM go on although the new one stands: switch one of them off",
             ));
         }
-        self.uri.ask(&["destroy", vm_id]).map_err(told)?;
+        if !self.found(vm_id)?.is_off {
+            self.uri.ask(&["destroy", vm_id]).map_err(told)?;
+        }
         // Its host must not start it again beside its successor.
         self.uri.ask(&["autostart", "--disable", vm_id]).map(drop).map_err(told)
     }
@@ -510,9 +442,16 @@ impl Source for Libvirt {
                 return Err(Error { code: Code::BadGateway, message: format!("{}: {e}", self.folders.qemu.display()), retryable: true });
             }
         };
-        if touched.halted.is_some() {
-            hot::resume(&self.uri, &touched.vm).map_err(told)?;
+        if let Some(halted) = &touched.halted
+            && hot::resume(&self.uri, &touched.vm).map_err(told)?
+            && let Some(asked_at) = halted.asked_at
+            && (0..SHUTTING_DOWN).contains(&shared::clock::now().timestamp_millis().saturating_sub(asked_at))
+        {
+            let message = "the guest may still be shutting down; it is switched on again then".to_owned();
+            return Err(Error { code: Code::Unavailable, message, retryable: true });
         }
+        // Before all else: nothing in it can write. What it says is heard in the end, so that the rest goes.
+        let thawed = self.wake_left(touched);
         let mut was_there = false;
         for name in &touched.snapshots {
             was_there |= hot::end(&self.uri, &touched.vm, folder.as_ref().map(Root::dir), name).map_err(told)?;
@@ -527,7 +466,7 @@ impl Source for Libvirt {
         let domains = touched.domains.iter().map(|domain| remove_domain(&self.uri, domain));
         let networks = touched.networks.iter().map(|network| hot::remove_network(&self.uri, network).map_err(told));
         let checkpoints = touched.checkpoints.iter().map(|id| hot::forget(&self.uri, &touched.vm, hot::checkpoint_of(id)).map_err(told));
-        domains.chain(networks).chain(checkpoints).collect::<Vec<_>>().into_iter().collect::<Result<Vec<()>, Error>>()?;
+        domains.chain(networks).chain(checkpoints).chain([thawed]).collect::<Vec<_>>().into_iter().collect::<Result<Vec<()>, Error>>()?;
         if may_come && !was_there && !touched.snapshots.is_empty() {
             let message = "whether a backup job that was asked for has begun is not known yet".to_owned();
             return Err(Error { code: Code::Unavailable, message, retryable: true });

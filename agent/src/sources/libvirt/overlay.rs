@@ -83,14 +83,16 @@ impl Libvirt {
         }
         let overlays = of(&found, name);
         touch.overlays(&overlays).map_err(ledger)?;
-        touch.asking(true).map_err(ledger)?;
-        let laid = lay(&self.uri, &found, &overlays, (&self.folders.notes, &self.folders.notes_path), name);
-        if matches!(laid, Ok(()) | Err(hot::Failed::Notes(_) | hot::Failed::Tool(exec::Error::Failed(_)))) {
-            touch.asking(false).map_err(ledger)?;
-        }
-        laid.map_err(|failed| match failed {
-            hot::Failed::Notes(e) => Error::fatal(Code::Internal, format!("the agent's own folder: {e}")),
-            hot::Failed::Tool(e) => told(e),
+        self.calmly(&found, touch, || {
+            touch.asking(true).map_err(ledger)?;
+            let laid = lay(&self.uri, &found, &overlays, (&self.folders.notes, &self.folders.notes_path), name);
+            if matches!(laid, Ok(()) | Err(hot::Failed::Notes(_) | hot::Failed::Tool(exec::Error::Failed(_)))) {
+                touch.asking(false).map_err(ledger)?;
+            }
+            laid.map_err(|failed| match failed {
+                hot::Failed::Notes(e) => Error::fatal(Code::Internal, format!("the agent's own folder: {e}")),
+                hot::Failed::Tool(e) => told(e),
+            })
         })?;
         // Written to no more, and all that QEMU held of them is in them.
         let (vm, disks) = self.cold(found)?;

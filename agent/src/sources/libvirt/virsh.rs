@@ -77,11 +77,18 @@ impl Uri {
         self.ask_within(arguments, TIME)
     }
 
+    /// The same where virsh tells a figure only in the sentence that it leaves out otherwise.
+    pub fn ask_aloud(&self, arguments: &[&str]) -> Result<String, exec::Error> {
+        self.said(&["-c", self.text.as_str()], arguments, TIME)
+    }
+
     /// The same for an order that may take longer than a question.
     pub fn ask_within(&self, arguments: &[&str], time: Duration) -> Result<String, exec::Error> {
-        let mut all = vec!["-q", "-c", self.text.as_str()];
-        all.extend_from_slice(arguments);
-        let said = exec::run(Tool::Virsh, &all, time, MOST)?;
+        self.said(&["-q", "-c", self.text.as_str()], arguments, time)
+    }
+
+    fn said(&self, first: &[&str], arguments: &[&str], time: Duration) -> Result<String, exec::Error> {
+        let said = exec::run(Tool::Virsh, &[first, arguments].concat(), time, MOST)?;
         Ok(String::from_utf8_lossy(&said).into_owned())
     }
 

@@ -9,7 +9,7 @@
 //! |---|---|
 //! | off, without snapshots | ranges of its flat files; where the server gives none, a lease |
 //! | off, with snapshots | a lease of the VM: the server reads over the deltas |
-//! | on or suspended | a temporary snapshot, and a lease of it |
+//! | on or suspended | a temporary snapshot, and a lease of it; quiesced by the guest's tools where that is asked |
 //!
 //! Never: makes anything at the source that is not noted before, keeps a password but in memory.
 //! A crash here leaves a session that ends by its idle time, and what the ledger names.
@@ -25,13 +25,13 @@ mod inventory;
 mod lease;
 mod nfc;
 mod power;
+mod quiesce;
 mod snapshot;
 mod snapshots;
 mod wire;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use shared::details::Details;
@@ -49,7 +49,7 @@ use self::lease::Lease;
 use self::nfc::Streamed;
 use self::snapshot::Removed;
 use self::wire::MoRef;
-use super::{Areas, Error, Frozen, Moved, Opened, Since, Source, Stopping, Touch, Unread, Waiting};
+use super::{Areas, Consistency, Error, Frozen, Moved, Opened, Since, Source, Stopping, Touch, Unread, Waiting};
 use crate::formats::{Extent, vmdk};
 use crate::touched::Touched;
 
@@ -173,23 +173,6 @@ impl Vsphere {
             opened.push(Opened { name: disk.name.clone(), snapshot: None, disk: Arc::new(streamed), identity });
         }
         Ok(opened)
-    }
-
-    /// A temporary snapshot of the VM's disks: its name, and it.
-    fn freeze(&self, found: &Found, touch: &dyn Touch) -> Result<(String, MoRef), Error> {
-        if let Some(disk) = found.independent.first() {
-            let state = &found.vm.power_state;
-            let message =
-                format!("{} is {state} and {disk} is independent: no snapshot holds it; power the VM off and export it", found.vm.path);
-            return Err(Error::fatal(Code::Unprocessable, message));
-        }
-        let name = format!("hypersdk-{}-{}", touch.job(), shared::ids::random_hex::<4>());
-        touch.snapshot(&name).map_err(|e| ledger(&e))?;
-        let stopping = touch.stopping();
-        let is_stopping = || stopping.load(Ordering::Acquire) != 0;
-        let patience = snapshot::Patience::of_a_job(&is_stopping);
-        let made = self.runtime.block_on(snapshot::create(&self.client, &found.vm.id, &snapshot::temporary(&name, false), &patience));
-        made.map(|made| (name, made)).map_err(|e| self.told(&e))
     }
 
     /// Sees to it that the server tracks the changes of the VM; whether it did so before. One that cannot is backed up by comparing.
@@ -395,6 +378,9 @@ impl Source for Vsphere {
         // One that is off, too: a snapshot that is made or removed meanwhile makes its disks other files.
         touch.take_vm().map_err(|e| ledger(&e))?;
         let found = self.exportable(vm_id)?;
+        if found.vm.power_state == OFF {
+            touch.reads(Consistency::Off);
+        }
         let disks = match (found.vm.power_state.as_str(), found.vm.snapshots) {
             (OFF, 0) => match self.by_ranges(&found, &touch.stopping()) {
                 Ok(disks) => {
@@ -511,7 +497,7 @@ impl Source for Vsphere {
     }
 
     /// The guest is asked to shut down where its tools run; one that does not, or has none, is switched off.
-    fn halt(&self, vm_id: &str) -> Result<(), Error> {
+    fn halt(&self, vm_id: &str, _: &dyn Touch) -> Result<(), Error> {
         let found = self.found(vm_id)?;
         if found.vm.power_state == OFF {
             return Ok(());

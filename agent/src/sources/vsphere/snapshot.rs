@@ -136,7 +136,16 @@ pub async fn find(client: &Client, vm: &str, name: &str) -> Result<Option<MoRef>
     }
 }
 
+/// Whether the VM's snapshot of that name was taken of a guest that was calmed for it, as the server says.
+pub async fn is_quiesced(client: &Client, vm: &str, name: &str) -> Result<bool, Error> {
+    Ok(look_at(client, vm, name).await?.is_some_and(|(_, is_quiesced)| is_quiesced))
+}
+
 async fn look(client: &Client, vm: &str, name: &str) -> Result<Option<MoRef>, Error> {
+    Ok(look_at(client, vm, name).await?.map(|(snapshot, _)| snapshot))
+}
+
+async fn look_at(client: &Client, vm: &str, name: &str) -> Result<Option<(MoRef, bool)>, Error> {
     let this = MoRef::new("VirtualMachine", vm);
     client
         .within(async |session| {
@@ -150,9 +159,11 @@ async fn look(client: &Client, vm: &str, name: &str) -> Result<Option<MoRef>, Er
         .await
 }
 
-fn in_tree(node: Node, list: &'static str, name: &str) -> Option<MoRef> {
+/// The snapshot of that name, and whether it is quiesced.
+fn in_tree(node: Node, list: &'static str, name: &str) -> Option<(MoRef, bool)> {
     children(node, list).find_map(|entry| {
         let here = (text(entry, "name") == name).then(|| child(entry, "snapshot").and_then(MoRef::of)).flatten();
+        let here = here.map(|snapshot| (snapshot, text(entry, "quiesced") == "true"));
         here.or_else(|| in_tree(entry, "childSnapshotList", name))
     })
 }

@@ -68,7 +68,12 @@ impl Migration<'_> {
             Some((Readiness::Off, _)) => "; `adapt` was `never`".to_owned(),
             _ => String::new(),
         };
-        let message = format!("the boot proof failed after {:.0} s: {cause}{hint}; the verified disks are kept for a retry", proof.seconds);
+        let then = if progress.stopped {
+            "its VM is switched on again, and a retry copies it anew"
+        } else {
+            "the verified disks are kept for a retry"
+        };
+        let message = format!("the boot proof failed after {:.0} s: {cause}{hint}; {then}", proof.seconds);
         let told = json!({
             "boot_proof": shown(&proof, path), "verified": verified, "files": [], "adapted": adapted_json(progress),
         });
