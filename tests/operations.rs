@@ -297,6 +297,7 @@ async fn an_agent_that_hangs_is_a_bad_gateway_and_no_more() {
     // What acts at a hypervisor has more time than a silent agent: there the end of its session is the answer. Of nothing else.
     let acts = [
         "POST /vms/deploy",
+        "DELETE /exports/{id}",
         "POST /vms/{provider}/{id}/power",
         "GET /vms/{provider}/{id}/snapshots",
         "POST /vms/{provider}/{id}/snapshots",
