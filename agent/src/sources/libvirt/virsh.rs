@@ -5,8 +5,8 @@
 //! Source: libvirt, virsh(1) and Connection URIs.
 
 use std::collections::HashMap;
-use std::sync::{PoisonError, RwLock};
-use std::time::Duration;
+use std::sync::{LazyLock, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use super::domain::Facts;
 use crate::egress;
@@ -26,6 +26,35 @@ pub const LISTEN: Duration = Duration::from_secs(60);
 /// Sizes are asked for while this is read, backup jobs begin while it is written: QEMU 7.2 ends with a failed assertion (`qcow2_get_specific_info`)
 /// where it is asked about its nodes while it opens the scratch files of a backup, and takes the guest with it.
 pub static OPENING: RwLock<()> = RwLock::new(());
+
+/// For how long sizes are taken as they were told: disks seldom grow.
+const FRESH: Duration = Duration::from_secs(600);
+/// Domains whose sizes are remembered.
+const MOST_KNOWN: usize = 20_000;
+
+/// Sizes of a domain's disks, as they were told.
+struct Known {
+    /// Of these disks, in this state.
+    of: blake3::Hash,
+    at: Instant,
+    capacities: HashMap<String, u64>,
+}
+
+/// By URI and domain.
+static KNOWN: LazyLock<Mutex<HashMap<(String, String), Known>>> = LazyLock::new(Mutex::default);
+
+/// What a domain's sizes belong to: its state, and which disks it has.
+fn disks_key(of_one: &[&str]) -> blake3::Hash {
+    let mut hasher = blake3::Hasher::new();
+    let of_disks = |line: &&str| line.contains("<source ") || line.contains("<target ");
+    if let [xml, state, ..] = of_one {
+        hasher.update(state.trim().as_bytes());
+        xml.lines().filter(of_disks).for_each(|line| {
+            hasher.update(line.as_bytes());
+        });
+    }
+    hasher.finalize()
+}
 
 /// Where a libvirt is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -110,26 +139,54 @@ impl Uri {
             let commands: String = some.iter().filter(|id| is_uuid(id)).map(about).collect();
             // What fails for one domain is left out, and the rest is told all the same: the last word decides, which is `echo`.
             let said = self.ask(&[&commands])?;
-            // Sizes are QEMU's word; one that hangs costs only these.
-            let about: String = some.iter().filter(|id| is_uuid(id)).map(|id| format!("domblkinfo --all {id}; echo {mark}; ")).collect();
-            let sizes = {
+            let parts: Vec<&str> = said.split(&mark).collect();
+            // Sizes are QEMU's word; one that hangs costs only these, and none is disturbed for what is known. Who asks about one domain is about
+            // to read it, and has it fresh.
+            let wants = |id: &String, of_one: &[&str]| domains.len() == 1 || self.known(id, of_one).is_none();
+            let asked = some.iter().filter(|id| is_uuid(id)).zip(parts.chunks_exact(3)).filter(|(id, of_one)| wants(id, of_one));
+            let asked: Vec<&String> = asked.map(|(id, _)| id).collect();
+            let about: String = asked.iter().map(|id| format!("domblkinfo --all {id}; echo {mark}; ")).collect();
+            let sizes = if asked.is_empty() {
+                String::new()
+            } else {
                 let _nothing_opens = OPENING.read().unwrap_or_else(PoisonError::into_inner);
                 self.ask_within(&[&about], SIZES).unwrap_or_default()
             };
-            let mut sizes = sizes.split(&mark);
-            let parts: Vec<&str> = said.split(&mark).collect();
-            for of_one in parts.chunks_exact(3) {
-                let sizes = sizes.next().unwrap_or_default();
+            let sizes: HashMap<&String, &str> = asked.into_iter().zip(sizes.split(&mark)).collect();
+            for (id, of_one) in some.iter().filter(|id| is_uuid(id)).zip(parts.chunks_exact(3)) {
                 if let [xml, state, snapshots] = of_one
                     && !xml.trim().is_empty()
                 {
-                    let (xml, mut facts) = (xml.trim().to_owned(), facts(state, snapshots, sizes));
+                    let (xml, mut facts) = (xml.trim().to_owned(), facts(state, snapshots, sizes.get(id).copied().unwrap_or_default()));
+                    if sizes.contains_key(id) {
+                        self.learn(id, of_one, &facts.capacities);
+                    } else {
+                        facts.capacities = self.known(id, of_one).unwrap_or_default();
+                    }
                     facts.volumes = self.paths(&xml, &mut pools);
                     described.push((xml, facts));
                 }
             }
         }
         Ok(described)
+    }
+
+    /// The sizes of a domain's disks, where they were told a while ago and the domain has had the same disks and state since.
+    fn known(&self, id: &str, of_one: &[&str]) -> Option<HashMap<String, u64>> {
+        let known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = known.get(&(self.text.clone(), id.to_owned()))?;
+        (known.of == disks_key(of_one) && known.at.elapsed() < FRESH).then(|| known.capacities.clone())
+    }
+
+    fn learn(&self, id: &str, of_one: &[&str], capacities: &HashMap<String, u64>) {
+        let mut known = KNOWN.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.len() >= MOST_KNOWN {
+            known.clear();
+        }
+        if !capacities.is_empty() {
+            let now = Known { of: disks_key(of_one), at: Instant::now(), capacities: capacities.clone() };
+            known.insert((self.text.clone(), id.to_owned()), now);
+        }
     }
 
     /// Where the volumes lie that a domain's disks are; those that are found. `pools`: what was heard of pools so far.
