@@ -20,7 +20,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
 use crate::egress::{self, Duplex};
-use crate::sources::{Display, Error};
+use crate::sources::{Display, Error, named};
 use crate::{Agent, egress::Screen};
 
 /// Consoles that an agent has open at a time; the controller asks for no more.
@@ -103,10 +103,7 @@ async fn open(agent: &Arc<Agent>, wanted: &v1::OpenConsole) -> Result<Box<dyn Du
 
 async fn display(agent: &Arc<Agent>, wanted: &v1::OpenConsole) -> Result<Display, Error> {
     let (agent, connection, vm) = (agent.clone(), wanted.connection.clone(), wanted.vm_id.clone());
-    let ask = move || {
-        let connection = connection.ok_or_else(|| Error::fatal(Code::BadRequest, "no connection is named"))?;
-        agent.source(&connection)?.display(&vm)
-    };
+    let ask = move || agent.source(named(connection.as_ref())?)?.display(&vm);
     tokio::task::spawn_blocking(ask).await.map_err(|e| Error::fatal(Code::Internal, e.to_string()))?
 }
 

@@ -140,7 +140,7 @@ pub fn place(agent: &Agent, connection: &v1::Connection, wish: &Wish, standing: 
     Ok(told_of(&uri, connection, wish, (standing.uuid, &macs, accelerator), standing.disks))
 }
 
-/// Removes what an earlier attempt has left half made: first the domain, then its volumes, which stay where the domain does.
+/// Removes a domain that an earlier attempt has left half made.
 pub fn clear(agent: &Agent, uuid: &str) {
     touched::undo(agent, &format!("deploy-{uuid}"));
 }

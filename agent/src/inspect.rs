@@ -142,7 +142,7 @@ fn of_disks(agent: &Agent, asked: &v1::Inspect, file: Option<&FileSource>, point
 
 /// Looks into a VM whose disks can be read without touching anything at its source; else says why not.
 pub fn look_inside(agent: &Agent, asked: &v1::LookInside) -> Result<Value, Error> {
-    let connection = asked.connection.as_ref().ok_or_else(|| Error::fatal(Code::BadRequest, "no connection is named"))?;
+    let connection = crate::sources::named(asked.connection.as_ref())?;
     let (_, opened) = agent.source(connection)?.glance(&asked.vm_id)?;
     let guest = guest_on(agent, &opened, guest::inspect::inspect)?;
     serde_json::to_value(guest).map_err(|e| Error::fatal(Code::Internal, e.to_string()))

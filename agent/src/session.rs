@@ -391,7 +391,7 @@ fn power(agent: &Agent, wanted: &v1::Power) -> Result<serde_json::Value, crate::
 }
 
 fn describe(agent: &Agent, asked: &v1::Describe) -> Result<serde_json::Value, crate::sources::Error> {
-    let connection = asked.connection.as_ref().ok_or_else(|| crate::sources::Error::fatal(Code::BadRequest, "no connection is named"))?;
+    let connection = crate::sources::named(asked.connection.as_ref())?;
     let details = agent.source(connection)?.describe(&asked.vm_id, asked.privileges)?;
     serde_json::to_value(details).map_err(|e| crate::sources::Error::fatal(Code::Internal, e.to_string()))
 }

@@ -17,7 +17,7 @@ use shared::error::Code;
 use shared::snapshots::{self, Snapshot, Wish};
 use tokio::sync::mpsc;
 
-use crate::sources::{Error, Waiting};
+use crate::sources::{Error, Waiting, named};
 use crate::{Agent, touched};
 
 /// How long an act may take, so that its answer comes before the controller gives up: taking one writes the memory while the guest stands
@@ -25,10 +25,6 @@ use crate::{Agent, touched};
 const ACT: Duration = Duration::from_secs(840);
 
 type Tell = mpsc::Sender<v1::AgentMessage>;
-
-fn named(connection: Option<&v1::Connection>) -> Result<&v1::Connection, Error> {
-    connection.ok_or_else(|| Error::fatal(Code::BadRequest, "no connection is named"))
-}
 
 fn told<T: serde::Serialize>(value: &T) -> Result<Value, Error> {
     serde_json::to_value(value).map_err(|e| Error::fatal(Code::Internal, e.to_string()))

@@ -101,15 +101,14 @@ pub fn while_noted<T>(
     domain: &str,
     act: impl FnOnce() -> Result<T, crate::sources::Error>,
 ) -> Result<Result<T, crate::sources::Error>, crate::sources::Error> {
-    let failed = |e: io::Error| crate::sources::Error::fatal(shared::error::Code::Internal, format!("the ledger cannot be written: {e}"));
     // As long as this turn lasts the reaper keeps away.
     let _turn = agent.undoing.wait(note);
     let connection = (connection.name.clone(), connection.kind.clone(), connection.path.clone());
     write(agent, note, &Touched { connection, vm: domain.to_owned(), domains: vec![domain.to_owned()], ..Touched::default() })
-        .map_err(failed)?;
+        .map_err(unwritable)?;
     let done = act();
     match &done {
-        Ok(_) => agent.ledger.dir().remove_file(file(note)).and_then(|()| vault::sync_dir(agent.ledger.dir())).map_err(failed)?,
+        Ok(_) => agent.ledger.dir().remove_file(file(note)).and_then(|()| vault::sync_dir(agent.ledger.dir())).map_err(unwritable)?,
         Err(_) => {
             undo_noted(agent, note);
         }
@@ -127,13 +126,6 @@ pub fn for_a_while<T>(
     network: Option<&str>,
     act: impl FnOnce() -> T,
 ) -> Result<T, crate::sources::Error> {
-    let failed = |e: io::Error| crate::sources::Error::fatal(shared::error::Code::Internal, format!("the ledger cannot be written: {e}"));
-    let _turn = agent.undoing.wait(note);
-    undo_patiently(agent, note);
-    if noted(agent, note).map_err(failed)?.is_some() {
-        let message = format!("what an earlier attempt has left at {} is not gone yet", connection.name);
-        return Err(crate::sources::Error { code: shared::error::Code::Unavailable, message, retryable: true });
-    }
     let touched = Touched {
         connection: (connection.name.clone(), connection.kind.clone(), connection.path.clone()),
         vm: domain.to_owned(),
@@ -141,10 +133,8 @@ pub fn for_a_while<T>(
         networks: network.map(str::to_owned).into_iter().collect(),
         ..Touched::default()
     };
-    write(agent, note, &touched).map_err(failed)?;
-    let done = act();
-    undo_patiently(agent, note);
-    Ok(done)
+    let _hold = hold(agent, note, &touched)?;
+    Ok(act())
 }
 
 /// A note that is undone when this goes.
@@ -171,9 +161,7 @@ pub fn hold<'a>(agent: &'a Agent, note: &str, touched: &Touched) -> Result<Hold<
 impl Hold<'_> {
     /// Notes this in place of what was noted.
     pub fn note(&self, touched: &Touched) -> Result<(), crate::sources::Error> {
-        let failed =
-            |e: io::Error| crate::sources::Error::fatal(shared::error::Code::Internal, format!("the ledger cannot be written: {e}"));
-        write(self.agent, &self.note, touched).map_err(failed)
+        write(self.agent, &self.note, touched).map_err(unwritable)
     }
 }
 
@@ -314,6 +302,10 @@ impl crate::sources::Touch for Pen<'_> {
     }
 }
 
+fn unwritable(e: io::Error) -> crate::sources::Error {
+    crate::sources::Error::fatal(shared::error::Code::Internal, format!("the ledger cannot be written: {e}"))
+}
+
 fn file(job: &str) -> String {
     format!("{job}.touched")
 }
@@ -400,9 +392,8 @@ pub fn restore_note(agent: &Agent, job: &str, noted: &Touched) -> io::Result<()>
 
 /// A pass is over: what froze the VM goes, and the checkpoints that are `obsolete`; what the next pass begins from stays, noted.
 pub fn thaw(agent: &Agent, job: &str, obsolete: &BTreeSet<String>) -> Result<(), crate::sources::Error> {
-    let failed = |e: io::Error| crate::sources::Error::fatal(shared::error::Code::Internal, format!("the ledger cannot be written: {e}"));
     let _turn = agent.undoing.wait(job);
-    let Some(noted) = noted(agent, job).map_err(failed)? else { return Ok(()) };
+    let Some(noted) = noted(agent, job).map_err(unwritable)? else { return Ok(()) };
     let name = |id: &str| id.split(' ').next().map(str::to_owned).unwrap_or_default();
     let old: BTreeSet<String> = obsolete.iter().map(|id| name(id)).collect();
     let (gone, stay): (Vec<String>, Vec<String>) = noted.checkpoints.iter().cloned().partition(|id| old.contains(&name(id)));
@@ -427,7 +418,7 @@ pub fn thaw(agent: &Agent, job: &str, obsolete: &BTreeSet<String>) -> Result<(),
         std::thread::sleep(PAUSE);
     }
     let rest = Touched { snapshots: Vec::new(), leases: Vec::new(), overlays: Vec::new(), asked_at: None, checkpoints: stay, ..noted };
-    write(agent, job, &rest).map_err(failed)
+    write(agent, job, &rest).map_err(unwritable)
 }
 
 /// The job whose notes say that something lies over a VM's disks which is to be put back.

@@ -290,21 +290,9 @@ fn is_loopback(url: &str) -> bool {
     host.is_some_and(|host| host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback()))
 }
 
-/// A name as one segment of a path.
-pub fn segment(text: &str) -> String {
-    let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.' | b'~');
-    text.bytes().map(|b| if plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_name_stays_one_segment() {
-        assert_eq!(segment("agent-1"), "agent-1");
-        assert_eq!(segment("a/../b ü"), "a%2F..%2Fb%20%C3%BC");
-    }
 
     #[test]
     fn only_this_host_is_loopback() {

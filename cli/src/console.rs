@@ -11,13 +11,14 @@ use std::time::Duration;
 use futures_util::stream::{SplitSink, SplitStream};
 use futures_util::{SinkExt as _, StreamExt as _};
 use serde_json::json;
+use shared::segment::segment;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_tungstenite::tungstenite::{Bytes, Error, Message};
 
 use crate::args::{Console, Style};
-use crate::client::{Client, Socket, segment};
+use crate::client::{Client, Socket};
 use crate::failure::{Exit, Failure, Outcome};
 use crate::jobs;
 use crate::output;

@@ -3,9 +3,10 @@
 //! Owns: their tables. Never: reaches a provider itself. A crash here costs one command.
 
 use serde_json::{Map, Value, json};
+use shared::segment::segment;
 
 use crate::args::{Agents, AgentsAction, Connect, Providers, ProvidersAction, Style, Vms};
-use crate::client::{Client, segment};
+use crate::client::Client;
 use crate::failure::{Failure, Outcome};
 use crate::jobs::rest;
 use crate::login;

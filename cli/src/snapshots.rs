@@ -6,9 +6,10 @@
 use std::time::Duration;
 
 use serde_json::{Map, Value};
+use shared::segment::segment;
 
 use crate::args::{OfVm, Snapshots, SnapshotsAction, Style};
-use crate::client::{Client, segment};
+use crate::client::Client;
 use crate::failure::{Failure, Outcome};
 use crate::jobs;
 use crate::output::{self, Column, Table};

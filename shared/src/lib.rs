@@ -19,6 +19,7 @@ pub mod migrate;
 pub mod options;
 pub mod progress;
 pub mod secret;
+pub mod segment;
 pub mod snapshots;
 pub mod sniff;
 pub mod telemetry;

@@ -10,7 +10,7 @@ use shared::vault;
 
 use super::{beneath, disks_of, told, uuid_of};
 use crate::sources::Error;
-use crate::sources::libvirt::virsh::Uri;
+use crate::sources::libvirt::virsh::{Sizes, Uri};
 use crate::{Agent, hypervisors};
 
 /// Name of the domain that a job has made at the libvirt of a URI, where it stands there and has the job's files as its disks.
@@ -48,7 +48,7 @@ pub fn user_of(agent: &Agent, folder: &Path) -> Result<Option<(String, String)>,
             Error { code: Code::BadGateway, message, retryable: true }
         };
         let domains = uri.domains().map_err(told).map_err(unknown)?;
-        for (xml, _) in uri.describe(&domains).map_err(told).map_err(unknown)? {
+        for (xml, _) in uri.describe(&domains, Sizes::Known).map_err(told).map_err(unknown)? {
             if uses(agent, &xml, folder) {
                 let name = roxmltree::Document::parse(&xml).ok();
                 let name =

@@ -8,15 +8,12 @@ use std::path::Path;
 
 use shared::deploy::Wish;
 
+use crate::sources::libvirt::quoted;
+
 /// The network that needs nothing of the host.
 pub const USER: &str = "user";
 /// The network that libvirt brings.
 pub const DEFAULT: &str = "default";
-
-/// As it stands in XML.
-pub fn quoted(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('\'', "&apos;").replace('"', "&quot;")
-}
 
 /// What a domain has that is started apart from everything, for a proof and not to stay.
 pub struct Apart<'a> {

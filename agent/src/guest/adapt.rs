@@ -21,10 +21,11 @@ use shared::vault::{self, Dir};
 
 use super::{GuestDisk, Subject, failed, overlay};
 use crate::Agent;
-use crate::deploy::{self, xml::quoted};
+use crate::deploy;
 use crate::exec::{self, Long, Tool};
 use crate::held::Assignment;
 use crate::sources::Error;
+use crate::sources::libvirt::quoted;
 
 /// Where the tools keep what they need meanwhile, inside the subject's folder.
 const FOLDER: &str = "adapt";

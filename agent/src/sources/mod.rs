@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use proto::v1;
 use serde::Serialize;
 use shared::details::Details;
 use shared::error::Code;
@@ -23,6 +24,11 @@ use shared::vm::{Snapshot, Vm};
 use crate::egress::Screen;
 use crate::formats::{Disk, Extent, FormatError, Scratch};
 use crate::touched::{Overlay, Touched};
+
+/// The connection that a question is about.
+pub fn named(connection: Option<&v1::Connection>) -> Result<&v1::Connection, Error> {
+    connection.ok_or_else(|| Error::fatal(Code::BadRequest, "no connection is named"))
+}
 
 /// One disk of a VM, opened.
 pub struct Opened {

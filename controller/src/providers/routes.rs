@@ -2,7 +2,6 @@
 
 use actix_web::{HttpRequest, HttpResponse, web};
 use futures_util::future::join_all;
-use proto::v1;
 use proto::v1::browse::Question;
 use serde::Serialize;
 use shared::error::Code;
@@ -195,8 +194,7 @@ pub struct Tested {
 pub async fn test(_: Operator, name: web::Path<String>, app: web::Data<App>) -> Result<web::Json<Tested>, Error> {
     let row = service::by_name(&app.store, &name).await?;
     let patience = service::patience(&row.kind);
-    let connection = v1::Connection { name: row.name, kind: row.kind, path: row.path, account: None };
-    let found = app.fleet.ask_within(&row.agent_id, Question::Probe(connection), patience).await?;
+    let found = app.fleet.ask_within(&row.agent_id, Question::Probe(service::told(&row)), patience).await?;
     Ok(web::Json(Tested { ok: true, found }))
 }
 

@@ -23,6 +23,11 @@ pub fn patience(kind: &str) -> Duration {
     Duration::from_secs(if kind == "local" { 10 } else { 28 })
 }
 
+/// A connection as an agent is told of it in a question; the account it has from its Welcome.
+pub fn told(row: &connections::Model) -> v1::Connection {
+    v1::Connection { name: row.name.clone(), kind: row.kind.clone(), path: row.path.clone(), account: None }
+}
+
 /// The connection that every agent offers over its root `images`.
 pub const CATALOGUE: &str = "images";
 

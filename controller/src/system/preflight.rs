@@ -3,7 +3,6 @@
 //! Owns: the checks of `GET /readiness?provider=&vm_name=`. Never: reads a disk itself; what only the copy can find out is not claimed.
 //! A crash here costs one answer.
 
-use proto::v1;
 use proto::v1::browse::Question;
 use shared::guest::{Finding, Status};
 use shared::vm::Vm;
@@ -164,7 +163,7 @@ fn of_vm(vm: &Vm, kind: &str) -> Vec<Check> {
 }
 
 async fn permissions(app: &App, row: &connections::Model) -> Check {
-    let connection = v1::Connection { name: row.name.clone(), kind: row.kind.clone(), path: row.path.clone(), account: None };
+    let connection = providers::service::told(row);
     match app.fleet.ask_within(&row.agent_id, Question::Probe(connection), providers::service::patience(&row.kind)).await {
         Ok(_) => pass("permissions", format!("the agent reads `{}`", row.name)),
         Err(e) => fail(

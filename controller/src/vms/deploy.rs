@@ -117,15 +117,7 @@ pub async fn deploy(caller: Operator, request: HttpRequest, app: web::Data<App>,
         return Err(Error::not_built(format!("deploying to `{}`", connection.kind)));
     }
     let wish_json = serde_json::to_string(&wish).map_err(Error::internal)?;
-    let question = v1::Deploy {
-        connection: Some(v1::Connection {
-            name: connection.name.clone(),
-            kind: connection.kind.clone(),
-            path: connection.path.clone(),
-            account: None,
-        }),
-        wish_json,
-    };
+    let question = v1::Deploy { connection: Some(providers::service::told(&connection)), wish_json };
     let act = audit::begin(&app.store, &caller.name, "vm.deploy", &format!("{}:{}", connection.name, wish.name)).await?;
     let patience = if wish.pool.is_some() { COPYING } else { providers::service::patience(&connection.kind) };
     let answered = app.fleet.ask_within(&connection.agent_id, Question::Deploy(question), patience).await;

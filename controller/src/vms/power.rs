@@ -68,16 +68,8 @@ pub async fn switch(
     let (provider, id) = path.into_inner();
     let connection = providers::service::resolve(&app.store, &provider).await?;
     let found = service::resolve(&app.store, &connection, &id).await?;
-    let question = v1::Power {
-        connection: Some(v1::Connection {
-            name: connection.name.clone(),
-            kind: connection.kind.clone(),
-            path: connection.path.clone(),
-            account: None,
-        }),
-        vm_id: found.vm.id.clone(),
-        action: action.word().to_owned(),
-    };
+    let question =
+        v1::Power { connection: Some(providers::service::told(&connection)), vm_id: found.vm.id.clone(), action: action.word().to_owned() };
     let subject = format!("{}:{}", connection.name, found.vm.id);
     let act = audit::begin(&app.store, &caller.name, &format!("vm.{action}"), &subject).await?;
     let patience = providers::service::patience(&connection.kind);

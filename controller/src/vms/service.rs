@@ -60,7 +60,7 @@ pub async fn describe(app: &App, found: &Found, privileges: bool) -> Result<Opti
         return Ok(None);
     }
     let row = &found.connection;
-    let connection = v1::Connection { name: row.name.clone(), kind: row.kind.clone(), path: row.path.clone(), account: None };
+    let connection = crate::providers::service::told(row);
     let question = Question::Describe(v1::Describe { connection: Some(connection), vm_id: found.vm.id.clone(), privileges });
     let answer = app.fleet.ask_within(&row.agent_id, question, crate::providers::service::patience(&row.kind)).await?;
     serde_json::from_value(answer).map(Some).map_err(|e| Error::new(Code::BadGateway, format!("the agent's answer cannot be read: {e}")))
@@ -76,7 +76,7 @@ pub async fn look_inside(app: &App, found: &Found) -> Result<Guest, Error> {
         let message = format!("`{}` is {}: its disks are looked at while it is off", vm.name, vm.power_state);
         return Err(Error::new(Code::Unprocessable, message));
     }
-    let connection = v1::Connection { name: row.name.clone(), kind: row.kind.clone(), path: row.path.clone(), account: None };
+    let connection = crate::providers::service::told(row);
     let question = Question::LookInside(v1::LookInside { connection: Some(connection), vm_id: vm.id.clone() });
     let answer = app.fleet.ask_within(&row.agent_id, question, crate::providers::service::patience(&row.kind)).await?;
     serde_json::from_value(answer).map_err(|e| Error::new(Code::BadGateway, format!("the agent's answer cannot be read: {e}")))

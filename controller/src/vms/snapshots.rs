@@ -10,6 +10,7 @@ use proto::v1;
 use proto::v1::browse::Question;
 use serde::{Deserialize, Serialize};
 use shared::error::Code;
+use shared::segment::segment;
 use shared::snapshots::{Snapshot, Wish};
 use utoipa::ToSchema;
 
@@ -22,7 +23,6 @@ use crate::http::query::{Order, Query};
 use crate::http::reply::{Error, ErrorBody, Page};
 use crate::jobs;
 use crate::providers;
-use crate::store::entities::connections;
 use crate::store::fold;
 use crate::system::audit;
 
@@ -80,10 +80,6 @@ async fn find(app: &App, provider: &str, vm: &str) -> Result<Found, Error> {
     Ok(found)
 }
 
-fn of(connection: &connections::Model) -> Option<v1::Connection> {
-    Some(v1::Connection { name: connection.name.clone(), kind: connection.kind.clone(), path: connection.path.clone(), account: None })
-}
-
 fn unreadable(e: serde_json::Error) -> Error {
     Error::new(Code::BadGateway, format!("the agent's answer cannot be read: {e}"))
 }
@@ -118,7 +114,7 @@ pub async fn list(
     let (provider, id) = path.into_inner();
     let found = find(&app, &provider, &id).await?;
     let row = &found.connection;
-    let question = Question::Snapshots(v1::Snapshots { connection: of(row), vm_id: found.vm.id.clone() });
+    let question = Question::Snapshots(v1::Snapshots { connection: Some(providers::service::told(row)), vm_id: found.vm.id.clone() });
     let answer = app.fleet.ask_within(&row.agent_id, question, providers::service::patience(&row.kind)).await?;
     let all = serde_json::from_value(answer).map_err(unreadable)?;
     let rows = sorted(all, search.as_deref(), (sort.field, sort.order));
@@ -197,7 +193,7 @@ pub async fn take(
         let found = find(&app, &provider, &id).await?;
         let row = &found.connection;
         let question = Question::TakeSnapshot(v1::TakeSnapshot {
-            connection: of(row),
+            connection: Some(providers::service::told(row)),
             vm_id: found.vm.id.clone(),
             name: wish.name.clone(),
             description: wish.description,
@@ -217,12 +213,6 @@ pub async fn take(
         Ok(HttpResponse::Created().insert_header(("Location", location)).json(made))
     })
     .await
-}
-
-/// A text as a part of a path.
-fn segment(text: &str) -> String {
-    let plain = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'.' | b'_' | b'~');
-    text.bytes().map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
 }
 
 /// Removes a snapshot; those that were taken over it stay, unless `children`. The VM is as it was.
@@ -253,7 +243,13 @@ pub async fn remove(
     let found = find(&app, &provider, &id).await?;
     let row = &found.connection;
     let subject = format!("{}:{} {snapshot}{}", row.name, found.vm.id, if children { " with those above it" } else { "" });
-    let wanted = v1::RemoveSnapshot { connection: of(row), vm_id: found.vm.id.clone(), snapshot, children, ended: Vec::new() };
+    let wanted = v1::RemoveSnapshot {
+        connection: Some(providers::service::told(row)),
+        vm_id: found.vm.id.clone(),
+        snapshot,
+        children,
+        ended: Vec::new(),
+    };
     let act = audit::begin(&app.store, &caller.name, "vm.snapshot.remove", &subject).await?;
     let answered = removed(&app, &row.agent_id, wanted).await;
     act.finish(&answered).await;
@@ -309,6 +305,5 @@ mod tests {
         assert_eq!(ids(None, ("name", Order::Desc)), "s-3 s-1 s-2");
         assert_eq!(ids(None, ("created_at", Order::Asc)), "s-3 s-2 s-1");
         assert_eq!((ids(Some("äb"), ("id", Order::Asc)), ids(Some("S-1"), ("id", Order::Asc))), ("s-3".into(), "s-1".into()));
-        assert_eq!(segment("a b/ü-1"), "a%20b%2F%C3%BC-1");
     }
 }

@@ -39,8 +39,8 @@ use shared::vm::Vm;
 use self::begin::Begun;
 use self::domain::Domain;
 use self::hot::Wanted;
-pub use self::hot::says_gone;
-use self::virsh::Uri;
+pub use self::hot::{quoted, says_gone};
+use self::virsh::{Sizes, Uri};
 use super::local::Local;
 use super::{Areas, Consistency, Display, Error, Frozen, Moved, Opened, Since, Source, Touch, Waiting};
 use crate::exec;
@@ -92,7 +92,7 @@ impl Libvirt {
 
     /// These domains as an inventory shows them; those that are gone are not among them, nor what is nobody's VM.
     fn vms(&self, domains: &[String]) -> Result<Vec<Vm>, Error> {
-        let described = self.uri.describe(domains).map_err(told)?;
+        let described = self.uri.describe(domains, Sizes::Known).map_err(told)?;
         let mut vms = Vec::with_capacity(described.len());
         for (xml, facts) in &described {
             match domain::read(xml, facts) {
@@ -109,7 +109,7 @@ impl Libvirt {
         if !virsh::is_uuid(id) {
             return Err(gone(id));
         }
-        let described = self.uri.describe(&[id.to_owned()]).map_err(told)?;
+        let described = self.uri.describe(&[id.to_owned()], Sizes::Fresh).map_err(told)?;
         let (xml, facts) = described.first().ok_or_else(|| gone(id))?;
         domain::read(xml, facts).map_err(|e| Error::fatal(Code::BadGateway, e))
     }

@@ -32,6 +32,15 @@ const FRESH: Duration = Duration::from_secs(600);
 /// Domains whose sizes are remembered.
 const MOST_KNOWN: usize = 20_000;
 
+/// Which sizes of disks will do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Sizes {
+    /// Those that were told a while ago: for whoever looks.
+    Known,
+    /// Those of now: for whoever reads the disks.
+    Fresh,
+}
+
 /// Sizes of a domain's disks, as they were told.
 struct Known {
     /// Of these disks, in this state.
@@ -128,7 +137,7 @@ impl Uri {
     }
 
     /// XML and facts of domains; one that has gone meanwhile is not among them.
-    pub fn describe(&self, domains: &[String]) -> Result<Vec<(String, Facts)>, exec::Error> {
+    pub fn describe(&self, domains: &[String], sizes: Sizes) -> Result<Vec<(String, Facts)>, exec::Error> {
         let mut described = Vec::with_capacity(domains.len());
         let mut pools = HashMap::new();
         for some in domains.chunks(AT_ONCE) {
@@ -140,25 +149,24 @@ impl Uri {
             // What fails for one domain is left out, and the rest is told all the same: the last word decides, which is `echo`.
             let said = self.ask(&[&commands])?;
             let parts: Vec<&str> = said.split(&mark).collect();
-            // Sizes are QEMU's word; one that hangs costs only these, and none is disturbed for what is known. Who asks about one domain is about
-            // to read it, and has it fresh.
-            let wants = |id: &String, of_one: &[&str]| domains.len() == 1 || self.known(id, of_one).is_none();
+            // Sizes are QEMU's word; one that hangs costs only these, and none is disturbed for what is known.
+            let wants = |id: &String, of_one: &[&str]| sizes == Sizes::Fresh || self.known(id, of_one).is_none();
             let asked = some.iter().filter(|id| is_uuid(id)).zip(parts.chunks_exact(3)).filter(|(id, of_one)| wants(id, of_one));
             let asked: Vec<&String> = asked.map(|(id, _)| id).collect();
             let about: String = asked.iter().map(|id| format!("domblkinfo --all {id}; echo {mark}; ")).collect();
-            let sizes = if asked.is_empty() {
+            let told = if asked.is_empty() {
                 String::new()
             } else {
                 let _nothing_opens = OPENING.read().unwrap_or_else(PoisonError::into_inner);
                 self.ask_within(&[&about], SIZES).unwrap_or_default()
             };
-            let sizes: HashMap<&String, &str> = asked.into_iter().zip(sizes.split(&mark)).collect();
+            let told: HashMap<&String, &str> = asked.into_iter().zip(told.split(&mark)).collect();
             for (id, of_one) in some.iter().filter(|id| is_uuid(id)).zip(parts.chunks_exact(3)) {
                 if let [xml, state, snapshots] = of_one
                     && !xml.trim().is_empty()
                 {
-                    let (xml, mut facts) = (xml.trim().to_owned(), facts(state, snapshots, sizes.get(id).copied().unwrap_or_default()));
-                    if sizes.contains_key(id) {
+                    let (xml, mut facts) = (xml.trim().to_owned(), facts(state, snapshots, told.get(id).copied().unwrap_or_default()));
+                    if told.contains_key(id) {
                         self.learn(id, of_one, &facts.capacities);
                     } else {
                         facts.capacities = self.known(id, of_one).unwrap_or_default();

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use reqwest::StatusCode;
 use reqwest::header::{CONTENT_RANGE, LAST_MODIFIED};
+use shared::segment::segment;
 use tokio::runtime::Handle;
 
 use super::client::{Client, Error};
@@ -68,21 +69,9 @@ impl DatastorePath {
 
     /// Path and query of its URL.
     pub fn url(&self, datacenter: &str) -> String {
-        let path: Vec<String> = self.path.split('/').map(percent).collect();
-        format!("/folder/{}?dcPath={}&dsName={}", path.join("/"), percent(datacenter), percent(&self.datastore))
+        let path: Vec<String> = self.path.split('/').map(segment).collect();
+        format!("/folder/{}?dcPath={}&dsName={}", path.join("/"), segment(datacenter), segment(&self.datastore))
     }
-}
-
-/// Everything but RFC 3986's unreserved characters, escaped.
-fn percent(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for byte in text.bytes() {
-        match byte {
-            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => escaped.push(char::from(byte)),
-            _ => escaped.push_str(&format!("%{byte:02X}")),
-        }
-    }
-    escaped
 }
 
 /// Where a fetched chunk will lie.

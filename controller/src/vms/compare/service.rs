@@ -47,12 +47,8 @@ pub async fn digests(app: &App, found: &Found) -> Result<Vec<Digest>, Error> {
     }
     let trusted = app.fleet.agents().await?.into_iter().map(|agent| shared::manifest::fingerprint(&agent.signing_key)).collect();
     let row = &found.connection;
-    let question = v1::Digests {
-        connection: Some(v1::Connection { name: row.name.clone(), kind: row.kind.clone(), path: row.path.clone(), account: None }),
-        vm_id: found.vm.id.clone(),
-        trusted,
-        seconds: READING,
-    };
+    let question =
+        v1::Digests { connection: Some(crate::providers::service::told(row)), vm_id: found.vm.id.clone(), trusted, seconds: READING };
     // Whether it is there at all is known in seconds, and not after the whole time for reading. What it says does not matter.
     if let Err(e) = app.fleet.ask(&row.agent_id, Question::FreeSpace("exports".to_owned())).await
         && matches!(e.code(), Code::BadGateway | Code::Unavailable)

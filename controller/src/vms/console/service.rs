@@ -6,7 +6,6 @@
 use std::time::{Duration, Instant};
 
 use actix_web::web;
-use proto::v1;
 use shared::error::Code;
 
 use crate::access::Caller;
@@ -41,8 +40,7 @@ pub fn is_offered(kind: &str) -> Result<(), Error> {
 /// As [`console::open`]; 503 where it cannot be written into the audit.
 pub async fn open(app: &web::Data<App>, caller: Caller, found: Found) -> Result<Remote, Error> {
     let Found { connection, vm } = found;
-    let asked =
-        v1::Connection { name: connection.name.clone(), kind: connection.kind.clone(), path: connection.path.clone(), account: None };
+    let asked = providers::service::told(&connection);
     let subject = format!("{}:{}", connection.name, vm.id);
     let act = audit::begin(&app.store, &caller.name, "vm.console", &subject).await?;
     match console::open(&app.fleet, &connection.agent_id, asked, &vm.id).await {
